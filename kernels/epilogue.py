@@ -1,0 +1,73 @@
+"""What every convolution does to its accumulators before its only store.
+
+    y = act(bn(acc + bias) + residual),   bn(v) = (v - mean) * gamma / sqrt(var + EPS) + beta
+
+in fp32 (fp64 for fp64). A batch norm in eval mode is folded here, per output channel, from its own tensors: weights are
+never rounded with a scale in them, nothing is cached on the host that an optimizer, a moving average or a checkpoint
+could make stale, and the cost is four BLOCK_N vectors a tile.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["finish_tile"]
+
+
+@triton.jit
+def load_channels(ptr, offs_n, mask_n, dtype: tl.constexpr):
+    return tl.load(ptr + offs_n, mask=mask_n, other=0.0).to(dtype)
+
+
+@triton.jit
+def affine(
+    acc, offs_n, mask_n,
+    bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS: tl.constexpr,
+):  # fmt: skip
+    """acc * scale + shift with the bias and the batch norm's tensors folded into one pair; absent pointers are None."""
+    dtype: tl.constexpr = acc.dtype
+    if mean_ptr is not None:
+        scale = 1.0 / tl.sqrt(load_channels(var_ptr, offs_n, mask_n, dtype) + EPS)
+        if gamma_ptr is not None:
+            scale = scale * load_channels(gamma_ptr, offs_n, mask_n, dtype)
+        shift = -load_channels(mean_ptr, offs_n, mask_n, dtype)
+        if bias_ptr is not None:
+            shift = shift + load_channels(bias_ptr, offs_n, mask_n, dtype)
+        shift = shift * scale
+        if beta_ptr is not None:
+            shift = shift + load_channels(beta_ptr, offs_n, mask_n, dtype)
+        acc = acc * scale[None, :] + shift[None, :]
+    elif bias_ptr is not None:
+        acc = acc + load_channels(bias_ptr, offs_n, mask_n, dtype)[None, :]
+    return acc
+
+
+@triton.jit
+def finish_tile(
+    acc,  # [BLOCK_M, BLOCK_N]
+    offs_m, mask_m, pixels,  # output pixels, and how many there are in an image
+    offs_n, mask_n, channels,  # channels of the whole output, over all groups
+    y_ptr, residual_ptr,
+    bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
+):  # fmt: skip
+    """Apply the epilogue to one tile and store it into a dense output, channels-last or contiguous.
+
+    The residual has the output's layout. Each element of it is read once and each output written once.
+    """
+    acc = affine(acc, offs_n, mask_n, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS)
+    if INDEX_64:
+        offs_m = offs_m.to(tl.int64)
+    if Y_CHANNELS_LAST:
+        offs_y = (offs_m * channels)[:, None] + offs_n[None, :]
+        mask = mask_m[:, None] & mask_n[None, :]
+    else:
+        # Neighboring threads take neighboring pixels, which lie side by side in memory.
+        acc = tl.trans(acc)
+        image = offs_m // pixels
+        offs_y = (image * channels * pixels + offs_m % pixels)[None, :] + (offs_n * pixels)[:, None]
+        mask = mask_n[:, None] & mask_m[None, :]
+    if residual_ptr is not None:
+        acc = acc + tl.load(residual_ptr + offs_y, mask=mask, other=0.0).to(acc.dtype)
+    acc = ACT(acc, ACT_A, ACT_B)
+    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,69 @@
+"""torch.nn's convolutions on our kernels: same constructors, parameters, state_dict and hooks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonconv.ops.backend import Backend
+from tritonconv.ops.dispatch import convolution
+from tritonconv.ops.epilogue import Epilogue
+
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "convolve"]
+
+
+def convolve(conv: torch.nn.modules.conv._ConvNd, op: str, input: Tensor, epilogue: Epilogue) -> Tensor:
+    """The module's convolution with an epilogue; padding modes other than zeros pad beforehand, as torch does."""
+    padding: str | tuple[int, ...] = conv.padding
+    if conv.padding_mode != "zeros":
+        input = torch.nn.functional.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = (0,) * len(conv.kernel_size)
+    return convolution(
+        op, input, conv.weight, epilogue, len(conv.kernel_size), conv.stride, padding, conv.dilation, conv.groups,
+        getattr(conv, "backend", None),
+    )  # fmt: skip
+
+
+class Conv1d(torch.nn.Conv1d):
+    """`torch.nn.Conv1d` on our kernels: (N, C, L) or (C, L) to (N, K, Q).
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> Conv1d(2, 4, 3, padding="same")(torch.ones(1, 2, 8)).shape
+    torch.Size([1, 4, 8])
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return convolve(self, "conv1d", input, Epilogue(self.bias))
+
+
+class Conv2d(torch.nn.Conv2d):
+    """`torch.nn.Conv2d` on our kernels: (N, C, H, W) or (C, H, W) to (N, K, P, Q).
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> Conv2d(2, 4, 3, stride=2)(torch.ones(1, 2, 9, 9)).shape
+    torch.Size([1, 4, 4, 4])
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return convolve(self, "conv2d", input, Epilogue(self.bias))
+
+
+class Conv3d(torch.nn.Conv3d):
+    """`torch.nn.Conv3d` on our kernels: (N, C, D, H, W) or (C, D, H, W) to (N, K, O, P, Q).
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> Conv3d(1, 2, 2)(torch.ones(1, 1, 3, 3, 3)).shape
+    torch.Size([1, 2, 2, 2, 2])
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return convolve(self, "conv3d", input, Epilogue(self.bias))

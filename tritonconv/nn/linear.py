@@ -1,0 +1,27 @@
+"""torch.nn.Linear on our kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonconv.ops.backend import Backend
+from tritonconv.ops.dispatch import linear
+from tritonconv.ops.epilogue import Epilogue
+
+__all__ = ["Linear"]
+
+
+class Linear(torch.nn.Linear):
+    """`torch.nn.Linear` on our kernels: (*, C) to (*, K).
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> Linear(3, 4)(torch.ones(2, 3)).shape
+    torch.Size([2, 4])
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, Epilogue(self.bias), self.backend)

@@ -1,0 +1,91 @@
+"""Activations by name, as a fused call takes them and as torch computes them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tritonconv.kernels.activations import Activation
+
+__all__ = ["ActivationSpec", "from_module", "module_types", "parse_activation", "table"]
+
+
+@functools.cache
+def table() -> dict[str, Activation]:
+    """The rows of kernels/activations.py. Read late, so that `import tritonconv` does not import triton."""
+    from tritonconv.kernels.activations import ACTIVATIONS
+
+    return ACTIVATIONS
+
+
+class ActivationSpec(NamedTuple):
+    """A row of the table with its numbers."""
+
+    name: str
+    a: float = 0.0
+    b: float = 0.0
+
+    def torch(self, x: Tensor) -> Tensor:
+        """What torch computes."""
+        row = table()[self.name]
+        numbers = dict(zip((n for n, _ in row.parameters), (self.a, self.b), strict=False))
+        function: Callable[..., Tensor] = getattr(torch.nn.functional, row.function)
+        return function(x, **numbers, **dict(row.fixed))
+
+    def __str__(self) -> str:
+        numbers = (self.a, self.b)[: len(table()[self.name].parameters)]
+        return f"{self.name}({', '.join(f'{n:g}' for n in numbers)})" if numbers else self.name
+
+
+def make_spec(name: str, numbers: tuple[float, ...] = ()) -> ActivationSpec:
+    """The named activation, with its defaults where `numbers` ends."""
+    if name == "swish":
+        name = "silu"
+    if name not in table():
+        raise ValueError(f"unknown activation {name!r}, expected one of {', '.join(table())}")
+    defaults = tuple(value for _, value in table()[name].parameters)
+    if len(numbers) > len(defaults):
+        raise ValueError(f"activation {name!r} takes {len(defaults)} numbers, got {numbers}")
+    return ActivationSpec(name, *(float(n) for n in numbers + defaults[len(numbers) :]))
+
+
+@functools.cache
+def module_types() -> dict[type[torch.nn.Module], tuple[str, ...]]:
+    """torch.nn's activation classes, each with the rows that it can stand for."""
+    types: dict[type[torch.nn.Module], tuple[str, ...]] = {}
+    for name, row in table().items():
+        kind = getattr(torch.nn, row.module)
+        types[kind] = (*types.get(kind, ()), name)
+    return types
+
+
+def from_module(module: torch.nn.Module) -> ActivationSpec | None:
+    """The activation that a module computes, or None where it is not one of ours (a subclass is not)."""
+    for name in module_types().get(type(module), ()):
+        row = table()[name]
+        if all(getattr(module, key) == value for key, value in row.fixed):
+            return make_spec(name, tuple(getattr(module, parameter) for parameter, _ in row.parameters))
+    return None
+
+
+def parse_activation(value: object) -> ActivationSpec | None:
+    """None, "identity", a name, (name, numbers...), a module of torch.nn, or a spec.
+
+    >>> parse_activation("relu"), parse_activation(("leaky_relu", 0.2)).a, parse_activation(torch.nn.GELU("tanh")).name
+    (ActivationSpec(name='relu', a=0.0, b=0.0), 0.2, 'gelu_tanh')
+    """
+    if value is None or value == "identity" or isinstance(value, (ActivationSpec, torch.nn.Identity)):
+        return value if isinstance(value, ActivationSpec) else None
+    if isinstance(value, str):
+        return make_spec(value)
+    if isinstance(value, tuple) and value and isinstance(value[0], str):
+        return make_spec(value[0], value[1:])
+    spec = from_module(value) if isinstance(value, torch.nn.Module) else None
+    if spec is None:
+        raise ValueError(f"unknown activation {value!r}, expected one of {', '.join(table())} or its torch.nn module")
+    return spec

@@ -1,0 +1,200 @@
+"""Which backend runs a call, and why: every decision is a value that `explain` can show."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+import torch
+
+from tritonconv.geometry import ConvGeometry
+
+__all__ = [
+    "HAS_TRITON", "Backend", "Call", "Decision", "capability", "check_backend", "current_backend", "decide", "interpreting",
+    "notify", "observe", "set_backend",
+]  # fmt: skip
+
+Backend = Literal["auto", "triton", "torch"]
+BACKENDS = ("auto", "triton", "torch")
+
+_backend: Backend = "auto"
+
+
+class set_backend:  # noqa: N801 - a context manager that reads as a function, like torch.set_grad_enabled
+    """Choose who runs our operators, at once and for the whole process, or for a `with` block.
+
+    Args:
+        backend: "auto" (Triton where it is supported, else torch), "triton" (an error where it is not supported) or
+            "torch".
+
+    >>> with set_backend("torch"):
+    ...     current_backend()
+    'torch'
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        global _backend
+        self._previous = _backend
+        _backend = check_backend(backend)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _backend
+        _backend = self._previous
+
+
+def check_backend(backend: str) -> Backend:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend  # type: ignore[return-value]
+
+
+def current_backend(override: Backend | None = None) -> Backend:
+    """The backend of a layer: the global choice if that is not "auto", else the layer's own (`override`)."""
+    return _backend if _backend != "auto" or override is None else override
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where a call runs. `reason` says why not on Triton, or which kernel; `copies` counts hidden layout copies."""
+
+    backend: Literal["triton", "torch"]
+    reason: str
+    copies: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of our operators, as an observer sees it."""
+
+    op: str
+    decision: Decision
+    geometry: ConvGeometry | None
+    macs: int
+    bytes: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+# Dynamo takes these two as constants: it cannot trace into triton's and CUDA's bindings, and they never change.
+@torch.compiler.assume_constant_result
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs kernels: TRITON_INTERPRET as it was at the first call."""
+    return HAS_TRITON and _interpreting()
+
+
+@functools.cache
+def _interpreting() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    return _capability(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def unsupported(tensors: tuple[torch.Tensor, ...]) -> str | None:
+    """Why these tensors cannot go through a Triton kernel; None where they can."""
+    x = tensors[0]
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreting()):
+        return f"tensors on {x.device.type} run on torch (TRITON_INTERPRET=1 interprets the kernels on CPU tensors)"
+    if x.device.type == "cuda" and not interpreting() and torch.version.hip is None and capability(x.device) < (8, 0):
+        return f"compute capability {capability(x.device)} is below 8.0"
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"{x.dtype} has no kernel"
+    if any(t.layout != torch.strided for t in tensors):
+        return "a tensor is not strided"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "gradients are needed, and backward kernels are not built yet (under torch.no_grad() it runs on Triton)"
+    if torch.compiler.is_compiling():
+        return None
+    if any(t.is_neg() for t in tensors):
+        return "a tensor is a negated view (torch.resolve_neg makes it plain)"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "it is inside a torch.func transform"
+    return None
+
+
+def decide(
+    tensors: tuple[torch.Tensor, ...], backend: Backend | None, describe: Callable[[], str], missing: str | None = None
+) -> str | None:
+    """None to run on Triton, else the reason why torch runs the call.
+
+    Args:
+        tensors: everything the kernel would read.
+        backend: the layer's own choice; the global one goes first unless it is "auto".
+        describe: says which call it is, for the error and the warning.
+        missing: a reason known beforehand why there is no kernel for it.
+
+    Raises:
+        RuntimeError: backend "triton" was asked for and the call is not supported.
+    """
+    chosen = current_backend(backend)
+    if chosen == "torch":
+        return "the torch backend was chosen"
+    why_not = missing or unsupported(tensors)
+    if why_not is None:
+        return None
+    if chosen == "triton":
+        raise RuntimeError(f"backend 'triton' was asked for, but {why_not}: {describe()}")
+    if not torch.compiler.is_compiling() and (tensors[0].is_cuda or interpreting()):
+        _warn_once(describe(), why_not)
+    return why_not
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn_once(what: str, why: str) -> None:
+    if (what, why) not in _warned:
+        _warned.add((what, why))
+        warnings.warn(f"tritonconv: {what} runs on torch: {why}", stacklevel=5)
+
+
+_observers = threading.local()
+
+
+@contextmanager
+def observe(callback: Callable[[Call], None]) -> Iterator[None]:
+    """Show every call of our operators on this thread to `callback`, and compute them all with torch meanwhile.
+
+    The decisions are those that a normal run would take; this is how `explain` reports without launching kernels.
+    """
+    previous = getattr(_observers, "callback", None)
+    _observers.callback = callback
+    try:
+        yield
+    finally:
+        _observers.callback = previous
+
+
+def notify(make_call: Callable[[], Call]) -> bool:
+    """Tell the observer, if there is one; whether there is."""
+    callback = getattr(_observers, "callback", None)
+    if callback is None:
+        return False
+    callback(make_call())
+    return True

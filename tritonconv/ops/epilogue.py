@@ -1,0 +1,77 @@
+"""What follows a convolution in the same kernel: bias, batch norm in eval mode, residual, activation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonconv.ops.activation import ActivationSpec
+
+__all__ = ["BatchNorm", "Epilogue"]
+
+
+class BatchNorm(NamedTuple):
+    """A batch norm in eval mode: running statistics and affine parameters, each of shape (K,)."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class Epilogue(NamedTuple):
+    """y = act(bn(conv + bias) + residual); every part may be missing."""
+
+    bias: Tensor | None = None
+    batch_norm: BatchNorm | None = None
+    residual: Tensor | None = None
+    activation: ActivationSpec | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that the kernel would read."""
+        norm = self.batch_norm[:4] if self.batch_norm else ()
+        return tuple(t for t in (self.bias, *norm, self.residual) if t is not None)
+
+    def torch(self, y: Tensor) -> Tensor:
+        """What torch computes behind a convolution that has added its bias already."""
+        if self.batch_norm is not None:
+            mean, var, weight, bias, eps = self.batch_norm
+            y = torch.nn.functional.batch_norm(y, mean, var, weight, bias, training=False, eps=eps)
+        if self.residual is not None:
+            y = y + self.residual
+        return y if self.activation is None else self.activation.torch(y)
+
+    def check(self, op: str, what: str, x: Tensor, channels: int, output_shape: tuple[int, ...] | None) -> None:
+        """Raise what torch raises for tensors of a wrong size, type or device; `what` is the geometry in words.
+
+        `output_shape` is None where the caller has checked the residual.
+        """
+        if self.bias is not None and tuple(self.bias.shape) != (channels,):
+            raise RuntimeError(
+                f"{op}: expected bias to be 1-dimensional with {channels} elements, but got bias of size "
+                f"{list(self.bias.shape)} instead ({what})"
+            )
+        if self.bias is not None and self.bias.dtype != x.dtype:
+            raise RuntimeError(
+                f"{op}: input type ({x.dtype}) and bias type ({self.bias.dtype}) should be the same ({what})"
+            )
+        if self.batch_norm is not None:
+            for name, t in zip(("running_mean", "running_var", "bn_weight", "bn_bias"), self.batch_norm, strict=False):
+                if t is not None and tuple(t.shape) != (channels,):
+                    raise RuntimeError(
+                        f"{op}: {name} should contain {channels} elements, not {t.numel()} of size {list(t.shape)} ({what})"
+                    )
+        if self.residual is not None and output_shape is not None and tuple(self.residual.shape) != output_shape:
+            raise RuntimeError(
+                f"{op}: expected residual of the output's size {list(output_shape)}, but got {list(self.residual.shape)} "
+                f"({what})"
+            )
+        for t in self.tensors():
+            if t.device != x.device:
+                raise RuntimeError(
+                    f"{op}: expected all tensors to be on the same device, but got {x.device} for the input and {t.device} "
+                    f"({what})"
+                )

@@ -1,0 +1,51 @@
+"""Memory formats: which one a tensor has, which one a result gets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_format", "dense_strides", "empty_output", "is_dense", "suggests_channels_last"]
+
+
+def suggests_channels_last(x: Tensor) -> bool:
+    """Whether torch would say that `x` (N, C, *spatial) is channels-last; an ambiguous one counts as contiguous.
+
+    Follows c10's is_channels_last_strides, for one to three spatial dimensions.
+    """
+    sizes, strides = x.shape, x.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
+            return False
+        least = strides[d] * max(sizes[d], 1)
+    return True
+
+
+def dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
+    """Strides of a dense (N, C, *spatial) tensor in either format."""
+    strides = [1] * len(shape)
+    order = (1, *range(len(shape) - 1, 1, -1), 0) if channels_last else range(len(shape) - 1, -1, -1)
+    step = 1
+    for d in order:
+        strides[d] = step
+        step *= max(shape[d], 1)
+    return tuple(strides)
+
+
+def is_dense(x: Tensor, channels_last: bool) -> bool:
+    """Whether `x` has exactly the elements of a dense tensor in that format; strides of unit sizes do not matter."""
+    expected = dense_strides(tuple(x.shape), channels_last)
+    return all(n <= 1 or s == e for n, s, e in zip(x.shape, x.stride(), expected, strict=True))
+
+
+def empty_output(x: Tensor, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> Tensor:
+    """An uninitialized result beside `x`, dense in that format."""
+    return torch.empty_strided(shape, dense_strides(shape, channels_last), dtype=dtype, device=x.device)
+
+
+def as_format(x: Tensor, channels_last: bool) -> Tensor:
+    """`x` itself if it is dense in that format, else a copy that is."""
+    return x if is_dense(x, channels_last) else empty_output(x, tuple(x.shape), channels_last, x.dtype).copy_(x)

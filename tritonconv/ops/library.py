@@ -1,0 +1,121 @@
+"""The operator that torch.compile, export, fake tensors, autocast and dispatch modes see: torch.ops.tritonconv.conv.
+
+Eager calls go past it, straight to the launcher (ops/dispatch.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.activation import ActivationSpec
+from tritonconv.ops.convolution import check_convolution, conv_forward, output_format
+from tritonconv.ops.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.layout import dense_strides
+
+__all__ = ["call_operator"]
+
+
+def call_operator(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, stride: Any, padding: Any, dilation: Any, groups: int,
+    kind: Literal["conv", "matmul"],
+) -> Tensor:  # fmt: skip
+    """torch.ops.tritonconv.conv with an epilogue taken apart."""
+    norm, act = epilogue.batch_norm, epilogue.activation
+    numbers = dict(
+        stride=_ints(stride), padding=[] if isinstance(padding, str) else _ints(padding),
+        padding_name=padding if isinstance(padding, str) else "", dilation=_ints(dilation), groups=groups,
+        eps=norm.eps if norm else 0.0, activation=act.name if act else "",
+        a=act.a if act else 0.0, b=act.b if act else 0.0, kind=kind,
+    )  # fmt: skip
+    norm_tensors = norm[:4] if norm else (None,) * 4
+    result: Tensor = torch.ops.tritonconv.conv(x, weight, epilogue.bias, *norm_tensors, epilogue.residual, **numbers)
+    return result
+
+
+def _ints(value: int | Sequence[int]) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)
+
+
+@torch.library.custom_op("tritonconv::conv", mutates_args=())
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None, *, stride: Sequence[int],
+    padding: Sequence[int], padding_name: str, dilation: Sequence[int], groups: int, eps: float, activation: str, a: float,
+    b: float, kind: str,
+) -> Tensor:  # fmt: skip
+    """act(bn(conv(x, weight) + bias) + residual) for a batched x, on Triton alone.
+
+    `padding_name` is "same", "valid" or "" (then `padding` counts); `activation` is a name or ""; `kind` "matmul" takes the
+    TF32 switch of matrix products.
+    """
+    geometry = _geometry(x, weight, stride, padding, padding_name, dilation, groups)
+    norm = None
+    if running_mean is not None and running_var is not None:
+        norm = BatchNorm(running_mean, running_var, bn_weight, bn_bias, eps)
+    epilogue = Epilogue(bias, norm, residual, ActivationSpec(activation, a, b) if activation else None)
+    check_convolution("tritonconv::conv", x, weight, epilogue, geometry)
+    return conv_forward(x, weight, epilogue, geometry, "matmul" if kind == "matmul" else "conv")
+
+
+def _geometry(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], padding_name: str, dilation: Sequence[int],
+    groups: int,
+) -> ConvGeometry:  # fmt: skip
+    return ConvGeometry.parse(
+        x.shape, weight.shape, nd=x.dim() - 2, stride=list(stride), padding=padding_name or list(padding),
+        dilation=list(dilation), groups=groups,
+    )  # fmt: skip
+
+
+@conv.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None, *, stride: Sequence[int],
+    padding: Sequence[int], padding_name: str, dilation: Sequence[int], groups: int, eps: float, activation: str, a: float,
+    b: float, kind: str,
+) -> Tensor:  # fmt: skip
+    geometry = _geometry(x, weight, stride, padding, padding_name, dilation, groups)
+    strides = dense_strides(geometry.output_shape, output_format(x, weight))
+    return x.new_empty_strided(geometry.output_shape, strides)
+
+
+@register_flop_formula(torch.ops.tritonconv.conv)
+def _flops(
+    x_shape: Sequence[int], w_shape: Sequence[int], *args: Any, stride: Sequence[int], padding: Sequence[int],
+    padding_name: str, dilation: Sequence[int], groups: int, **kwargs: Any,
+) -> int:  # fmt: skip
+    geometry = ConvGeometry.parse(
+        x_shape, w_shape, nd=len(x_shape) - 2, stride=list(stride), padding=padding_name or list(padding),
+        dilation=list(dilation), groups=groups,
+    )  # fmt: skip
+    return 2 * geometry.macs
+
+
+def _register_autocast(device: str, key: Any) -> None:
+    """Cast x, weight, bias and residual to the dtype that autocast has at the call; batch norm's tensors stay."""
+
+    def autocast_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(t: Tensor | None) -> Tensor | None:
+            return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+
+        *norm, residual = args
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            result: Tensor = torch.ops.tritonconv.conv(
+                cast(x), cast(weight), cast(bias), *norm, cast(residual), **kwargs
+            )
+            return result
+
+    _library.impl("conv", autocast_conv, f"Autocast{device.upper()}")
+
+
+_library = torch.library.Library("tritonconv", "FRAGMENT")
+_register_autocast("cuda", torch._C.DispatchKey.AutocastCUDA)
+_register_autocast("cpu", torch._C.DispatchKey.AutocastCPU)

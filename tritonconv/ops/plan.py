@@ -1,0 +1,142 @@
+"""Which kernel a convolution takes, how it sees the image, and which hidden copies that costs.
+
+Pure arithmetic on sizes and strides: a plan is known before any memory is touched, so that `explain` can tell it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.layout import dense_strides
+
+__all__ = ["ConvPlan", "Strides", "plan_convolution", "power_of_two_divisor"]
+
+Strides = tuple[int, int, int, int, int]
+"""Elements between neighbors along N, C, D, H, W; 0 where there is only one."""
+
+# Up to so many channels a group's taps and channels share one reduction axis: a product per tap would be mostly zeros.
+FLAT_CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """How a convolution will run."""
+
+    kernel: str
+    """conv_fprop, conv_flat or matmul."""
+    geometry: ConvGeometry
+    """The product that the kernel computes: patches may have become channels."""
+    strides: Strides
+    """The image as the kernel reads it, behind the copy if there is one."""
+    row_stride: int
+    """For matmul: elements between consecutive pixels."""
+    copy_input: bool
+    copy_weight: bool
+    weight_channels_last: bool
+    """Order of the weight's memory as the kernel reads it."""
+
+    @property
+    def copies(self) -> int:
+        return self.copy_input + self.copy_weight
+
+
+def plan_convolution(
+    geometry: ConvGeometry, strides: tuple[int, ...], *, weight_contiguous: bool, weight_channels_last: bool
+) -> ConvPlan:
+    """Plan for an image (N, C, *spatial) with these strides and a weight that is dense in these formats, or neither."""
+    return _plan(geometry, strides, weight_contiguous, weight_channels_last)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(geometry: ConvGeometry, strides: tuple[int, ...], w_contiguous: bool, w_channels_last: bool) -> ConvPlan:
+    channels = geometry.in_channels // geometry.groups
+    x_channels_last = strides[1] == 1 or geometry.in_channels == 1
+    patches = _is_patches(geometry)
+    if channels <= FLAT_CHANNELS or (patches and not x_channels_last):
+        if not (patches and x_channels_last):
+            return _plan_flat(geometry, strides, patches, w_contiguous, w_channels_last)
+    copy_input = not x_channels_last
+    lifted = _lift(geometry, dense_strides(geometry.input_shape, True) if copy_input else strides)
+    seen, lifted = _fold_patches(geometry, lifted) if patches else (geometry, lifted)
+    row_stride = _row_stride(seen, lifted)
+    kernel = "conv_fprop" if row_stride is None else "matmul"
+    return ConvPlan(kernel, seen, lifted, row_stride or 0, copy_input, not w_channels_last, True)
+
+
+def _plan_flat(
+    geometry: ConvGeometry, strides: tuple[int, ...], patches: bool, w_contiguous: bool, w_channels_last: bool
+) -> ConvPlan:
+    """The image is read where it lies, in the order of the weight's memory."""
+    if patches:
+        # Patches want vector loads, so the weight follows the image; it is the smaller one.
+        copy, channels_last = not w_contiguous, False
+    else:
+        copy, channels_last = not (w_contiguous or w_channels_last), w_channels_last and not w_contiguous
+    return ConvPlan("conv_flat", geometry, _lift(geometry, strides), 0, False, copy, channels_last)
+
+
+def _lift(geometry: ConvGeometry, strides: tuple[int, ...]) -> Strides:
+    n, c, *spatial = strides
+    sizes = (geometry.batch, geometry.in_channels, *geometry.input)
+    lifted = (n, c, *(0,) * (3 - geometry.nd), *spatial)
+    return tuple(s if size > 1 else 0 for s, size in zip(lifted, sizes, strict=True))  # type: ignore[return-value]
+
+
+def _is_patches(g: ConvGeometry) -> bool:
+    """Whether filters tile the image without overlap: kernel == stride, nothing padded, nothing skipped inside."""
+    return (
+        g.groups == 1
+        and g.taps > 1
+        and not any(g.padding + g.padding_after)
+        and all(k == s and (d == 1 or k == 1) for k, s, d in zip(g.kernel, g.stride, g.dilation, strict=True))
+    )
+
+
+def _fold_patches(g: ConvGeometry, strides: Strides) -> tuple[ConvGeometry, Strides]:
+    """The same product with the filter's innermost extents as channels, as far as they lie side by side.
+
+    A patch's row of S pixels with C channels is one run of S * C elements, so the filter loses that axis; where a patch
+    spans the image's width, its rows join likewise.
+    """
+    run, folded = g.in_channels, list(strides)
+    kernel, stride, size = list(g.kernel), list(g.stride), list(g.input)
+    for axis in (2, 1, 0):
+        if kernel[axis] > 1 and strides[2 + axis] != run:
+            break
+        run *= kernel[axis]
+        folded[2 + axis] *= kernel[axis]
+        size[axis] = g.output[axis]
+        kernel[axis] = stride[axis] = 1
+        if g.output[axis] > 1:
+            break
+    n, c, d, h, w = folded
+    seen = replace(
+        g, in_channels=run, kernel=(kernel[0], kernel[1], kernel[2]), stride=(stride[0], stride[1], stride[2]),
+        input=(size[0], size[1], size[2]), dilation=(1, 1, 1),
+    )  # fmt: skip
+    return seen, (n, 1 if run > 1 else c, d, h, w)
+
+
+def _row_stride(g: ConvGeometry, strides: Strides) -> int | None:
+    """Elements between consecutive pixels if the convolution is a plain product over them, else None."""
+    if g.groups != 1 or g.taps != 1 or any(g.padding) or g.stride != (1, 1, 1):
+        return None
+    row = None
+    rows = 1
+    for stride, size in zip((strides[4], strides[3], strides[2], strides[0]), (*g.output[::-1], g.batch), strict=True):
+        if size > 1:
+            if row is None:
+                # Axes inside this one have a single element, so that it is the innermost: rows is 1.
+                row = stride
+            if stride != row * rows:
+                return None
+            rows *= size
+    return g.in_channels if row is None else row
+
+
+def power_of_two_divisor(*values: int) -> int:
+    """The largest power of two up to 16 that divides all values."""
+    return math.gcd(16, *values)
