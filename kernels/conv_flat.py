@@ -1,37 +1,40 @@
-"""Convolution forward with filter taps and channels flattened into one reduction axis: stems and image patches.
+"""Convolution forward with filter taps and channels flattened into one reduction axis.
 
-M = output pixels, N = output channels of one group, K = taps x channels in the order of the weight's memory. With 1 to 4
-channels a product per tap would be mostly zeros (a 7x7 stem: 49 of depth 16, against 147 -> 160 here). Element k of the
-axis is decoded to (t, r, s, c) and read at its own address, so that any layout of the image will do: a stem reads a
-contiguous NCHW image without a copy. Where consecutive k are neighbors in memory (patches of 8 or more pixels in a
-contiguous image, read in its own order), the loads are vectors; else they are single elements, out of L1.
-Each output is written once, after the epilogue.
+M = output pixels, N = output channels of one group, K = taps x channels in the order of the weight's memory. For channel
+counts that no block divides: a product per tap would be mostly zeros in a stem (49 of depth 16 for a 7x7 filter, against
+147 -> 160 here), and with 16 or 32 channels a block takes several taps at once. Element k of the axis is decoded to
+(t, r, s, c) and read at its own address, so that any layout of the image will do: a stem reads a contiguous NCHW image
+without a copy. Where consecutive k are neighbors in memory (8 channels of a channels-last image, or image patches of 8
+or more pixels in their own order) the loads are 128-bit vectors; else they are single elements, out of L1.
+
+Padding is a word of bits per pixel, made before the loop. Each output is written once, after the epilogue.
 """
 
 import triton
 import triton.language as tl
 
-from .dot import accumulator_type, matmul_acc
+from .dot import matmul_acc, zero_tile
 from .epilogue import finish_tile
-from .tiles import grouped_tile, tile
+from .tiles import grouped_tile, tap_bits, taps_outside, tile
 
 __all__ = ["configs", "conv_flat_kernel"]
 
 
 def configs() -> list[triton.Config]:
     """Every candidate; `tiles.fitting` leaves those that suit a problem."""
-
     return [
-        # Patch embeddings: many channels out, a deep axis.
-        tile(128, 128, 32, 8, 3),
-        # Stems: 32 to 96 channels out. Deeper blocks only add masks for the axis' end.
-        tile(128, 64, 32, 8, 3),
-        tile(128, 64, 32, 4, 2),
+        # Many channels out: patch embeddings, and layers of 96 to 256 channels that no block divides.
+        tile(128, 128, 64, 8, 3),
+        # 32 to 96 channels out, vector loads.
+        tile(128, 64, 64, 8, 3),
+        tile(64, 64, 64, 8, 3),
+        # Stems, whose single elements are dearer to read than to multiply: few registers, many programs.
+        tile(128, 64, 16, 4, 2),
         tile(64, 64, 32, 4, 2),
         tile(128, 32, 32, 4, 2),
         tile(64, 32, 32, 4, 2),
         # Groups with few channels, and first layers with few filters.
-        tile(128, 16, 16, 4, 2),
+        tile(64, 16, 32, 4, 2),
         tile(64, 16, 16, 4, 2),
     ]
 
@@ -39,9 +42,8 @@ def configs() -> list[triton.Config]:
 @triton.jit
 def conv_flat_kernel(
     x_ptr, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
-    w_ptr, stride_wk,  # [groups * K, taps * C], dense rows
-    y_ptr, residual_ptr,
-    bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    w, stride_wk,  # [groups * K, taps * C], dense rows: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
+    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
     # sizes; K is that of one group
     M, D, H, W, K, O, P, Q, GROUPS,
     # geometry; C is that of one group
@@ -52,26 +54,29 @@ def conv_flat_kernel(
     # flags: PADDED: some tap can fall outside. W_CHANNELS_LAST: the axis runs (t, r, s, c), else (c, t, r, s). VEC_X, VEC_W,
     # VEC_K: powers of two up to 16 that divide the image's strides but the unit one, the weight's, and K
     PADDED: tl.constexpr, W_CHANNELS_LAST: tl.constexpr, VEC_X: tl.constexpr, VEC_W: tl.constexpr, VEC_K: tl.constexpr,
-    Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr,
     EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
     # tiles
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # The compiler proves alignment, and so vectors, from a product alone: tl.multiple_of has no effect on arguments.
     if VEC_X > 1:
-        stride_xn = tl.multiple_of(stride_xn, VEC_X)
-        stride_xd = tl.multiple_of(stride_xd, VEC_X)
-        stride_xh = tl.multiple_of(stride_xh, VEC_X)
-    if VEC_W > 1:
-        stride_wk = tl.multiple_of(stride_wk, VEC_W)
-    if VEC_K > 1:
-        K = tl.multiple_of(K, VEC_K)
+        stride_xn = stride_xn // VEC_X * VEC_X
+        stride_xd = stride_xd // VEC_X * VEC_X
+        stride_xh = stride_xh // VEC_X * VEC_X
     if VEC_X > 1 and W_CHANNELS_LAST:
-        stride_xw = tl.multiple_of(stride_xw, VEC_X)
+        stride_xw = stride_xw // VEC_X * VEC_X
     if VEC_X > 1 and not W_CHANNELS_LAST:
-        stride_xc = tl.multiple_of(stride_xc, VEC_X)
+        stride_xc = stride_xc // VEC_X * VEC_X
+    if VEC_W > 1:
+        stride_wk = stride_wk // VEC_W * VEC_W
+    if VEC_K > 1:
+        K = K // VEC_K * VEC_K
     TAPS: tl.constexpr = T * R * S
     DEPTH: tl.constexpr = TAPS * C
+    EVEN: tl.constexpr = DEPTH % BLOCK_K == 0
+    HAS_D: tl.constexpr = T > 1 or PAD_D > 0
+    BITS: tl.constexpr = PADDED and T + R + S <= 31
 
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(K, BLOCK_N)
@@ -79,26 +84,28 @@ def conv_flat_kernel(
     pid_m, pid_n = grouped_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
     # Rows past the end repeat the last pixel: their loads are valid and their results are not stored.
     row = tl.minimum(offs_m, M - 1)
     d0 = row // (P * Q) % O * STRIDE_D - PAD_D
     h0 = row // Q % P * STRIDE_H - PAD_H
     w0 = row % Q * STRIDE_W - PAD_W
     n = row // (O * P * Q)
+    if BITS:
+        outside = taps_outside(d0, h0, w0, D, H, W, T, R, S, DIL_D, DIL_H, DIL_W, HAS_D)
+    first_c = group * C
     if INDEX_64:
         n = n.to(tl.int64)
-        d0 = d0.to(tl.int64)
-        h0 = h0.to(tl.int64)
-    x_ptrs = x_ptr + (n * stride_xn + d0 * stride_xd + h0 * stride_xh + w0 * stride_xw + group * C * stride_xc)
+        first_c = first_c.to(tl.int64)
+    offs_x = n * stride_xn + first_c * stride_xc
+    offs_x += d0.to(n.dtype) * stride_xd + h0.to(n.dtype) * stride_xh + w0.to(n.dtype) * stride_xw
+    x_ptrs = x_ptr + offs_x
 
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Filters past the end repeat the last one, likewise.
-    filters = group * K + tl.minimum(offs_n, K - 1)
-    w_ptrs = w_ptr + filters * stride_wk
+    if not USE_TMA:
+        # Filters past the end repeat the last one, likewise.
+        offs_n = group * K + tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), K - 1)
+        w_ptrs = w + offs_n * stride_wk
 
-    dtype: tl.constexpr = accumulator_type(x_ptr.dtype.element_ty)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype)
+    acc = zero_tile(y_ptr, BLOCK_M, BLOCK_N)
     for start in tl.range(0, DEPTH, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         if W_CHANNELS_LAST:
@@ -110,20 +117,34 @@ def conv_flat_kernel(
         t = tap // (R * S)
         r = tap // S % R
         s = tap % S
-        offs_k = c * stride_xc + t * (DIL_D * stride_xd) + r * (DIL_H * stride_xh) + s * (DIL_W * stride_xw)
+        offs_k = c.to(n.dtype) * stride_xc + t.to(n.dtype) * (DIL_D * stride_xd)
+        offs_k += r * (DIL_H * stride_xh) + s * (DIL_W * stride_xw)
+        a_ptrs = x_ptrs[:, None] + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
         # The end of the axis is masked on both sides: zero times whatever lies there could be NaN.
-        a_mask = (k < DEPTH)[None, :]
-        if PADDED:
+        if BITS:
+            a_mask = (outside[:, None] & tap_bits(t, r, s, R, S, HAS_D)[None, :]) == 0
+        elif PADDED:
             # Unsigned comparison: a negative coordinate is a large number.
-            a_mask = a_mask & ((h0[:, None] + (r * DIL_H)[None, :]).to(tl.uint32) < H)
+            a_mask = (h0[:, None] + (r * DIL_H)[None, :]).to(tl.uint32) < H
             a_mask = a_mask & ((w0[:, None] + (s * DIL_W)[None, :]).to(tl.uint32) < W)
-            if T > 1 or PAD_D > 0:
-                a_mask = a_mask & ((d0[:, None] + (t * DIL_D)[None, :]).to(tl.uint32) < D)
-        a = tl.load(x_ptrs[:, None] + offs_k[None, :], mask=a_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
-        b = tl.load(w_ptrs[:, None] + k[None, :], mask=(k < DEPTH)[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
+            a_mask = a_mask & ((d0[:, None] + (t * DIL_D)[None, :]).to(tl.uint32) < D)
+        if PADDED and not EVEN:
+            a_mask = a_mask & (k < DEPTH)[None, :]
+        if PADDED:
+            a = tl.load(a_ptrs, mask=a_mask, other=0.0)
+        elif EVEN:
+            a = tl.load(a_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(k < DEPTH)[None, :], other=0.0)
+        if USE_TMA:
+            b = w.load([group * K + pid_n * BLOCK_N, start])
+        elif EVEN:
+            b = tl.load(w_ptrs[:, None] + k[None, :])  # [BLOCK_N, BLOCK_K]
+        else:
+            b = tl.load(w_ptrs[:, None] + k[None, :], mask=(k < DEPTH)[None, :], other=0.0)
         acc = matmul_acc(a, b.T, acc, PRECISION)
 
     finish_tile(
-        acc, offs_m, mask_m, O * P * Q, group * K + offs_n, offs_n < K, GROUPS * K, y_ptr, residual_ptr,
-        bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
+        acc, offs_m, M, O * P * Q, group, pid_n * BLOCK_N, K, GROUPS * K, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr,
+        gamma_ptr, beta_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "accumulator_type", "matmul_acc"]
+__all__ = ["INTERPRETED", "matmul_acc", "zero_tile"]
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -20,6 +20,10 @@ def matmul_acc(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def accumulator_type(element_ty: tl.constexpr) -> tl.constexpr:
-    """fp64 sums fp64, fp32 sums everything else."""
-    return tl.float64 if element_ty == tl.float64 else tl.float32
+def zero_tile(y_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Accumulators for an output of this type: fp64 sums fp64, fp32 sums everything else."""
+    if y_ptr.dtype.element_ty == tl.float64:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float64)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    return acc

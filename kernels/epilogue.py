@@ -1,6 +1,6 @@
 """What every convolution does to its accumulators before its only store.
 
-    y = act(bn(acc + bias) + residual),   bn(v) = (v - mean) * gamma / sqrt(var + EPS) + beta
+    y = act(bn(acc + bias) + residual),   bn(v) = (v - mean) * gamma / sqrt(var + eps) + beta
 
 in fp32 (fp64 for fp64). A batch norm in eval mode is folded here, per output channel, from its own tensors: weights are
 never rounded with a scale in them, nothing is cached on the host that an optimizer, a moving average or a checkpoint
@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 
 __all__ = ["finish_tile"]
+
+# Columns of a slice: a whole wide tile's residual, offsets and per-channel vectors beside its accumulators would spill.
+SLICE_N = tl.constexpr(32)
 
 
 @triton.jit
@@ -42,22 +45,14 @@ def affine(
 
 
 @triton.jit
-def finish_tile(
-    acc,  # [BLOCK_M, BLOCK_N]
-    offs_m, mask_m, pixels,  # output pixels, and how many there are in an image
-    offs_n, mask_n, channels,  # channels of the whole output, over all groups
-    y_ptr, residual_ptr,
-    bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
-    EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
-    Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
-):  # fmt: skip
-    """Apply the epilogue to one tile and store it into a dense output, channels-last or contiguous.
-
-    The residual has the output's layout. Each element of it is read once and each output written once.
-    """
+def finish_slice(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr,
+                 ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr):  # fmt: skip
+    offs_m, mask_m, pixels, group, K, channels = where
+    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr = tensors
+    offs_n = first_n + tl.arange(0, acc.shape[1])
+    mask_n = offs_n < K
+    offs_n = group * K + offs_n
     acc = affine(acc, offs_n, mask_n, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS)
-    if INDEX_64:
-        offs_m = offs_m.to(tl.int64)
     if Y_CHANNELS_LAST:
         offs_y = (offs_m * channels)[:, None] + offs_n[None, :]
         mask = mask_m[:, None] & mask_n[None, :]
@@ -71,3 +66,59 @@ def finish_tile(
         acc = acc + tl.load(residual_ptr + offs_y, mask=mask, other=0.0).to(acc.dtype)
     acc = ACT(acc, ACT_A, ACT_B)
     tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def halves(acc):
+    """The left and the right half of a tile's columns."""
+    pairs = tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1))
+    return tl.split(pairs)
+
+
+# Triton has no recursion: each width has its own function, and the widest calls all.
+@triton.jit
+def finish_2(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr,
+             ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr):  # fmt: skip
+    if acc.shape[1] <= SLICE_N:
+        finish_slice(acc, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+    else:
+        left, right = halves(acc)
+        finish_slice(left, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+        finish_slice(right, first_n + left.shape[1], where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+
+
+@triton.jit
+def finish_4(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr,
+             ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr):  # fmt: skip
+    if acc.shape[1] <= 2 * SLICE_N:
+        finish_2(acc, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+    else:
+        left, right = halves(acc)
+        finish_2(left, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+        finish_2(right, first_n + left.shape[1], where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+
+
+@triton.jit
+def finish_tile(
+    acc,  # [BLOCK_M, BLOCK_N]
+    offs_m, M, pixels,  # output pixels, how many there are, and how many in an image
+    group, first_n, K, channels,  # the tile's group and first column, channels of a group and of the output
+    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
+):  # fmt: skip
+    """Apply the epilogue to one tile and store it into a dense output, channels-last or contiguous.
+
+    The residual has the output's layout. Each element of it is read once and each output written once.
+    """
+    mask_m = offs_m < M
+    if INDEX_64:
+        offs_m = offs_m.to(tl.int64)
+    where = (offs_m, mask_m, pixels, group, K, channels)
+    tensors = (y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+    if acc.shape[1] <= 4 * SLICE_N:
+        finish_4(acc, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+    else:
+        left, right = halves(acc)
+        finish_4(left, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+        finish_4(right, first_n + left.shape[1], where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)

@@ -9,7 +9,7 @@ the epilogue, which is where a memory-bound 1x1 layer gains.
 import triton
 import triton.language as tl
 
-from .dot import accumulator_type, matmul_acc
+from .dot import matmul_acc, zero_tile
 from .epilogue import finish_tile
 from .tiles import grouped_tile, tile
 
@@ -28,12 +28,14 @@ def configs() -> list[triton.Config]:
         # Memory-bound 1x1 layers: small tiles, several resident programs.
         tile(128, 64, 64, 4, 3),
         tile(64, 128, 64, 4, 3),
-        tile(64, 64, 64, 4, 4),
+        tile(64, 64, 64, 8, 3),
         tile(128, 32, 32, 4, 4),
+        tile(128, 64, 32, 4, 3),
         tile(64, 32, 32, 4, 3),
+        tile(64, 16, 32, 4, 3),
+        tile(64, 16, 16, 4, 3),
         # A batch of a few rows: the weight is what is read.
         tile(16, 64, 64, 4, 4),
-        tile(16, 16, 16, 4, 3),
     ]
 
 
@@ -41,8 +43,7 @@ def configs() -> list[triton.Config]:
 def matmul_kernel(
     x, stride_xm,  # [M, C], channels side by side: a pointer, or a descriptor of [BLOCK_M, BLOCK_K] boxes
     w, stride_wk,  # [K, C]: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
-    y_ptr, residual_ptr,
-    bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
     # sizes: rows, channels in and out, and rows of one image (for a contiguous output)
     M, C, K, PIXELS,
     # flags: EVEN_C: BLOCK_K divides C. VEC_C, VEC_K: powers of two up to 16 that divide C and both strides, and K
@@ -50,15 +51,15 @@ def matmul_kernel(
     Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr,
     EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
     # tiles
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # The compiler proves alignment, and so vectors, from a product alone: tl.multiple_of has no effect on arguments.
     if VEC_C > 1:
-        C = tl.multiple_of(C, VEC_C)
-        stride_xm = tl.multiple_of(stride_xm, VEC_C)
-        stride_wk = tl.multiple_of(stride_wk, VEC_C)
+        C = C // VEC_C * VEC_C
+        stride_xm = stride_xm // VEC_C * VEC_C
+        stride_wk = stride_wk // VEC_C * VEC_C
     if VEC_K > 1:
-        K = tl.multiple_of(K, VEC_K)
+        K = K // VEC_K * VEC_K
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -73,7 +74,7 @@ def matmul_kernel(
         x_ptrs = x + ((rows * stride_xm)[:, None] + offs_k[None, :])  # [BLOCK_M, BLOCK_K]
         w_ptrs = w + ((filters * stride_wk)[:, None] + offs_k[None, :])  # [BLOCK_N, BLOCK_K]
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), accumulator_type(y_ptr.dtype.element_ty))
+    acc = zero_tile(y_ptr, BLOCK_M, BLOCK_N)
     for c in tl.range(0, C, BLOCK_K, num_stages=STAGES):
         if USE_TMA:
             a = x.load([pid_m * BLOCK_M, c])
@@ -88,6 +89,6 @@ def matmul_kernel(
         acc = matmul_acc(a, b.T, acc, PRECISION)
 
     finish_tile(
-        acc, offs_m, offs_m < M, PIXELS, offs_n, offs_n < K, K, y_ptr, residual_ptr,
-        bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
+        acc, offs_m, M, PIXELS, 0, pid_n * BLOCK_N, K, K, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr,
+        gamma_ptr, beta_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
     )  # fmt: skip

@@ -1,23 +1,26 @@
-"""Tiles: candidate configs, which of them suit a problem, and which tile a program owns."""
+"""Tiles: candidate configs, which of them suit a problem, which tile a program owns, and what of it is padding."""
 
 import triton
 import triton.language as tl
 
-__all__ = ["fitting", "grouped_tile", "tile"]
+__all__ = ["fitting", "grouped_tile", "tap_bits", "taps_outside", "tile"]
 
 
-def tile(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
-    """A candidate of BLOCK_M x BLOCK_N outputs, BLOCK_K deep."""
-    return triton.Config(dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8), num_warps=warps, num_stages=stages)
+def tile(m: int, n: int, k: int, warps: int, stages: int, *, tma: bool = True) -> triton.Config:
+    """A candidate of BLOCK_M x BLOCK_N outputs, BLOCK_K deep; `tma`: use descriptors where they are possible."""
+    blocks = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8, USE_TMA=tma)
+    return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
 def fitting(
-    candidates: list[triton.Config], *, m: int, n: int, k: int, itemsize: int, shared: int
-) -> list[triton.Config]:
+    candidates: list[triton.Config], *, m: int, n: int, k: int, itemsize: int, tensor_cores: bool, shared: int,
+    even: bool = False, vectors: bool = True,
+) -> list[triton.Config]:  # fmt: skip
     """The candidates that suit an M x N output with a reduction in runs of K elements of `itemsize` bytes.
 
-    `shared` is the shared memory of a program in bytes. This is the one statement of what is valid; kernels' `prune`
-    functions, the cost model and the tuner all call it. The smallest candidate is kept whatever the sizes.
+    `tensor_cores`: not for fp64 and IEEE fp32. `shared` is the shared memory of a program in bytes; `even` asks for blocks
+    that divide K; `vectors`: whether the image is read by vectors. This is the one statement of what is valid; the choice
+    of a config and the tuner both call it.
     """
     kept = []
     for config in candidates:
@@ -25,14 +28,16 @@ def fitting(
         # More than twice as large as the output or the reduction: mostly zeros are computed.
         if m_ > max(64, 2 * m - 1) or n_ > max(16, 2 * n - 1) or k_ > max(16, 2 * k - 1):
             continue
+        if even and k % k_:
+            continue
         # The pipeline's buffers must fit.
         if (m_ + n_) * k_ * itemsize * config.num_stages > shared:
             continue
-        # fp64 accumulators of larger tiles spill.
-        if itemsize == 8 and m_ * n_ > 64 * 32:
+        # Plain products hold their operands in registers, and larger tiles spill.
+        if not tensor_cores and m_ * n_ * k_ > (64 * 64 * 16 if itemsize == 4 else 64 * 16 * 16):
             continue
-        # So do plain fp32 products, which have no tensor cores and hold their operands in registers.
-        if itemsize == 4 and m_ * n_ > 128 * 64:
+        # So do deep steps of single elements, each with an address and a mask of its own.
+        if not vectors and k_ > 32:
             continue
         kept.append(config)
     return kept
@@ -48,3 +53,39 @@ def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     first = pid // band * GROUP_M
     rows = tl.minimum(tiles_m - first, GROUP_M)
     return first + pid % band % rows, pid % band // rows
+
+
+# Padding is tested with one 32-bit word per pixel: a bit for each of the T + R + S filter positions along the axes, set
+# where that position lies outside the image. A tap is outside if one of its three bits is set, which is one instruction.
+
+
+@triton.jit
+def axis_outside(x0, X, TAPS: tl.constexpr, DIL: tl.constexpr, FIRST: tl.constexpr):
+    """Bits FIRST to FIRST + TAPS - 1: whether x0 + tap * DIL lies outside [0, X)."""
+    word = tl.zeros(x0.shape, tl.int32)
+    for tap in tl.static_range(TAPS):
+        outside = (x0 + tap * DIL < 0) | (x0 + tap * DIL >= X)
+        word = word | (outside.to(tl.int32) << (FIRST + tap))
+    return word
+
+
+@triton.jit
+def taps_outside(
+    d0, h0, w0, D, H, W, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, HAS_D: tl.constexpr,
+):  # fmt: skip
+    """One word per pixel for filters of T + R + S <= 31; without HAS_D the depth is known to be inside."""
+    word = axis_outside(w0, W, S, DIL_W, 0) | axis_outside(h0, H, R, DIL_H, S)
+    if HAS_D:
+        word = word | axis_outside(d0, D, T, DIL_D, S + R)
+    return word
+
+
+@triton.jit
+def tap_bits(t, r, s, R: tl.constexpr, S: tl.constexpr, HAS_D: tl.constexpr):
+    """The bits of a tap: it lies inside where none of them is set."""
+    one = tl.full((), 1, tl.int32)
+    bits = (one << s) | (one << (S + r))
+    if HAS_D:
+        bits = bits | (one << (S + R + t))
+    return bits

@@ -191,11 +191,11 @@ class ConvGeometry:
         def sizes(values: Sequence[int]) -> str:
             return "x".join(map(str, values))
 
-        last = slice(3 - self.nd, None)
+        first = 3 - self.nd
         return (
             f"{name} {sizes(self.input_shape)} -> {sizes(self.output_shape)}, weight {sizes(self.weight_shape)}, "
-            f"stride {sizes(self.stride[last])}, padding {sizes(self.padding[last])}, "
-            f"dilation {sizes(self.dilation[last])}, groups {self.groups}"
+            f"stride {sizes(self.stride[first:])}, padding {sizes(self.padding[first:])}, "
+            f"dilation {sizes(self.dilation[first:])}, groups {self.groups}"
         )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.backend import Backend
 from tritonconv.ops.dispatch import convolution
 from tritonconv.ops.epilogue import Epilogue
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "convolve"]
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "convolve", "output_shape"]
 
 
 def convolve(conv: torch.nn.modules.conv._ConvNd, op: str, input: Tensor, epilogue: Epilogue) -> Tensor:
@@ -22,6 +23,20 @@ def convolve(conv: torch.nn.modules.conv._ConvNd, op: str, input: Tensor, epilog
         op, input, conv.weight, epilogue, len(conv.kernel_size), conv.stride, padding, conv.dilation, conv.groups,
         getattr(conv, "backend", None),
     )  # fmt: skip
+
+
+def output_shape(conv: torch.nn.modules.conv._ConvNd, input: Tensor) -> tuple[int, ...]:
+    """Size of the module's output for an input of this size; raises what torch raises where they do not fit."""
+    nd = len(conv.kernel_size)
+    shape, padding = list(input.shape), conv.padding
+    if conv.padding_mode != "zeros":
+        for axis in range(1, nd + 1):
+            shape[-axis] += sum(conv._reversed_padding_repeated_twice[2 * axis - 2 : 2 * axis])
+        padding = (0,) * nd
+    output = ConvGeometry.parse(
+        shape, conv.weight.shape, nd=nd, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups
+    ).output_shape
+    return output if input.dim() == nd + 2 else output[1:]
 
 
 class Conv1d(torch.nn.Conv1d):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tritonconv.nn.conv import Conv1d, Conv2d, Conv3d, convolve
+from tritonconv.nn.conv import Conv1d, Conv2d, Conv3d, convolve, output_shape
 from tritonconv.nn.linear import Linear
 from tritonconv.ops.activation import ActivationSpec, from_module, parse_activation
 from tritonconv.ops.dispatch import linear
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 
-__all__ = ["ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d", "ConvBNReLU2d", "carries_hook", "fused_call"]
+__all__ = [
+    "ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d", "ConvBNReLU2d", "Group", "carries_hook", "fused_call", "observe_groups",
+]  # fmt: skip
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -23,56 +28,112 @@ def carries_hook(module: torch.nn.Module) -> bool:
     return any(module.__dict__.get(name) for name in HOOKS)
 
 
+class Group(NamedTuple):
+    """A fused call as an observer sees it."""
+
+    layer: torch.nn.Module
+    norm: torch.nn.Module | None
+    residual: Tensor | None
+    activation: torch.nn.Module | ActivationSpec | None
+    input: Tensor
+    output: Tensor
+
+
+class _Observer(threading.local):
+    callback: Callable[[Group], None] | None = None
+
+
+_observer = _Observer()
+
+
+@contextmanager
+def observe_groups(callback: Callable[[Group], None]) -> Iterator[None]:
+    """Show every call on this thread that was fused to `callback`, once it is computed."""
+    outer, _observer.callback = _observer.callback, callback
+    try:
+        yield
+    finally:
+        _observer.callback = outer
+
+
 def fused_call(
-    layer: torch.nn.Module, norm: torch.nn.Module | None, activation: Any, input: Tensor, residual: Tensor | None = None
-) -> Tensor:
+    layer: torch.nn.Module, norm: torch.nn.Module | None, activation: Any, input: Tensor, residual: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:  # fmt: skip
     """activation(norm(layer(input)) + residual) in one kernel, or member by member where that would not be the same.
 
     Decided at each call: members that carry hooks, normalize with the batch's statistics or have changed their class are
-    called themselves, in the order they stand.
+    called themselves, in the order they stand; so is everything where the residual is broadcast.
 
     Args:
         layer: our Conv1d, Conv2d, Conv3d or Linear.
         norm: a batch norm of torch.nn, or None.
         activation: a module of torch.nn, what `parse_activation` takes, or None.
+        in_place: the sum has the dtype of norm(layer(input)), as `+=` gives it.
     """
     spec = from_module(activation) if isinstance(activation, torch.nn.Module) else parse_activation(activation)
-    if _one_kernel(layer, norm, activation, spec, residual):
+    if _one_kernel(layer, norm, activation, spec, input) and _fits(layer, input, residual, in_place):
         batch_norm = None
         if norm is not None:
             batch_norm = BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)  # type: ignore[arg-type]
         epilogue = Epilogue(layer.bias, batch_norm, residual, spec)  # type: ignore[arg-type]
         if isinstance(layer, Linear):
-            return linear(input, layer.weight, epilogue, layer.backend)
-        op = f"conv{len(layer.kernel_size)}d_bn_act"  # type: ignore[arg-type]
-        y = convolve(layer, op, input, epilogue)  # type: ignore[arg-type]
+            y = linear(input, layer.weight, epilogue, layer.backend)
+        else:
+            op = f"conv{len(layer.kernel_size)}d_bn_act"  # type: ignore[arg-type]
+            y = convolve(layer, op, input, epilogue)  # type: ignore[arg-type]
+        if not torch.compiler.is_compiling() and _observer.callback is not None:
+            member = activation if isinstance(activation, torch.nn.Module) else spec
+            _observer.callback(Group(layer, norm, residual, member, input, y))
         return y
     y = layer(input)
     if norm is not None:
         y = norm(y)
     if residual is not None:
-        y = y + residual
+        y = y.add_(residual) if in_place else y + residual
     if isinstance(activation, torch.nn.Module):
         return activation(y)
     return y if spec is None else spec.torch(y)
 
 
 def _one_kernel(
-    layer: torch.nn.Module, norm: torch.nn.Module | None, activation: Any, spec: ActivationSpec | None, residual: Any
+    layer: torch.nn.Module, norm: torch.nn.Module | None, activation: Any, spec: ActivationSpec | None, input: Tensor
 ) -> bool:
+    """Whether the members are what they were when they were put together, and no one watches them."""
     if type(layer) not in (Conv1d, Conv2d, Conv3d, Linear) or carries_hook(layer):
         return False
-    if norm is not None and (norm.training or norm.running_mean is None or carries_hook(norm)):
+    if norm is not None:
+        if norm.training or norm.running_mean is None or carries_hook(norm):
+            return False
+        # A batch norm takes an unbatched image's channels for its batch, or refuses it.
+        if input.dim() != len(layer.kernel_size) + 2:  # type: ignore[arg-type]
+            return False
+    return not isinstance(activation, torch.nn.Module) or (spec is not None and not carries_hook(activation))
+
+
+def _fits(layer: torch.nn.Module, input: Tensor, residual: Any, in_place: bool) -> bool:
+    """Whether a kernel can add the residual: it has the output's size and, in place, dtype."""
+    if residual is None:
+        return True
+    if not isinstance(residual, Tensor) or (in_place and residual.dtype != input.dtype):
         return False
-    if isinstance(activation, torch.nn.Module) and (spec is None or carries_hook(activation)):
-        return False
-    return residual is None or isinstance(residual, Tensor)
+    if isinstance(layer, Linear):
+        return bool(residual.shape == (*input.shape[:-1], layer.weight.shape[0]))
+    conv: Any = layer
+    if torch.compiler.is_compiling():
+        # Sizes may be symbols here. A residual that is spread over an axis has size 1 there.
+        nd = len(conv.kernel_size)
+        if residual.dim() != input.dim() or residual.shape[:-nd] != (*input.shape[: -nd - 1], conv.weight.shape[0]):
+            return False
+        return all(r != 1 or x == 1 for r, x in zip(residual.shape[-nd:], input.shape[-nd:], strict=True))
+    return bool(residual.shape == output_shape(conv, input))
 
 
 class _ConvBNAct(torch.nn.Module):
     """A convolution, its batch norm and an activation; children `conv`, `bn` and `act` hold the state."""
 
-    convolution: type[torch.nn.modules.conv._ConvNd]
+    # A class of this module's convolutions; their common base has another constructor.
+    convolution: Any
     batch_norm: type[torch.nn.modules.batchnorm._BatchNorm]
 
     def __init__(

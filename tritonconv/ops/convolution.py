@@ -73,52 +73,52 @@ def build_launch(
     m, n, k = g.gemm()
     c = g.in_channels // g.groups
     run = k if plan.kernel == "conv_flat" else c
-    config = pick_config(
-        Problem(plan.kernel, m, n, k, run, g.groups, x.element_size(), limits.multiprocessors, limits.shared_memory)
-    )
-    tiles = config.kwargs
+    products = precision(x.dtype, kind)
+    tensor_cores = x.element_size() == 2 or products == "tf32"
+    config = pick_config(Problem(
+        plan.kernel, m, n, k, run, g.groups, x.element_size(), tensor_cores, plan.vector > 1, limits.multiprocessors,
+        limits.shared_memory,
+    ))  # fmt: skip
+    tiles = dict(config.kwargs)
+    # A descriptor reads whole boxes of rows that start on 16 bytes.
+    tma = tiles.pop("USE_TMA") and limits.tma and _on_16_bytes(weight, c if plan.kernel == "matmul" else k)
+    box = [tiles["BLOCK_N"], tiles["BLOCK_K"]]
     programs = -(-m // tiles["BLOCK_M"]) * -(-n // tiles["BLOCK_N"]) * g.groups
-    sn, sc, sd, sh, sw = plan.strides
-    vec_c = power_of_two_divisor(c, sn, sd, sh, sw)
-    shared = dict(
+    arguments: dict[str, Any] = dict(
         y_ptr=y, **epilogue_arguments(epilogue), M=m, K=n, VEC_K=power_of_two_divisor(n), Y_CHANNELS_LAST=channels_last,
-        INDEX_64=g.needs_int64, PRECISION=precision(x.dtype, kind), **tiles, STAGES=config.num_stages,
+        INDEX_64=plan.index_64, PRECISION=products, **tiles, STAGES=config.num_stages,
     )  # fmt: skip
-    # Descriptors read whole boxes of rows that start on 16 bytes.
-    tma = limits.tma and (c * x.element_size()) % 16 == 0 and weight.data_ptr() % 16 == 0
     if plan.kernel == "matmul":
-        tma = tma and (plan.row_stride * x.element_size()) % 16 == 0 and x.data_ptr() % 16 == 0
-        arguments: dict[str, Any] = dict(
+        tma = tma and _on_16_bytes(x, plan.row_stride)
+        arguments |= dict(
             x=descriptor(x, m, c, plan.row_stride, [tiles["BLOCK_M"], tiles["BLOCK_K"]]) if tma else x,
-            stride_xm=plan.row_stride,
-            w=descriptor(weight, n, c, c, [tiles["BLOCK_N"], tiles["BLOCK_K"]]) if tma else weight,
-            stride_wk=c, C=c, PIXELS=g.output[0] * g.output[1] * g.output[2], EVEN_C=c % tiles["BLOCK_K"] == 0,
+            stride_xm=plan.row_stride, w=descriptor(weight, n, c, c, box) if tma else weight, stride_wk=c, C=c,
+            PIXELS=g.output[0] * g.output[1] * g.output[2], EVEN_C=c % tiles["BLOCK_K"] == 0,
             VEC_C=power_of_two_divisor(c, plan.row_stride), USE_TMA=tma,
         )  # fmt: skip
-        return Launch(matmul_kernel, programs, shared | arguments, config.num_warps, config.num_stages)
+        return Launch(matmul_kernel, programs, arguments, config.num_warps, config.num_stages)
 
-    geometry = dict(zip(
+    sn, sc, sd, sh, sw = plan.strides
+    arguments |= dict(
+        x_ptr=x, stride_xn=sn, stride_xd=sd, stride_xh=sh, stride_xw=sw, stride_wk=k, C=c, GROUPS=g.groups,
+        w=descriptor(weight, g.groups * n, k, k, box) if tma else weight, USE_TMA=tma,
+        PADDED=any(g.padding + g.padding_after),
+    ) | dict(zip(
         ("D", "H", "W", "O", "P", "Q", "T", "R", "S", "STRIDE_D", "STRIDE_H", "STRIDE_W", "PAD_D", "PAD_H", "PAD_W",
          "DIL_D", "DIL_H", "DIL_W"),
         g.input + g.output + g.kernel + g.stride + g.padding + g.dilation, strict=True,
     ))  # fmt: skip
-    arguments = dict(
-        stride_xn=sn, stride_xd=sd, stride_xh=sh, stride_xw=sw, stride_wk=k, C=c, GROUPS=g.groups,
-        PADDED=any(g.padding + g.padding_after), **geometry, x_ptr=x,
-    )  # fmt: skip
-    if plan.kernel == "conv_flat":
-        inner = (sn, sd, sh, sw) if plan.weight_channels_last else (sn, sc, sd, sh)
-        arguments |= dict(
-            stride_xc=sc, w_ptr=weight, W_CHANNELS_LAST=plan.weight_channels_last, VEC_X=power_of_two_divisor(*inner),
-            VEC_W=power_of_two_divisor(k),
-        )  # fmt: skip
-        return Launch(conv_flat_kernel, programs, shared | arguments, config.num_warps, config.num_stages)
-
-    even = c % tiles["BLOCK_K"] == 0
-    # A box across a tap's last channels would read the next tap: pointers with a mask there.
-    tma = tma and even
+    if plan.kernel == "conv_fprop":
+        arguments["VEC_X"] = power_of_two_divisor(sn, sd, sh, sw)
+        return Launch(conv_fprop_kernel, programs, arguments, config.num_warps, config.num_stages)
+    outer = (sd, sh, sw) if plan.weight_channels_last else (sc, sd, sh)
     arguments |= dict(
-        w=descriptor(weight, g.groups * n, k, k, [tiles["BLOCK_N"], tiles["BLOCK_K"]]) if tma else weight,
-        EVEN_C=even, VEC_C=vec_c, USE_TMA=tma,
+        stride_xc=sc, W_CHANNELS_LAST=plan.weight_channels_last, VEC_X=power_of_two_divisor(sn, *outer),
+        VEC_W=power_of_two_divisor(k),
     )  # fmt: skip
-    return Launch(conv_fprop_kernel, programs, shared | arguments, config.num_warps, config.num_stages)
+    return Launch(conv_flat_kernel, programs, arguments, config.num_warps, config.num_stages)
+
+
+def _on_16_bytes(matrix: Tensor, row_stride: int) -> bool:
+    """Whether every row starts on 16 bytes."""
+    return matrix.data_ptr() % 16 == 0 and row_stride * matrix.element_size() % 16 == 0

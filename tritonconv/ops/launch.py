@@ -32,12 +32,17 @@ class Launch:
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Compiler options."""
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages)
+
     def run(self, device: torch.device) -> None:
         """Launch on the current stream of `device`."""
         if _state.log is not None:
             _state.log.append(self.kernel.__name__)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 class DeviceLimits(NamedTuple):

@@ -9,7 +9,7 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from tritonconv.geometry import ConvGeometry
+from tritonconv.geometry import INT32_MAX, ConvGeometry
 from tritonconv.ops.layout import dense_strides
 
 __all__ = ["ConvPlan", "Strides", "plan_convolution", "power_of_two_divisor"]
@@ -17,8 +17,10 @@ __all__ = ["ConvPlan", "Strides", "plan_convolution", "power_of_two_divisor"]
 Strides = tuple[int, int, int, int, int]
 """Elements between neighbors along N, C, D, H, W; 0 where there is only one."""
 
-# Up to so many channels a group's taps and channels share one reduction axis: a product per tap would be mostly zeros.
-FLAT_CHANNELS = 4
+# A group with few channels is read where it lies, whatever its layout: its taps and channels share one reduction axis.
+FEW_CHANNELS = 4
+# conv_fprop takes blocks of one tap's channels, the smallest of which must divide them; conv_flat takes the rest.
+CHANNEL_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,31 @@ class ConvPlan:
     """Order of the weight's memory as the kernel reads it."""
 
     @property
+    def index_64(self) -> bool:
+        """Whether 32-bit offsets could overflow: a large tensor, or a small view that strides over a large one."""
+        g = self.geometry
+        reach = [
+            (size + before + after) * stride
+            for size, before, after, stride in zip(
+                g.input, g.padding, g.padding_after, self.strides[2:], strict=True
+            )
+        ]
+        span = g.batch * self.strides[0] + g.in_channels * self.strides[1] + sum(reach)
+        return g.needs_int64 or span > INT32_MAX
+
+    @property
+    def vector(self) -> int:
+        """Power of two up to 16 of elements that lie side by side along the kernel's reduction, wherever a pixel starts."""
+        n, c, d, h, w = self.strides
+        g = self.geometry
+        if self.kernel == "matmul":
+            return power_of_two_divisor(g.in_channels, self.row_stride)
+        if self.weight_channels_last:
+            return power_of_two_divisor(g.in_channels // g.groups, n, d, h, w) if c == 1 else 1
+        # Filter rows of a contiguous image.
+        return power_of_two_divisor(g.kernel[2], g.stride[2], n, c, d, h) if w == 1 and not any(g.padding) else 1
+
+    @property
     def copies(self) -> int:
         return self.copy_input + self.copy_weight
 
@@ -55,18 +82,19 @@ def _plan(geometry: ConvGeometry, strides: tuple[int, ...], w_contiguous: bool, 
     channels = geometry.in_channels // geometry.groups
     x_channels_last = strides[1] == 1 or geometry.in_channels == 1
     patches = _is_patches(geometry)
-    if channels <= FLAT_CHANNELS or (patches and not x_channels_last):
-        if not (patches and x_channels_last):
-            return _plan_flat(geometry, strides, patches, w_contiguous, w_channels_last)
+    if not x_channels_last and (channels <= FEW_CHANNELS or patches):
+        return _plan_in_place(geometry, strides, patches, w_contiguous, w_channels_last)
     copy_input = not x_channels_last
     lifted = _lift(geometry, dense_strides(geometry.input_shape, True) if copy_input else strides)
     seen, lifted = _fold_patches(geometry, lifted) if patches else (geometry, lifted)
     row_stride = _row_stride(seen, lifted)
-    kernel = "conv_fprop" if row_stride is None else "matmul"
+    kernel = "matmul"
+    if row_stride is None:
+        kernel = "conv_flat" if seen.in_channels // seen.groups % CHANNEL_BLOCK else "conv_fprop"
     return ConvPlan(kernel, seen, lifted, row_stride or 0, copy_input, not w_channels_last, True)
 
 
-def _plan_flat(
+def _plan_in_place(
     geometry: ConvGeometry, strides: tuple[int, ...], patches: bool, w_contiguous: bool, w_channels_last: bool
 ) -> ConvPlan:
     """The image is read where it lies, in the order of the weight's memory."""

@@ -23,6 +23,10 @@ class Problem:
     """Length of its contiguous runs: input channels of a tap."""
     groups: int
     itemsize: int
+    tensor_cores: bool
+    """Whether products run there: not for fp64 and IEEE fp32."""
+    vectors: bool
+    """Whether the image is read by vectors."""
     multiprocessors: int
     shared: int
 
@@ -47,8 +51,10 @@ def choose(problem: Problem, interpreting: bool) -> Any:
         return interpreter_tile(problem)
     module = {"conv_fprop": conv_fprop, "conv_flat": conv_flat, "matmul": matmul}[problem.kernel]
     candidates = fitting(
-        module.configs(), m=problem.m, n=problem.n, k=problem.run, itemsize=problem.itemsize, shared=problem.shared
-    )
+        module.configs(), m=problem.m, n=problem.n, k=problem.run, itemsize=problem.itemsize,
+        tensor_cores=problem.tensor_cores, shared=problem.shared, even=problem.kernel == "conv_fprop",
+        vectors=problem.vectors,
+    )  # fmt: skip
 
     def cost(config: Any) -> float:
         m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
@@ -72,6 +78,8 @@ def interpreter_tile(problem: Problem) -> Any:
         return max(least, min(most, 1 << max(0, n - 1).bit_length()))
 
     n, k = power(problem.n, 16, 256), power(problem.run, 16, 256)
+    if problem.kernel == "conv_fprop":
+        k = min(k, problem.run & -problem.run)
     # numpy's temporaries stay in the cache's reach, and Triton allows 2^20 elements a block.
     m = power(problem.m, 16, (1 << 18) // max(n, k))
     return tile(m, n, k, warps=4, stages=2)

@@ -1,0 +1,85 @@
+# Every target makes the environment that it needs. PYTHON is any Python from 3.10 on.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := -m pip install --quiet --disable-pip-version-check
+PYTEST := -m pytest -n 2 --dist worksteal
+KERNEL_TESTS := $(filter-out tests/test_convert.py,$(wildcard tests/test_conv*.py tests/test_operators.py tests/test_codegen.py))
+BENCHMARKS := $(wildcard benchmarks/test_*.py benchmarks/bench_*.py)
+
+# Two workers with two threads each wait for one another.
+test compat-3.6 compat-3.9: export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types bench codegen codegen-check compat compat-3.6 compat-3.9 docs clean
+
+help: ## list the targets
+	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+demo: $(VENV)/.with-demo ## train a small network on real images, convert it, run it on our kernels; writes demo.png
+	$(BIN)/python -m tritonconv demo --picture demo.png
+
+test: $(VENV)/.with-test ## all tests and doctests, on the GPU when there is one, else in Triton's interpreter
+	$(BIN)/python $(PYTEST) --doctest-modules tests tritonconv
+
+lint: $(VENV)/.with-lint ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.with-lint ## correct the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.with-lint ## mypy
+	$(BIN)/mypy
+
+bench: $(VENV)/.with-test ## benchmarks; without a GPU only what the compiler can tell without a clock
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && [ -n "$(BENCHMARKS)" ]; then \
+		$(BIN)/python -m pytest -o addopts= --benchmark-only $(BENCHMARKS); \
+	else \
+		echo 'Nothing is timed: that takes a GPU and a suite to time. What the compiler makes of the kernels, checked:'; \
+		$(CODEGEN) --check; \
+	fi
+
+# Interpreted kernels cannot be compiled.
+CODEGEN := env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.codegen
+
+codegen: $(VENV)/.with-test ## write what the compiler makes of each kernel (registers, spills, instructions) into benchmarks/codegen.json
+	$(CODEGEN)
+
+codegen-check: $(VENV)/.with-test ## the same, compared with benchmarks/codegen.json
+	$(CODEGEN) --check
+
+compat: test compat-3.6 compat-3.9 ## the kernel tests under the oldest and the newest supported Triton too
+
+# Triton 3.6.0's interpreter fails with numpy 2.4.
+compat-3.6: $(VENV)-3.6/.ready
+	$(VENV)-3.6/bin/python $(PYTEST) $(KERNEL_TESTS)
+
+compat-3.9: $(VENV)-3.9/.ready
+	$(VENV)-3.9/bin/python $(PYTEST) $(KERNEL_TESTS)
+
+docs: $(VENV)/.with-docs ## the user's guide, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) $(VENV)-3.6 $(VENV)-3.9 site demo.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+%/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, $(PYTHON) is " + sys.version)'
+	$(PYTHON) -m venv $*
+
+# One stamp for each extra. Make must not delete them as intermediate files.
+.PRECIOUS: %/bin/python $(VENV)/.with-% $(VENV)-%/.ready
+$(VENV)/.with-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# torch pins its own Triton, so that another one goes in behind pip's back, once everything else is installed.
+$(VENV)-3.6/.ready: TRITON := 'triton==3.6.0' 'numpy<2.4'
+$(VENV)-3.9/.ready: TRITON := 'triton==3.9.0'
+$(VENV)-3.6/.ready $(VENV)-3.9/.ready: $(VENV)-%/.ready: pyproject.toml constraints.txt | $(VENV)-%/bin/python
+	$(VENV)-$*/bin/python $(PIP) -c constraints.txt -e '.[test]'
+	$(VENV)-$*/bin/python $(PIP) --no-deps $(TRITON)
+	@touch $@

@@ -1,0 +1,164 @@
+"""What the compilers make of every candidate config, for GPUs that are not there: `python -m benchmarks.codegen`.
+
+Prints registers, spills, shared memory, instruction counts, wgmma serialization and the main loop's issue ratio, and
+updates benchmarks/codegen.json. With --check nothing is written: it fails when code breaks a rule or got worse than the
+table says. Rules hold for every triton version; comparisons are made with rows of the same version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+# Kernels decorated for the interpreter cannot be compiled, and the variable is read when they are imported.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import click
+import torch
+import triton
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.cases import CASES, launches
+from benchmarks.offline import TARGETS, inspect_launch
+
+__all__ = ["main"]
+
+TABLE = Path(__file__).with_name("codegen.json")
+KEY = ("kernel", "case", "config", "target", "triton")
+
+
+def rows_of(task: tuple[int, str]) -> list[dict[str, Any]]:
+    """Rows of one case on one target."""
+    index, target = task
+    case = CASES[index]
+    return [
+        dict(
+            kernel=case.kernel, case=case.name, config=describe(config), target=target, triton=triton.__version__,
+            **inspect_launch(launch, TARGETS[target]), lane_instructions_per_output=None,
+        )
+        for config, launch in launches(case, target)
+    ]  # fmt: skip
+
+
+def describe(config: Any) -> str:
+    """A config in one word: 128x64x32 w4 s3."""
+    tiles = config.kwargs
+    suffix = "" if tiles["USE_TMA"] else " pointers"
+    return f"{tiles['BLOCK_M']}x{tiles['BLOCK_N']}x{tiles['BLOCK_K']} w{config.num_warps} s{config.num_stages}{suffix}"
+
+
+def count(row: dict[str, Any], *prefixes: str) -> int:
+    return sum(n for name, n in row["counts"].items() if name.startswith(prefixes))
+
+
+def broken_rules(row: dict[str, Any]) -> list[str]:
+    """What no candidate may do, whatever the table says."""
+    target, case = TARGETS[row["target"]], row["case"]
+    limit = target.limits.shared_memory
+    wrong = []
+    if row["stack"] or count(row, "LDL", "STL", "scratch_"):
+        wrong.append(f"spills ({row['stack']} bytes of stack)")
+    if row["shared"] > limit:
+        wrong.append(f"{row['shared']} bytes of shared memory, limit {limit}")
+    plain = case.endswith(("ieee", "fp64"))
+    m, n = map(int, row["config"].split("x")[:2])
+    # wgmma and tcgen05 need 64 rows.
+    mma = "HMMA" if target.gpu.backend == "cuda" and m < 64 else target.mma
+    if not plain and not count(row, mma):
+        wrong.append(f"no {mma}")
+    # Triton 3.6 serializes 256-wide tiles of 8 warps, a plain TMA product too; later versions serialize none.
+    if row["serialized"] and not row["triton"].startswith("3.6"):
+        wrong.append("wgmma is serialized")
+    if target.gpu.backend == "cuda":
+        wide_store = count(row, "STG.E.128", "UTMASTG")
+        wide_load = count(row, "LDGSTS.E.BYPASS.128", "LDG.E.128", "UTMALDG")
+        if not wide_store or (not wide_load and "stem" not in case):
+            wrong.append("no 128-bit global accesses")
+    else:
+        # Triton stores from MFMA's own layout, 4 elements a lane: 64 bits of bf16. Loads have no such limit.
+        if not count(row, "global_load_dwordx4", "buffer_load_dwordx4"):
+            wrong.append("no 128-bit global accesses")
+    if row["kernel"] == "conv_fprop" and case == "3x3" and row["target"] == "sm_90" and row["triton"] >= "3.7":
+        goal = 0.30 if m * n == 256 * 128 else 0.45 if m == 128 else None
+        if goal is not None and (row["issue_ratio"] is None or row["issue_ratio"] > goal):
+            wrong.append(f"issue ratio {row['issue_ratio']}, goal {goal}")
+    return wrong
+
+
+def got_worse(row: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """What the change made worse: a few registers more are noise, an instruction class lost is not."""
+    wrong = []
+    if row["registers"] > before["registers"] * 1.1 + 8:
+        wrong.append(f"registers {before['registers']} -> {row['registers']}")
+    if row["shared"] > before["shared"] * 1.05:
+        wrong.append(f"shared memory {before['shared']} -> {row['shared']}")
+    if before["issue_ratio"] and (row["issue_ratio"] is None or row["issue_ratio"] > before["issue_ratio"] * 1.05 + 0.01):
+        wrong.append(f"issue ratio {before['issue_ratio']} -> {row['issue_ratio']}")
+    wrong += [f"lost {name}" for name in before["counts"] if name.endswith(("128", "dwordx4")) and name not in row["counts"]]
+    return wrong
+
+
+def key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(title=f"triton {triton.__version__}", title_justify="left", box=None, pad_edge=False)
+    for name in ("kernel", "case", "config", "target", "registers", "stack", "shared", "serialized", "issue", "instructions"):
+        table.add_column(name, justify="right" if name in ("registers", "stack", "shared", "issue") else "left")
+    for row in rows:
+        counts = " ".join(f"{name}:{n}" for name, n in row["counts"].items() if not name.startswith(("FFMA", "LDGDEPBAR")))
+        cells = [row["kernel"], row["case"], row["config"], row["target"], row["registers"], row["stack"], row["shared"],
+                 row["serialized"], row["issue_ratio"]]  # fmt: skip
+        table.add_row(*("" if cell is None else str(cell) for cell in cells), counts)
+    Console(width=220 if not sys.stdout.isatty() else None).print(table)
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing; fail when a rule is broken or code got worse.")
+@click.option("--kernel", help="Only this kernel.")
+@click.option("--target", type=click.Choice(list(TARGETS)), help="Only this target.")
+@click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="Processes.")
+def main(check: bool, kernel: str | None, target: str | None, jobs: int) -> None:
+    """Compile every candidate config of every kernel for sm_80, sm_90, sm_100 and gfx942, and inspect the code."""
+    tasks = [
+        (index, name)
+        for index, case in enumerate(CASES)
+        for name in TARGETS
+        if kernel in (None, case.kernel) and target in (None, name)
+    ]
+    rows: list[dict[str, Any]] = []
+    torch.set_num_threads(1)
+    with ProcessPoolExecutor(jobs) as pool, Progress(console=Console(stderr=True), transient=True) as progress:
+        for found in progress.track(pool.map(rows_of, tasks), total=len(tasks), description="compiling"):
+            rows += found
+    show(rows)
+    table = {key(row): row for row in json.loads(TABLE.read_text())} if TABLE.exists() else {}
+    wrong = [(row, text) for row in rows for text in broken_rules(row)]
+    if check:
+        for row in rows:
+            if key(row) in table:
+                wrong += [(row, text) for text in got_worse(row, table[key(row)])]
+            elif any(row["triton"] == known[-1] for known in table):
+                wrong.append((row, "not in benchmarks/codegen.json: run python -m benchmarks.codegen"))
+    for row, text in wrong:
+        click.echo(f"{row['kernel']} {row['case']}, {row['config']}, {row['target']}: {text}", err=True)
+    if not check:
+        fresh = {key(row): row for row in rows}
+        # A full run replaces its version's rows, so that configs that are gone leave the table.
+        whole = kernel is None and target is None
+        kept = {k: row for k, row in table.items() if not (whole and row["triton"] == triton.__version__)}
+        lines = [json.dumps(row, sort_keys=False) for _, row in sorted((kept | fresh).items())]
+        TABLE.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    click.echo(f"{len(rows)} kernels compiled, {len(wrong)} complaints")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Compile launches for GPUs that are not there, and read what the compiler made of them.
+
+A launch built from meta tensors is specialized as Triton's JIT would specialize it from real ones (types, None, 1,
+multiples of 16), so that what is inspected is what would run. TRITON_INTERPRET must be unset.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tritonconv.ops.launch import DeviceLimits, Launch
+
+__all__ = ["TARGETS", "Target", "compile_launch", "inspect_launch"]
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for, and what of it matters."""
+
+    gpu: GPUTarget
+    limits: DeviceLimits
+    mma: str
+    """Its tensor-core instruction."""
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), DeviceLimits(108, 166912, False), "HMMA"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), DeviceLimits(132, 232448, True), "HGMMA"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), DeviceLimits(148, 232448, True), "UTC"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), DeviceLimits(304, 65536, False), "v_mfma"),
+}
+
+POINTERS = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+}  # fmt: skip
+
+# Groups of instructions worth counting; the table keeps these names.
+SASS = r"\b(UTC\w*MMA\S*|HGMMA\S*|HMMA\S*|DMMA\S*|UTMALDG\S*|UTMASTG\S*|LDGSTS\S*|LDG\S*|STG\S*|LDSM\S*|STSM\S*|LDL\S*|STL\S*|FFMA|DFMA)"
+AMDGCN = r"\b(v_mfma\w+|global_load\w+|buffer_load\w+|global_store\w+|buffer_store\w+|ds_read\w+|ds_write\w+|scratch_\w+)"
+
+# Dense bf16 FLOP per clock and multiprocessor of Hopper, four issue slots per clock beside it.
+HOPPER_DENSE_BF16 = 4096
+
+
+def specialize(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """(signature, constexprs, attributes) of a launch, by Triton's own rules for real arguments."""
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constexprs[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{POINTERS[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+    return signature, constexprs, attributes
+
+
+def compile_launch(launch: Launch, target: Target) -> Any:
+    """The compiled kernel."""
+    signature, constexprs, attributes = specialize(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=target.gpu, options=launch.options)
+
+
+def run(tool: str, *args: str | Path) -> str:
+    done = subprocess.run([TOOLS / tool, *args], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def assembler_notes(ptx: str, gpu: GPUTarget, folder: Path) -> str:
+    """What ptxas says of a kernel; the newer assembler is tried where the older one cannot read the PTX."""
+    (folder / "k.ptx").write_text(ptx)
+    suffix = "a" if gpu.arch >= 90 else ""
+    for tool in ("ptxas", "ptxas-blackwell"):
+        done = subprocess.run(
+            [TOOLS / tool, "-v", f"-arch=sm_{gpu.arch}{suffix}", folder / "k.ptx", "-o", folder / "k.out"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode == 0:
+            return done.stdout + done.stderr
+    raise RuntimeError(done.stderr)
+
+
+def inspect_launch(launch: Launch, target: Target) -> dict[str, Any]:
+    """Registers, stack and shared bytes, instruction counts, serialization and the main loop's issue ratio."""
+    kernel = compile_launch(launch, target)
+    if target.gpu.backend == "hip":
+        return _inspect_amd(kernel)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "k.cubin").write_bytes(kernel.asm["cubin"])
+        usage, sass = run("cuobjdump", "-res-usage", folder / "k.cubin"), run("cuobjdump", "-sass", folder / "k.cubin")
+        notes = assembler_notes(kernel.asm["ptx"], target.gpu, folder) if target.gpu.arch == 90 else ""
+    usage_of = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if usage_of is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage}")
+    registers, stack = map(int, usage_of.groups())
+    counts = dict(sorted(Counter(re.findall(SASS, sass)).items()))
+    # Blackwell's code keeps a frame of 16 bytes or less for its barriers; only accesses to it are spills.
+    spilled = any(name.startswith(("LDL", "STL")) for name in counts)
+    return dict(
+        registers=registers, stack=stack if spilled or target.gpu.arch < 100 else 0, shared=kernel.metadata.shared,
+        serialized="instructions are serialized" in notes if target.gpu.arch == 90 else None,
+        issue_ratio=issue_ratio(sass, launch.num_warps) if target.gpu.arch == 90 else None, counts=counts,
+    )  # fmt: skip
+
+
+def issue_ratio(sass: str, num_warps: int) -> float | None:
+    """Share of the issue slots that the main loop takes while the tensor cores work; 1 is instruction-bound."""
+    code = [(int(a, 16), text) for a, text in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass, re.M)]
+    loops = []
+    for address, text in code:
+        back = re.search(r"BRA.*?0x([0-9a-f]+)", text)
+        if back and int(back.group(1), 16) < address:
+            body = [t for a, t in code if int(back.group(1), 16) <= a <= address]
+            if any("HGMMA" in t for t in body):
+                loops.append(body)
+    if not loops:
+        return None
+    body = min(loops, key=len)
+    shapes = re.findall(r"HGMMA\.64x(\d+)x(\d+)", "\n".join(body))
+    # A step is 32 bytes deep whatever the type, so that bytes count as the 2-byte types' 16 elements do.
+    cycles = sum(64 * int(n) * 16 * 2 for n, _ in shapes) * (num_warps // 4) / HOPPER_DENSE_BF16
+    return round(len(body) * num_warps / (4 * cycles), 2)
+
+
+def _inspect_amd(kernel: Any) -> dict[str, Any]:
+    text = kernel.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        if found is None:
+            raise RuntimeError(f"the AMD assembly names no {name}")
+        return int(found.group(1))
+
+    return dict(
+        registers=field("vgpr_count"), stack=field("private_segment_fixed_size"), shared=kernel.metadata.shared,
+        serialized=None, issue_ratio=None, counts=dict(sorted(Counter(re.findall(AMDGCN, text)).items())),
+    )  # fmt: skip

@@ -1,0 +1,42 @@
+"""Every test runs on the GPU when there is one, else in Triton's interpreter."""
+
+import os
+
+import torch
+
+# Read when triton is first imported, so it is set before anything of ours is.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+import tritonconv.ops.layout
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs hold NaN before a launch: whatever a kernel leaves unwritten shows."""
+    empty_strided = torch.empty_strided
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        t = empty_strided(*args, **kwargs)
+        return t.fill_(float("nan")) if t.is_floating_point() and t.device.type != "meta" else t
+
+    monkeypatch.setattr(tritonconv.ops.layout.torch, "empty_strided", poisoned)
+
+
+@pytest.fixture
+def on_triton() -> object:
+    """No call may fall back to torch."""
+    with tritonconv.set_backend("triton"), torch.no_grad():
+        yield

@@ -1,0 +1,180 @@
+"""The command line: what it prints, and what a colleague would say where it cannot go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import tritonconv
+from tritonconv.cli import main
+from tritonconv.doctor import in_range, self_check
+
+MODEL = """
+    import torch
+    from neighbor import WIDTH
+
+    def make_model():
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, WIDTH, 3, padding=1), torch.nn.BatchNorm2d(WIDTH), torch.nn.ReLU(),
+            torch.nn.Flatten(), torch.nn.Linear(WIDTH * 64, 5),
+        )
+
+    class Holder:
+        model = make_model()
+
+    def returns_text():
+        return "a model"
+
+    def needs_width(width):
+        return torch.nn.Linear(width, width)
+
+    number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line would replace this very process."""
+
+    def execve(*_: Any) -> None:
+        raise AssertionError("the interpreter should be on already, or there is a GPU")
+
+    monkeypatch.setattr(os, "execve", execve)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with a user's model in it."""
+    (tmp_path / "user_model.py").write_text(textwrap.dedent(MODEL))
+    (tmp_path / "neighbor.py").write_text("WIDTH = 8\n")
+    (tmp_path / "broken.py").write_text("import torch\nraise ValueError('no weights here')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for path in tmp_path.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+@pytest.mark.parametrize("target", ["user_model.py:make_model", "user_model:make_model", "user_model.py:Holder.model"])
+@pytest.mark.usefixtures("folder")
+def test_explain_prints_a_row_for_each_layer(target: str) -> None:
+    result = invoke("explain", target, "--input", "2,3,8,8", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["layers"]
+    layers = {row["name"]: row for row in rows}
+    assert layers["0"]["fused"], "the batch norm and the activation are fused behind the convolution"
+    assert layers["0"]["backend"] == "triton"
+    assert layers["0"]["macs"] == 2 * 64 * 8 * 27
+    assert layers["4"]["macs"] == 2 * 5 * 8 * 64
+
+
+@pytest.mark.usefixtures("folder")
+def test_explain_without_fusion_and_without_conversion() -> None:
+    plain = json.loads(invoke("explain", "user_model.py:make_model", "--input", "2,3,8,8", "--json", "--no-fuse").stdout)
+    assert not any(row["fused"] for row in plain["layers"])
+    result = invoke("explain", "user_model.py:make_model", "--input", "2,3,8,8", "--json", "--no-convert")
+    assert {row["backend"] for row in json.loads(result.stdout)["layers"]} == {"torch"}
+
+
+@pytest.mark.usefixtures("folder")
+def test_explain_in_training_mode_keeps_the_batch_norm_apart() -> None:
+    result = invoke("explain", "user_model.py:make_model", "--input", "2,3,8,8", "--json", "--train")
+    rows = {row["name"]: row for row in json.loads(result.stdout)["layers"]}
+    assert not rows["0"]["fused"]
+    assert rows["1"]["backend"] == "torch"
+
+
+def test_explain_prints_a_table_and_draws(folder: Path) -> None:
+    result = invoke(
+        "explain", "user_model.py:make_model", "--input", "2,3,8,8", "--dtype", "float16", "--plot", "report.png"
+    )
+    assert result.exit_code == 0, result.output
+    assert "conv" in result.output.lower()
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+COMPLAINTS = {
+    "no name": (["user_model.py"], "expected FILE.py:NAME"),
+    "no file": (["absent.py:make_model"], "there is no file absent.py"),
+    "no module": (["absent.package:make_model"], "No module named 'absent'"),
+    "no such name": (
+        ["user_model.py:make_modle"],
+        "has no 'make_modle'; it has Holder, make_model, needs_width, returns_text",
+    ),
+    "fails to import": (["broken.py:model"], "ValueError: no weights here"),
+    "not a module": (["user_model.py:number"], "is int, expected a torch.nn.Module"),
+    "returns no module": (["user_model.py:returns_text"], "returned str, expected a torch.nn.Module"),
+    "needs arguments": (["user_model.py:needs_width"], "missing 1 required positional argument"),
+    "wrong size": (["user_model.py:make_model", "--input", "2,4,8,8"], "does not take inputs of (2, 4, 8, 8) in float32"),
+    "no size": (["user_model.py:make_model", "--input", "2,three"], "'2,three' is no size"),
+    "negative size": (["user_model.py:make_model", "--input", "-1,3,8,8"], "'-1,3,8,8' is no size"),
+    "no folder": (["user_model.py:make_model", "--plot", "absent/report.png"], "there is no folder absent"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), COMPLAINTS.values(), ids=COMPLAINTS)
+@pytest.mark.usefixtures("folder")
+def test_explain_complains(arguments: list[str], message: str) -> None:
+    if "--input" not in arguments:
+        arguments = [*arguments, "--input", "2,3,8,8"]
+    result = invoke("explain", *arguments)
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+def test_explain_needs_an_input() -> None:
+    result = invoke("explain", "user_model.py:make_model")
+    assert result.exit_code == 2
+    assert "--input" in result.stderr
+
+
+def test_doctor() -> None:
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    for word in ("python", "torch", "triton", "numpy", "GPU", "kernels run", "relative error"):
+        assert word in result.output
+
+
+def test_doctor_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tritonconv.doctor.SUPPORTED", {"torch": ("99.0", None)})
+    monkeypatch.setattr("tritonconv.doctor.self_check", lambda: ("conv_fprop_kernel", 0.5))
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert result.output.count("wrong") == 2
+
+
+def test_self_check_measures_a_kernel_of_ours() -> None:
+    kernel, error = self_check()
+    assert kernel == "conv_fprop_kernel"
+    # Not the same numbers as in fp64, so that something was measured.
+    assert 0 < error < 1e-3
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    assert in_range("3.10.0", "3.9", None)
+    assert not in_range("3.10.0", "3.6", "3.10")
+    assert in_range("3.9.1+git1234", "3.6", "3.10")
+    assert not in_range("2.9.1", "2.11", None)
+
+
+def test_command_line_from_a_shell() -> None:
+    """`python -m tritonconv` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tritonconv", "--version"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert tritonconv.__version__ in done.stdout

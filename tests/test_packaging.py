@@ -1,0 +1,78 @@
+"""What the package promises about itself is what it does."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import tritonconv
+from tritonconv.doctor import SUPPORTED
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_doctor_knows_the_versions_that_the_package_asks_for() -> None:
+    wanted = {line.split(";")[0].strip() for line in metadata.requires("tritonconv") or () if "extra ==" not in line}
+    for name, (least, below) in SUPPORTED.items():
+        limits = ",".join([f"<{below}"] * (below is not None) + [f">={least}"])
+        assert f"{name}{limits}" in wanted
+
+
+def test_version_is_the_packages() -> None:
+    assert metadata.version("tritonconv") == tritonconv.__version__
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute module names that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module or "")
+    return names
+
+
+# Whom each layer may not know, so that arrows run one way.
+ABOVE = {
+    "tritonconv/ops": ("functional", "nn", "convert", "cli", "demo", "doctor"),
+    "tritonconv/tuning": ("ops", "functional", "nn", "convert", "cli", "demo", "doctor"),
+    "tritonconv/nn": ("convert", "kernels", "cli", "demo", "doctor"),
+    "tritonconv/convert": ("kernels", "cli", "demo", "doctor"),
+}
+
+
+@pytest.mark.parametrize("folder", ABOVE)
+def test_arrows_run_one_way(folder: str) -> None:
+    for path in (ROOT / folder).glob("*.py"):
+        for name in imported(path):
+            parts = name.split(".")
+            assert not (parts[0] == "tritonconv" and len(parts) > 1 and parts[1] in ABOVE[folder]), f"{path} imports {name}"
+
+
+def test_kernels_know_no_torch_and_no_host_code() -> None:
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert {name.split(".")[0] for name in imported(path)}.isdisjoint({"torch", "numpy", "tritonconv"}), path
+
+
+@pytest.mark.parametrize("name", ["tritonconv", "tritonconv.functional", "tritonconv.nn", "tritonconv.geometry"])
+def test_public_names_exist(name: str) -> None:
+    module = importlib.import_module(name)
+    assert all(hasattr(module, public) for public in module.__all__)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_run(path: Path, tmp_path: Path) -> None:
+    """From another folder, as a user would who copied one."""
+    copy = tmp_path / path.name
+    copy.write_text(path.read_text())
+    done = subprocess.run(
+        [sys.executable, copy.name], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr

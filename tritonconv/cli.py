@@ -1,0 +1,208 @@
+"""The command line: tritonconv demo, explain and doctor."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import tritonconv
+from tritonconv.ops.backend import HAS_TRITON
+
+__all__ = ["load_model", "main", "parse_shape"]
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(tritonconv.__version__, prog_name="tritonconv")
+def main() -> None:
+    """Fused convolution kernels in Triton behind torch's own modules and functions."""
+
+
+@main.command()
+@click.option(
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), default="demo.png", help="Where the picture goes."
+)
+@click.option("--epochs", type=click.IntRange(min=1), default=15, show_default=True, help="Passes over the images.")
+def demo(picture: Path, epochs: int) -> None:
+    """Train a LeNet-5 on handwritten digits, convert it, and check that it predicts the same on our kernels.
+
+    Runs on the GPU if there is one, else the kernels run in Triton's interpreter. Exits with 1 if a prediction differs.
+    """
+    if not HAS_TRITON:
+        raise click.ClickException("the demo runs Triton kernels, but triton is not installed (it is for Linux)")
+    check_folder(picture)
+    run_kernels_somewhere("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        from tritonconv.demo import run
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"the demo needs {error.name}: pip install 'tritonconv[demo]'") from error
+    sys.exit(0 if run(picture, epochs) else 1)
+
+
+@main.command()
+@click.argument("model", metavar="FILE.py:NAME")
+@click.option(
+    "--input", "sizes", multiple=True, required=True, help="Sizes of an input, such as 1,3,64,64; once for each input."
+)
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the model and its inputs."
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU.")
+@click.option("--train", is_flag=True, help="In training mode: batch norms use the batch's statistics.")
+@click.option("--no-fuse", is_flag=True, help="Convert each layer on its own.")
+@click.option("--no-convert", is_flag=True, help="Report the model as it is.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the report into this picture too.")
+def explain(
+    model: str, sizes: tuple[str, ...], dtype: str, device: str | None, train: bool, no_fuse: bool, no_convert: bool,
+    as_json: bool, plot: Path | None,
+) -> None:  # fmt: skip
+    """Convert a model and tell of each layer where it runs, why, and what it costs at the least.
+
+    NAME is a torch.nn.Module, or something that returns one when called without arguments. A dotted module will do for
+    the file: package.module:NAME.
+
+    Where there is no GPU the decisions are those of the interpreter, which takes the same kernels; no kernel is launched.
+    """
+    shapes = [parse_shape(text) for text in sizes]
+    if plot is not None:
+        check_folder(plot)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("--device cuda: torch sees no GPU (tritonconv doctor tells more)")
+    run_kernels_somewhere(device)
+    module = load_model(model).to(device, DTYPES[dtype]).train(train)
+    inputs = [torch.randn(shape, device=device, dtype=DTYPES[dtype]) for shape in shapes]
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    except Exception as error:
+        given = ", ".join(str(shape) for shape in shapes)
+        raise click.ClickException(f"{model} does not take inputs of {given} in {dtype}: {describe(error)}") from error
+    report = tritonconv.explain(module if no_convert else tritonconv.convert(module, fuse=not no_fuse), *inputs)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(report)
+    if plot is not None:
+        try:
+            report.plot(plot)
+        except ImportError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@main.command()
+def doctor() -> None:
+    """Tell versions, devices, where kernels run and whether one computes rightly. Exits with 1 if something is wrong."""
+    from tritonconv.doctor import report
+
+    sys.exit(0 if report() else 1)
+
+
+def run_kernels_somewhere(device: str) -> None:
+    """Start this command anew in Triton's interpreter if the device is the CPU.
+
+    TRITON_INTERPRET counts when triton is imported, and torch has imported it by now.
+    """
+    if device == "cpu" and HAS_TRITON and "TRITON_INTERPRET" not in os.environ:
+        os.execve(
+            sys.executable, [sys.executable, "-m", "tritonconv", *sys.argv[1:]], {**os.environ, "TRITON_INTERPRET": "1"}
+        )
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Sizes from text.
+
+    >>> parse_shape("1,3,64,64")
+    (1, 3, 64, 64)
+    """
+    try:
+        shape = tuple(int(size) for size in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 0:
+        raise click.BadParameter(f"{text!r} is no size: expected whole numbers such as 1,3,64,64", param_hint="--input")
+    return shape
+
+
+def load_model(target: str) -> torch.nn.Module:
+    """The model that FILE.py:NAME or package.module:NAME stands for.
+
+    Raises:
+        click.ClickException: there is no such file or name, it fails, or it is no module.
+    """
+    source, _, name = target.rpartition(":")
+    if not source or not name:
+        raise click.BadParameter(
+            f"{target!r} has no name: expected FILE.py:NAME or package.module:NAME", param_hint="MODEL"
+        )
+    value: Any = import_source(source)
+    for part in name.split("."):
+        if not hasattr(value, part):
+            names = sorted(
+                n for n, v in vars(value).items() if callable(v) and getattr(v, "__module__", None) == value.__name__
+            )
+            known = f"; it has {', '.join(names)}" if names else ""
+            raise click.ClickException(f"{source} has no {part!r}{known}")
+        value = getattr(value, part)
+    if not isinstance(value, torch.nn.Module):
+        if not callable(value):
+            raise click.ClickException(
+                f"{target} is {type(value).__name__}, expected a torch.nn.Module or a function that returns one"
+            )
+        try:
+            value = value()
+        except Exception as error:
+            raise click.ClickException(f"{target}() failed: {describe(error)}") from error
+    if not isinstance(value, torch.nn.Module):
+        raise click.ClickException(f"{target}() returned {type(value).__name__}, expected a torch.nn.Module")
+    return value
+
+
+def import_source(source: str) -> Any:
+    """The module of a file, or of a dotted name as seen from the current folder."""
+    path = Path(source)
+    is_file = source.endswith(".py") or path.exists()
+    if is_file and not path.is_file():
+        raise click.ClickException(f"there is no file {source}")
+    # A model may import its neighbors.
+    sys.path.insert(0, str(path.resolve().parent if is_file else Path.cwd()))
+    try:
+        if not is_file:
+            return importlib.import_module(source)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise click.ClickException(f"{source} is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        # Pickles and dataclasses look a class's module up by name.
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        return module
+    except click.ClickException:
+        raise
+    except Exception as error:
+        raise click.ClickException(f"importing {source} failed: {describe(error)}") from error
+
+
+def describe(error: BaseException) -> str:
+    """An error in a line, with the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith("<frozen") and frame.filename != __file__]
+    place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def check_folder(path: Path) -> None:
+    """Fail before the work, not behind it."""
+    if not path.absolute().parent.is_dir():
+        raise click.ClickException(f"there is no folder {path.parent} for {path.name}")

@@ -1,0 +1,298 @@
+"""A module's forward with its chains fused, put before the module's own without replacing the module.
+
+`FusedForward` is an instance attribute `forward`: the module keeps its class, its methods, its submodules and its
+training-time control flow. It runs the graph only where that is what the module's own forward would do, and that forward
+otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import linecache
+import operator
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch.nn.modules import module as global_hooks
+
+from tritonconv.convert.chains import rewrite
+from tritonconv.convert.swap import MARK, mark_of, set_mark
+from tritonconv.convert.trace import Survey, called_children, inlined_modules, is_layer, leaf_modules, parameters_of, survey
+from tritonconv.nn.fused import HOOKS, carries_hook
+
+__all__ = ["FusedForward", "Program", "fuse_chains", "ignoring_global_hooks", "unfuse_chains"]
+
+# A module whose watched attributes change at every call is not worth a graph.
+MOST_RENEWALS = 8
+
+OWN_ATTRIBUTES = {*torch.nn.Module().__dict__, "forward", MARK} - {"training"}
+GLOBAL_HOOKS = [getattr(global_hooks, "_global" + name) for name in HOOKS]
+PLAIN = (bool, int, float, str, type(None), tuple, torch.dtype, types.FunctionType)
+
+_renewing = threading.RLock()
+
+
+class _Exempt(threading.local):
+    active = False
+
+
+_exempt = _Exempt()
+
+
+@contextmanager
+def ignoring_global_hooks() -> Iterator[None]:
+    """Let fused forwards run on this thread although global module hooks are there: those of `explain`."""
+    outer, _exempt.active = _exempt.active, True
+    try:
+        yield
+    finally:
+        _exempt.active = outer
+
+
+@dataclass(frozen=True)
+class Program:
+    """What was made of a graph; depends on paths alone, so that a deep copy of the module shares it."""
+
+    function: Callable[..., Any] | None
+    """Called with the module and its required arguments; None where nothing was fused."""
+    names: tuple[str, ...]
+    defaults: dict[str, object]
+    how: Literal["fx", "sequential"]
+    """Whether the whole module traced, or children of an nn.Sequential were walked."""
+    chains: int
+    functional: tuple[str, ...]
+    """Names of functional convolutions in the order they run."""
+    inlined: tuple[str, ...]
+    """Paths of the modules whose own forwards the function stands for."""
+    hooked: tuple[str, ...]
+    """Paths of modules that carried a hook and were kept out of every chain for it."""
+
+
+class _Watch:
+    """Everything of one module tree that its program took for granted."""
+
+    def __init__(self, root: torch.nn.Module, program: Program) -> None:
+        self.inlined = [root.get_submodule(path) for path in program.inlined]
+        below = [module for module in self.inlined if module is not root]
+        self.free = [getattr(module, name) for module in below for name in HOOKS]
+        self.hooked = [[getattr(root.get_submodule(path), name) for name in HOOKS] for path in program.hooked]
+        self.children = [module._modules for module in self.inlined]
+        self.had_children = [dict(children) for children in self.children]
+        self.attributes = []
+        for module in self.inlined:
+            names = [k for k, v in module.__dict__.items() if k not in OWN_ATTRIBUTES and isinstance(v, PLAIN)]
+            names.remove("training")
+            # Two names at least, so that the getter gives a tuple.
+            read = operator.itemgetter("training", "training", *names)
+            self.attributes.append((module.__dict__, read, (False, False, *read(module.__dict__)[2:])))
+
+    def hooks_hold(self) -> bool:
+        """Whether hooks are where they were when the module was traced."""
+        return not any(self.free) and all(any(hooks) for hooks in self.hooked)
+
+    def holds(self) -> bool:
+        """Whether all is as it was, and in eval mode."""
+        if any(self.free) or self.children != self.had_children or not all(any(hooks) for hooks in self.hooked):
+            return False
+        try:
+            # Cheaper than a generator, for this runs at every call.
+            for state, read, expected in self.attributes:
+                if read(state) != expected:
+                    return False
+        # An attribute may be gone, or compare to something that has no truth.
+        except (KeyError, RuntimeError, ValueError):
+            return False
+        return True
+
+    def trains(self) -> bool:
+        """Whether a module that the program stands for is in training mode."""
+        return any(module.training for module in self.inlined)
+
+
+class FusedForward:
+    """The forward of one module, fused where that is the same and its own everywhere else.
+
+    It looks before every call whether hooks, submodules or attributes have changed since the module was traced, and traces
+    it again if so. A deep copy shares the generated code; a pickle leaves it out, and it is made again at the first call.
+    """
+
+    def __init__(self, root: torch.nn.Module, program: Program, beneath: bool) -> None:
+        self.root = root
+        self.program: Program | None = program
+        self.beneath = beneath
+        self.renewals = 0
+        self.watch: _Watch | None = _Watch(root, program)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(types.MethodType(type(self.root).forward, self.root))
+
+    @property
+    def __code__(self) -> types.CodeType:
+        # torch.export asks a forward where it was written.
+        return type(self.root).forward.__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        root = self.root
+        program = self._compiled() if torch.compiler.is_compiling() else self._current()
+        if program is not None and program.function is not None:
+            given = args if not kwargs and len(args) == len(program.names) else _positional(program, args, kwargs)
+            if given is not None and not any(value is None for value in given):
+                return program.function(root, *given)
+        return type(root).forward(root, *args, **kwargs)
+
+    def _current(self) -> Program | None:
+        """The program, renewed if need be; None where the module's own forward must run."""
+        if any(GLOBAL_HOOKS) and not _exempt.active:
+            return None
+        watch = self.watch
+        if watch is None or not watch.holds():
+            return self._renewed()
+        return self.program
+
+    def _compiled(self) -> Program | None:
+        """The same under torch.compile and torch.export, which guard what they read themselves."""
+        # Before anything is read, for what it changes would break the compiler's guards.
+        _prepare(self)
+        watch = self.watch
+        if watch is None or watch.trains() or not watch.hooks_hold():
+            return None
+        return self.program
+
+    def _renewed(self) -> Program | None:
+        with _renewing:
+            root = self.root
+            if root.training or self.renewals >= MOST_RENEWALS:
+                return None
+            if self.program is not None and self.watch is None:
+                self.watch = _Watch(root, self.program)
+            if self.watch is not None:
+                if self.watch.holds():
+                    return self.program
+                if self.watch.trains():
+                    return None
+                # Hooks may come and go as they like.
+                self.renewals += self.watch.hooks_hold()
+            elif any(module.training for module in inlined_modules(root, leaf_modules(root)).values()):
+                return None
+            # torch.export has patched the modules itself; its model is whole without fusing.
+            if torch.compiler.is_exporting():
+                return None
+            unfuse_chains(root, keep=self)
+            _install(root, self.beneath, {}, self)
+            return self.program
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
+        twin = object.__new__(FusedForward)
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__dict__, watch=None, renewals=0, root=copy.deepcopy(self.root, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A GraphModule is rebuilt from its state, which must not hold it.
+        state = {**self.__dict__, "program": None, "watch": None, "renewals": 0}
+        return state | {"root": None} if isinstance(self.root, fx.GraphModule) else state
+
+
+@torch.compiler.assume_constant_result
+def _prepare(fused: FusedForward) -> None:
+    """Bring a forward up to date outside of the compiler that looks at it."""
+    fused._renewed()
+
+
+def _positional(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The required arguments in order if the others are left at their defaults, else None."""
+    names = (*program.names, *program.defaults)
+    if len(args) > len(names) or kwargs.keys() - set(names[len(args) :]):
+        return None
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if any(given.pop(name, default) is not default for name, default in program.defaults.items()):
+        return None
+    return tuple(given[name] for name in program.names) if len(given) == len(program.names) else None
+
+
+def fuse_chains(model: torch.nn.Module) -> None:
+    """Put a FusedForward on `model` if it traces, else on the parts of it that do."""
+    _install(model, False, {}, None)
+
+
+def unfuse_chains(model: torch.nn.Module, keep: FusedForward | None = None) -> None:
+    """Take every FusedForward in `model` away, but `keep`."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedForward) and module.__dict__["forward"] is not keep:
+            del module.__dict__["forward"]
+
+
+def _install(root: torch.nn.Module, beneath: bool, found: Survey, fused: FusedForward | None) -> None:
+    """Trace `root`, install or refill its FusedForward, and go on where its graph stops.
+
+    Args:
+        beneath: whether a module above it did not trace.
+        found: graphs and reasons of the modules traced so far.
+        fused: the forward to refill.
+    """
+    if "forward" in root.__dict__ and fused is None:
+        _install_in(called_children(root), beneath, found)
+        return
+    leaves = leaf_modules(root)
+    opaque = survey(root, leaves, found) if root not in found else {m for m, g in found.items() if isinstance(g, str)}
+    graph = found[root]
+    if isinstance(graph, str):
+        if fused is not None:
+            fused.program = fused.watch = None
+            fused.renewals = MOST_RENEWALS
+        set_mark(root, untraceable=graph)
+        _install_in(called_children(root), True, found)
+        return
+    if mark_of(root) is not None:
+        set_mark(root, untraceable="")
+    inlined = inlined_modules(root, leaves | opaque)
+    walked = type(root) is torch.nn.Sequential and (beneath or bool(opaque & set(root.modules())))
+    program = _compile(graph, root, inlined, "sequential" if walked else "fx")
+    if fused is not None:
+        fused.program, fused.watch = program, _Watch(root, program)
+    elif program.function is not None or program.hooked:
+        root.__dict__["forward"] = FusedForward(root, program, beneath)
+    stops = [child for module in inlined.values() for child in called_children(module) if child in leaves | opaque]
+    _install_in(stops, beneath, found)
+
+
+def _install_in(children: Any, beneath: bool, found: Survey) -> None:
+    """Treat each child as a root of its own; layers of torch have none, but may hold the user's modules."""
+    for child in dict.fromkeys(children):
+        if isinstance(child.__dict__.get("forward"), FusedForward):
+            continue
+        if is_layer(child):
+            _install_in(called_children(child), beneath, found)
+        else:
+            _install(child, beneath, found, None)
+
+
+def _compile(
+    graph: fx.Graph, root: torch.nn.Module, inlined: dict[str, torch.nn.Module], how: Literal["fx", "sequential"]
+) -> Program:
+    """Rewrite the graph and make a function of it."""
+    names, defaults = parameters_of(type(root).forward)
+    done = rewrite(graph, root)
+    function = None
+    if done.chains or done.functional:
+        code = graph.python_code("self")
+        file = f"<tritonconv: {type(root).__name__}.forward, fused>"
+        linecache.cache[file] = (len(code.src), None, code.src.splitlines(True), file)
+        scope = dict(code.globals)
+        exec(compile(code.src, file, "exec"), scope)
+        function = scope["forward"]
+    hooked = {
+        f"{prefix}.{name}".strip(".")
+        for prefix, module in inlined.items() for name, child in module.named_children() if carries_hook(child)
+    }  # fmt: skip
+    return Program(
+        function, tuple(names), defaults, how, done.chains, tuple(done.functional), tuple(inlined), tuple(hooked)
+    )

@@ -1,0 +1,121 @@
+"""Layers exchanged in place: a module of torch becomes ours by its class alone, and back again."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tritonconv import nn
+from tritonconv.ops.backend import Backend
+from tritonconv.ops.layout import as_format, is_dense
+
+__all__ = ["MARK", "Mark", "mark_of", "restore_layers", "swap_layers"]
+
+TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.Conv1d: nn.Conv1d,
+    torch.nn.Conv2d: nn.Conv2d,
+    torch.nn.Conv3d: nn.Conv3d,
+    torch.nn.Linear: nn.Linear,
+}
+
+MARK = "_tritonconv"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What `convert` did to a module: the one attribute that it adds to it."""
+
+    original: type[torch.nn.Module] | None = None
+    """The class it had, where that was changed."""
+    contiguous: bool = False
+    """Whether its weight was contiguous and is channels-last now."""
+    layer: bool = False
+    """Whether it is a layer of ours now, with a `backend` of its own."""
+    previous_backend: Backend | None = None
+    """The backend that the user had given to a layer that was ours already."""
+    untraceable: str = ""
+    """Why torch.fx could not trace its forward."""
+
+
+def mark_of(module: torch.nn.Module) -> Mark | None:
+    """What `convert` noted on the module."""
+    return module.__dict__.get(MARK)
+
+
+def set_mark(module: torch.nn.Module, **changes: Any) -> None:
+    module.__dict__[MARK] = dataclasses.replace(mark_of(module) or Mark(), **changes)
+
+
+def swap_layers(model: torch.nn.Module, backend: Backend) -> None:
+    """Make every convolution and linear layer of exactly torch's class ours, with the same parameters, hooks and name.
+
+    The new classes add no state, so a change of `__class__` is all; whoever shares the module shares the change. Weights
+    of convolutions move to channels-last memory behind the same Parameter.
+    """
+    modules = [m for m in model.modules() if type(m) in TWINS or type(m) in TWINS.values()]
+    # Asked before anything moves: two layers that share a weight both had it contiguous.
+    contiguous = [m for m in modules if _movable(m)]
+    for module in modules:
+        mark = mark_of(module)
+        if type(module) in TWINS:
+            set_mark(module, original=type(module), layer=True)
+            module.__class__ = TWINS[type(module)]
+        elif mark is None and backend == "auto":
+            # The user's own layer of ours keeps the backend that it was given.
+            continue
+        elif mark is None:
+            set_mark(module, layer=True, previous_backend=module.__dict__.get("backend"))
+        module.backend = backend  # type: ignore[assignment]
+    for module in contiguous:
+        set_mark(module, contiguous=True)
+    _move(contiguous, channels_last=True)
+
+
+def restore_layers(model: torch.nn.Module) -> None:
+    """Undo `swap_layers`; modules that it did not touch stay as they are."""
+    contiguous = []
+    for module in model.modules():
+        mark: Mark | None = module.__dict__.pop(MARK, None)
+        if mark is None:
+            continue
+        if mark.original is not None and type(module) is TWINS[mark.original]:
+            module.__class__ = mark.original
+        if mark.layer:
+            module.__dict__.pop("backend", None)
+        if mark.previous_backend is not None:
+            module.backend = mark.previous_backend  # type: ignore[assignment]
+        if mark.contiguous:
+            contiguous.append(module)
+    _move(contiguous, channels_last=False)
+
+
+def _movable(module: torch.nn.Module) -> bool:
+    """Whether the layer's weight is a plain contiguous parameter in memory of its own, of which the order matters."""
+    weight = module._parameters.get("weight")
+    if type(weight) is not torch.nn.Parameter or weight.dim() < 3:
+        return False
+    if weight.layout != torch.strided or weight.is_inference() or type(weight.data) is not torch.Tensor:
+        return False
+    # Other processes, or a buffer that holds many parameters, look at the same memory.
+    shared = weight.device.type == "cpu" and weight.is_shared()
+    alone = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    return is_dense(weight, False) and not is_dense(weight, True) and alone and not shared
+
+
+def _move(modules: list[torch.nn.Module], channels_last: bool) -> None:
+    """Store the layers' weights in that format; parameters that share memory go on sharing it."""
+    done: set[int] = set()
+    moved: dict[int, torch.Tensor] = {}
+    for module in modules:
+        weight = module._parameters.get("weight")
+        if weight is None or weight.dim() < 3 or weight.layout != torch.strided or id(weight) in done:
+            continue
+        done.add(id(weight))
+        # Parameters on "meta" all lie at address 0.
+        at = weight.data_ptr() or id(weight)
+        if at not in moved or moved[at].shape != weight.shape:
+            moved[at] = as_format(weight.detach(), channels_last)
+        weight.data = moved[at]

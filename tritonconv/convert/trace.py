@@ -1,0 +1,252 @@
+"""A model's forward as a torch.fx graph, or the reason why there is none.
+
+A graph replaces the forward it was traced from, so whatever tracing would lose makes a forward untraceable: branches on
+values or their types, switched gradients or autocast, tensors made from nothing, attributes that are set on the way.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from tritonconv.convert.calls import IN_PLACE
+from tritonconv.nn.fused import carries_hook
+
+__all__ = ["Survey", "called_children", "inlined_modules", "leaf_modules", "survey"]
+
+CONTAINERS = (torch.nn.Module, torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+LIBRARIES = ("torch.nn", "torch.ao", "torch.jit", "tritonconv")
+
+# Taken before fx patches it.
+CALL = torch.nn.Module.__call__
+
+# torch.fx patches torch.nn.Module while it traces.
+_lock = threading.RLock()
+
+
+class UntraceableError(Exception):
+    """A forward that a graph would not reproduce."""
+
+
+class _Strict:
+    """What torch.fx's stand-ins for values let pass and a graph would lose."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # A stand-in has not its value's type: a branch on it would take one way for all.
+        asking = sys._getframe(1)
+        tracing = asking.f_globals.get("__name__", "").startswith(("torch.", "tritonconv."))
+        if not tracing or asking.f_code.co_name == "is_tensor":
+            raise UntraceableError("its forward asks for the type of a value")
+        return type(self)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in ("node", "tracer", "root", "attr", "_node"):
+            raise UntraceableError(f"its forward sets the attribute {name} of a value")
+        object.__setattr__(self, name, value)
+
+
+def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def record(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name, _function in IN_PLACE.items():
+    # Left to torch.fx, `a += b` would make a new tensor, and other names of `a` would keep the old one.
+    setattr(_Strict, _name, _recorded(_function))
+
+
+class _Attribute(_Strict, fx.proxy.Attribute):
+    pass
+
+
+class _Value(_Strict, fx.Proxy):
+    def __getattr__(self, k: str) -> _Attribute:
+        return _Attribute(self, k)
+
+
+class _Tracer(fx.Tracer):
+    """Traces through containers and the user's own modules, and stops at leaves."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, leaves: Set[torch.nn.Module]) -> None:
+        super().__init__()
+        self._leaves = leaves
+        self._modes = _modes()
+        self._thread = threading.get_ident()
+
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
+        return m in self._leaves
+
+    def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        # torch.fx has patched every module's call, those of other threads too.
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        # Past the module's __call__, which would show the stand-ins to hooks on all modules.
+        return super().call_module(m, m.forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None  # noqa: ARG002
+    ) -> tuple[Any, list[Any]]:  # fmt: skip
+        """Placeholders for what a caller must give; everything else takes its default, which the caller must then leave."""
+        names, _ = parameters_of(root_fn)
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise UntraceableError("its forward switches gradients, inference mode or autocast on the way")
+        node = super().create_node(kind, *args, **kwargs)
+        node.type = None
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor) and not isinstance(a, torch.nn.Parameter):
+            known = a in self.tensor_attrs or any(a is buffer for buffer in self.root.buffers())
+            if not known:
+                raise UntraceableError("its forward makes tensors from nothing, which tracing would take for constants")
+        return super().create_arg(a)
+
+
+def _modes() -> tuple[object, ...]:
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), depth
+
+
+def parameters_of(forward: Callable[..., Any]) -> tuple[list[str], dict[str, object]]:
+    """Names that a caller of this method must give, and the defaults of the others.
+
+    Raises:
+        UntraceableError: it takes *args, **kwargs or required keywords.
+    """
+    names, defaults = [], {}
+    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise UntraceableError(f"its forward takes {parameter}")
+        if parameter.default is not parameter.empty:
+            defaults[parameter.name] = parameter.default
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            raise UntraceableError(f"its forward takes the keyword {parameter.name}")
+        else:
+            names.append(parameter.name)
+    return names, defaults
+
+
+def is_layer(module: torch.nn.Module) -> bool:
+    """Whether its forward is nobody's to trace: layers of torch and ours, their subclasses, forwards set on an instance."""
+    layer = any(t.__module__.startswith(LIBRARIES) and t not in CONTAINERS for t in type(module).__mro__)
+    return layer or "forward" in module.__dict__ or type(module).__call__ is not CALL
+
+
+def leaf_modules(root: torch.nn.Module) -> set[torch.nn.Module]:
+    """Every module under `root` that a graph of it calls as a whole: layers, and modules that carry hooks."""
+    return {m for m in root.modules() if m is not root and (is_layer(m) or carries_hook(m))}
+
+
+def called_children(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Children that can be called: what a ModuleList or ModuleDict holds instead of itself."""
+    for child in module.children():
+        if type(child) in (torch.nn.ModuleList, torch.nn.ModuleDict):
+            yield from called_children(child)
+        else:
+            yield child
+
+
+def inlined_modules(root: torch.nn.Module, leaves: Set[torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """`root` and everything under it that is not under a leaf nor one, by name."""
+    found = {"": root}
+
+    def visit(module: torch.nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            if child not in leaves and child not in found.values():
+                found[prefix + name] = child
+                visit(child, f"{prefix}{name}.")
+
+    visit(root, "")
+    return found
+
+
+@contextmanager
+def _undisturbed(root: torch.nn.Module, inlined: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Trace as in eval mode, with gradients on; nothing that modules hold may change meanwhile."""
+    states = [m.__dict__ for m in root.modules()]
+    held = [*states, *(state[kind] for state in states for kind in ("_parameters", "_buffers", "_modules"))]
+    before = [dict(state) for state in held]
+    trained = [module.__dict__ for module in inlined if module.training]
+    for state in trained:
+        state["training"] = False
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for state in trained:
+            state["training"] = True
+        changed = False
+        for state, old in zip(held, before, strict=True):
+            if state.keys() != old.keys() or any(state[key] is not value for key, value in old.items()):
+                changed = True
+                state.clear()
+                state.update(old)
+    if changed:
+        raise UntraceableError("its forward sets attributes of a module")
+
+
+def trace(root: torch.nn.Module, leaves: Set[torch.nn.Module]) -> fx.Graph:
+    """The graph of root's own forward in eval mode; raises whatever a forward raises that cannot be traced."""
+    with _lock, _undisturbed(root, inlined_modules(root, leaves).values()):
+        return _Tracer(leaves).trace(root)
+
+
+Survey = dict[torch.nn.Module, "fx.Graph | str"]
+
+
+def survey(root: torch.nn.Module, leaves: Set[torch.nn.Module], found: Survey) -> set[torch.nn.Module]:
+    """Trace `root`, and where that fails its parts; `found` gets graphs, and reasons where there is none.
+
+    Returns:
+        The modules in and under `root` that cannot be traced: a graph calls them as a whole.
+    """
+    try:
+        found[root] = trace(root, leaves)
+        return set()
+    # A forward may raise anything.
+    except Exception as error:
+        found[root] = _reason(error)
+    opaque = set()
+    for child in called_children(root):
+        if child not in leaves and child is not root:
+            opaque |= survey(child, leaves, found)
+    if opaque:
+        try:
+            found[root] = trace(root, leaves | opaque)
+            return opaque
+        except Exception as error:
+            found[root] = _reason(error)
+    return opaque | {root}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, NotImplementedError):
+        return "it has no forward"
+    if isinstance(error, fx.proxy.TraceError):
+        return "its forward branches on, or iterates over, a value"
+    text = str(error).strip().split("\n")[0]
+    return text if isinstance(error, UntraceableError) else f"{type(error).__name__}: {text[:120]}"
