@@ -51,10 +51,11 @@ CASES = [
     CodegenCase("conv_fprop", "4x3x3", (2, 64, 16, 56, 56), (128, 64, 4, 3, 3), padding=1, configs=3),
     # More than 2^31 elements: 64-bit offsets.
     CodegenCase("conv_fprop", "3x3 s2 int64", (64, 128, 513, 513), (128, 128, 3, 3), stride=2, configs=3),
-    CodegenCase("conv_fprop", "3x3 grouped", (32, 256, 56, 56), (256, 64, 3, 3), padding=1, groups=4, configs=3),
+    CodegenCase("conv_fprop", "3x3 grouped", (32, 256, 56, 56), (256, 128, 3, 3), padding=1, groups=2, configs=3),
     # A contiguous NCHW image, read in place by single elements.
     CodegenCase("conv_flat", "stem 7x7", (32, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3, channels_last=False),
-    # Channels that no block divides: 128-bit loads all the same.
+    # Blocks across taps, for few channels and for counts that no block divides: 128-bit loads all the same.
+    CodegenCase("conv_flat", "3x3 of 64", (32, 64, 56, 56), (64, 64, 3, 3), padding=1, configs=4),
     CodegenCase("conv_flat", "3x3 of 24", (32, 24, 56, 56), (96, 24, 3, 3), padding=1),
     # Patches of a contiguous image: rows of 16 neighbors.
     CodegenCase("conv_flat", "patch 16x16", (32, 3, 224, 224), (768, 3, 16, 16), stride=16, channels_last=False),
@@ -93,7 +94,7 @@ def launches(case: CodegenCase, target: str) -> Iterator[tuple[Any, Launch]]:
         module.configs(), m=m, n=n, k=run, itemsize=x.element_size(), tensor_cores=x.element_size() == 2 or case.tf32,
         shared=limits.shared_memory, even=case.kernel == "conv_fprop", vectors=plan.vector > 1,
     )  # fmt: skip
-    switch = torch.backends.cudnn.conv
+    switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     previous, switch.fp32_precision = switch.fp32_precision, "tf32" if case.tf32 else "ieee"
     try:
         for config in fitting_configs[: case.configs]:

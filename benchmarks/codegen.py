@@ -100,7 +100,8 @@ def got_worse(row: dict[str, Any], before: dict[str, Any]) -> list[str]:
         wrong.append(f"shared memory {before['shared']} -> {row['shared']}")
     if before["issue_ratio"] and (row["issue_ratio"] is None or row["issue_ratio"] > before["issue_ratio"] * 1.05 + 0.01):
         wrong.append(f"issue ratio {before['issue_ratio']} -> {row['issue_ratio']}")
-    wrong += [f"lost {name}" for name in before["counts"] if name.endswith(("128", "dwordx4")) and name not in row["counts"]]
+    wide = (name for name in before["counts"] if name.endswith(("128", "dwordx4")))
+    wrong += [f"lost {name}" for name in wide if name not in row["counts"]]
     return wrong
 
 
@@ -110,8 +111,9 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table(title=f"triton {triton.__version__}", title_justify="left", box=None, pad_edge=False)
-    for name in ("kernel", "case", "config", "target", "registers", "stack", "shared", "serialized", "issue", "instructions"):
-        table.add_column(name, justify="right" if name in ("registers", "stack", "shared", "issue") else "left")
+    numbers = ("registers", "stack", "shared", "issue")
+    for name in ("kernel", "case", "config", "target", *numbers[:3], "serialized", "issue", "instructions"):
+        table.add_column(name, justify="right" if name in numbers else "left")
     for row in rows:
         counts = " ".join(f"{name}:{n}" for name, n in row["counts"].items() if not name.startswith(("FFMA", "LDGDEPBAR")))
         cells = [row["kernel"], row["case"], row["config"], row["target"], row["registers"], row["stack"], row["shared"],

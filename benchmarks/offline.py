@@ -48,7 +48,10 @@ POINTERS = {
 }  # fmt: skip
 
 # Groups of instructions worth counting; the table keeps these names.
-SASS = r"\b(UTC\w*MMA\S*|HGMMA\S*|HMMA\S*|DMMA\S*|UTMALDG\S*|UTMASTG\S*|LDGSTS\S*|LDG\S*|STG\S*|LDSM\S*|STSM\S*|LDL\S*|STL\S*|FFMA|DFMA)"
+SASS = (
+    r"\b(UTC\w*MMA\S*|HGMMA\S*|HMMA\S*|DMMA\S*|UTMALDG\S*|UTMASTG\S*|LDGSTS\S*|LDG\S*|STG\S*|LDSM\S*|STSM\S*"
+    r"|LDL\S*|STL\S*|FFMA|DFMA)"
+)
 AMDGCN = r"\b(v_mfma\w+|global_load\w+|buffer_load\w+|global_store\w+|buffer_store\w+|ds_read\w+|ds_write\w+|scratch_\w+)"
 
 # Dense bf16 FLOP per clock and multiprocessor of Hopper, four issue slots per clock beside it.

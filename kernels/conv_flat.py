@@ -1,8 +1,8 @@
 """Convolution forward with filter taps and channels flattened into one reduction axis.
 
-M = output pixels, N = output channels of one group, K = taps x channels in the order of the weight's memory. For channel
-counts that no block divides: a product per tap would be mostly zeros in a stem (49 of depth 16 for a 7x7 filter, against
-147 -> 160 here), and with 16 or 32 channels a block takes several taps at once. Element k of the axis is decoded to
+M = output pixels, N = output channels of one group, K = taps x channels in the order of the weight's memory. For few
+channels, and counts that no block divides: a product per tap would be mostly zeros in a stem (49 of depth 16 for a 7x7
+filter, against 147 -> 160 here), and with 16 to 64 channels a deep block takes several taps at once. Element k of the axis is decoded to
 (t, r, s, c) and read at its own address, so that any layout of the image will do: a stem reads a contiguous NCHW image
 without a copy. Where consecutive k are neighbors in memory (8 channels of a channels-last image, or image patches of 8
 or more pixels in their own order) the loads are 128-bit vectors; else they are single elements, out of L1.
@@ -24,10 +24,13 @@ def configs() -> list[triton.Config]:
     """Every candidate; `tiles.fitting` leaves those that suit a problem."""
     return [
         # Many channels out: patch embeddings, and layers of 96 to 256 channels that no block divides.
+        tile(128, 128, 64, 4, 3),
         tile(128, 128, 64, 8, 3),
         # 32 to 96 channels out, vector loads.
-        tile(128, 64, 64, 8, 3),
+        tile(128, 64, 128, 4, 3),
+        tile(128, 64, 64, 4, 3),
         tile(64, 64, 64, 8, 3),
+        tile(128, 32, 64, 4, 3),
         # Stems, whose single elements are dearer to read than to multiply: few registers, many programs.
         tile(128, 64, 16, 4, 2),
         tile(64, 64, 32, 4, 2),
@@ -51,8 +54,8 @@ def conv_flat_kernel(
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    # flags: PADDED: some tap can fall outside. W_CHANNELS_LAST: the axis runs (t, r, s, c), else (c, t, r, s). VEC_X, VEC_W,
-    # VEC_K: powers of two up to 16 that divide the image's strides but the unit one, the weight's, and K
+    # flags: PADDED: some tap can fall outside. W_CHANNELS_LAST: the axis runs (t, r, s, c), else (c, t, r, s).
+    # VEC_X, VEC_W, VEC_K: powers of two up to 16 that divide the image's strides but the unit one, the weight's, and K
     PADDED: tl.constexpr, W_CHANNELS_LAST: tl.constexpr, VEC_X: tl.constexpr, VEC_W: tl.constexpr, VEC_K: tl.constexpr,
     USE_TMA: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr,
     EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,

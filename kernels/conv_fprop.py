@@ -36,11 +36,11 @@ def configs() -> list[triton.Config]:
         tile(64, 128, 64, 4, 4),
         tile(64, 64, 128, 4, 3),
         tile(64, 64, 64, 4, 4),
-        # fp32 and fp64, whose tiles are two and four times as large, and channels that 64 does not divide.
-        tile(64, 64, 32, 8, 3),
-        tile(64, 32, 32, 4, 3),
+        tile(64, 32, 128, 4, 3),
+        tile(64, 16, 128, 4, 3),
+        # Products without tensor cores: IEEE fp32 and fp64.
         tile(64, 64, 16, 4, 3),
-        tile(64, 16, 32, 4, 3),
+        tile(64, 32, 32, 4, 3),
         tile(64, 16, 16, 4, 3),
     ]
 
@@ -96,7 +96,8 @@ def conv_fprop_kernel(
     if INDEX_64:
         n = n.to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
-    offs_x = n * stride_xn + d0.to(n.dtype) * stride_xd + h0.to(n.dtype) * stride_xh + w0.to(n.dtype) * stride_xw + group * C
+    offs_x = n * stride_xn + group * C
+    offs_x += d0.to(n.dtype) * stride_xd + h0.to(n.dtype) * stride_xh + w0.to(n.dtype) * stride_xw
     x_ptrs = x_ptr + (offs_x[:, None] + offs_k[None, :])  # [BLOCK_M, BLOCK_K]
 
     if not USE_TMA:

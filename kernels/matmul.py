@@ -35,7 +35,7 @@ def configs() -> list[triton.Config]:
         tile(64, 16, 32, 4, 3),
         tile(64, 16, 16, 4, 3),
         # A batch of a few rows: the weight is what is read.
-        tile(16, 64, 64, 4, 4),
+        tile(16, 64, 64, 2, 4),
     ]
 
 

@@ -38,21 +38,22 @@ class ConvCase:
 
 CASES = [
     # conv_fprop: channels that a block divides
-    ConvCase("3x3 padded", (2, 32, 9, 7), (24, 32, 3, 3), "conv_fprop", dict(padding=1)),
-    ConvCase("3x3 strided", (2, 64, 9, 8), (32, 64, 3, 3), "conv_fprop", dict(padding=1, stride=2)),
-    ConvCase("1x1 strided", (2, 32, 7, 8), (20, 32, 1, 1), "conv_fprop", dict(stride=2)),
-    ConvCase("1x1 padded", (1, 32, 3, 4), (8, 32, 1, 1), "conv_fprop", dict(padding=1)),
-    ConvCase("3x3 dilated unpadded", (1, 32, 11, 9), (16, 32, 3, 3), "conv_fprop", dict(dilation=(2, 3))),
-    ConvCase("even filter same", (1, 32, 6, 7), (16, 32, 2, 4), "conv_fprop", dict(padding="same")),
-    ConvCase("mixed strides", (1, 32, 9, 12), (16, 32, 3, 2), "conv_fprop", dict(stride=(2, 3), padding=(2, 0))),
-    ConvCase("grouped of 32", (2, 64, 6, 5), (64, 32, 3, 3), "conv_fprop", dict(padding=1, groups=2)),
-    ConvCase("1-d", (2, 32, 19), (16, 32, 5), "conv_fprop", dict(padding=2, dilation=2)),
-    ConvCase("1-d filter of 33, no word of bits", (1, 32, 40), (16, 32, 33), "conv_fprop", dict(padding=16)),
-    ConvCase("3-d", (1, 32, 4, 5, 3), (16, 32, 3, 2, 3), "conv_fprop", dict(padding=(1, 0, 1), stride=(1, 2, 1))),
+    ConvCase("3x3 padded", (2, 64, 9, 7), (72, 64, 3, 3), "conv_fprop", dict(padding=1)),
+    ConvCase("3x3 strided", (2, 128, 9, 8), (32, 128, 3, 3), "conv_fprop", dict(padding=1, stride=2)),
+    ConvCase("1x1 strided", (2, 128, 7, 8), (20, 128, 1, 1), "conv_fprop", dict(stride=2)),
+    ConvCase("1x1 padded", (1, 128, 3, 4), (8, 128, 1, 1), "conv_fprop", dict(padding=1)),
+    ConvCase("3x3 dilated unpadded", (1, 128, 11, 9), (16, 128, 3, 3), "conv_fprop", dict(dilation=(2, 3))),
+    ConvCase("even filter same", (1, 128, 6, 7), (16, 128, 2, 4), "conv_fprop", dict(padding="same")),
+    ConvCase("mixed strides", (1, 128, 9, 12), (16, 128, 3, 2), "conv_fprop", dict(stride=(2, 3), padding=(2, 0))),
+    ConvCase("grouped of 128", (2, 256, 6, 5), (64, 128, 3, 3), "conv_fprop", dict(padding=1, groups=2)),
+    ConvCase("1-d", (2, 128, 19), (16, 128, 5), "conv_fprop", dict(padding=2, dilation=2)),
+    ConvCase("1-d filter of 33, no word of bits", (1, 128, 40), (16, 128, 33), "conv_fprop", dict(padding=16)),
+    ConvCase("3-d", (1, 128, 4, 5, 3), (16, 128, 3, 2, 3), "conv_fprop", dict(padding=(1, 0, 1), stride=(1, 2, 1))),
     # conv_flat: channels that none divides
     ConvCase("stem 7x7", (2, 3, 15, 17), (10, 3, 7, 7), "conv_flat", dict(padding=3, stride=2)),
     ConvCase("one channel", (2, 1, 9, 9), (6, 1, 5, 5), "conv_flat", dict(padding=2)),
     ConvCase("24 channels", (2, 24, 7, 6), (40, 24, 3, 3), "conv_flat", dict(padding=1)),
+    ConvCase("32 channels, several taps a block", (2, 32, 7, 6), (24, 32, 3, 3), "conv_flat", dict(padding=1, stride=2)),
     ConvCase("7 channels, 5 filters", (1, 7, 6, 6), (5, 7, 3, 3), "conv_flat", dict(padding=1)),
     ConvCase("depthwise", (2, 9, 10, 10), (9, 1, 3, 3), "conv_flat", dict(padding=1, groups=9)),
     ConvCase("depthwise with multiplier", (1, 6, 7, 7), (12, 1, 3, 3), "conv_flat", dict(stride=2, groups=6)),
@@ -69,11 +70,11 @@ CASES = [
     ConvCase("image is one patch", (3, 3, 2, 4, 4), (20, 3, 2, 4, 4), "matmul", dict(stride=(2, 4, 4))),
     ConvCase("1-d patches", (2, 6, 20), (8, 6, 4), "matmul", dict(stride=4)),
     ConvCase("1-d patches and a rest", (2, 6, 21), (8, 6, 4), "conv_flat", dict(stride=4)),
-    ConvCase("patches", (2, 8, 13, 12), (16, 8, 4, 4), "conv_fprop", dict(stride=4)),
+    ConvCase("patches", (2, 32, 13, 12), (16, 32, 4, 4), "conv_fprop", dict(stride=4)),
     ConvCase("patches of an image", (2, 3, 16, 16), (16, 3, 8, 8), "conv_flat", dict(stride=8)),
     # edges
     ConvCase("empty batch", (0, 16, 4, 4), (8, 16, 3, 3), "", dict(padding=1)),
-    ConvCase("filter larger than the image", (1, 32, 2, 2), (8, 32, 5, 5), "conv_fprop", dict(padding=2)),
+    ConvCase("filter larger than the image", (1, 128, 2, 2), (8, 128, 5, 5), "conv_fprop", dict(padding=2)),
     ConvCase("one output pixel", (2, 40, 3, 3), (8, 40, 3, 3), "conv_flat"),
 ]
 

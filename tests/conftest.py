@@ -1,6 +1,7 @@
 """Every test runs on the GPU when there is one, else in Triton's interpreter."""
 
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -19,8 +20,15 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded(device: str) -> Iterator[None]:
+    """The same random numbers for every test; on a GPU tensors are made there, and fp32 products are IEEE's."""
     torch.manual_seed(0)
+    if device == "cpu":
+        yield
+        return
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+    with torch.device(device):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,7 @@ RELATIVE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-6, torc
 EPS = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-22, torch.float64: 2**-51}
 
 
-def conv_reference(
-    x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, **arguments: object
-) -> Tensor:
+def conv_reference(x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, **arguments: object) -> Tensor:
     """What torch computes in fp64 from the same inputs."""
     nd = x.dim() - 2
     conv = getattr(torch.nn.functional, f"conv{nd}d")

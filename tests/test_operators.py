@@ -14,8 +14,9 @@ from tritonconv.ops.launch import record_launches
 pytestmark = pytest.mark.usefixtures("on_triton")
 
 NUMBERS = dict(
-    stride=[2, 1], padding=[1, 1], padding_name="", dilation=[1, 1], groups=1, eps=1e-5, activation="", a=0.0, b=0.0, kind="conv"
-)
+    stride=[2, 1], padding=[1, 1], padding_name="", dilation=[1, 1], groups=1, eps=1e-5, activation="", a=0.0, b=0.0,
+    kind="conv",
+)  # fmt: skip
 
 
 def tensors(device: str, channels_last: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -208,7 +208,8 @@ def _conv_bn_act(
             y, running_mean, running_var, bn_weight, bn_bias, training=True, momentum=momentum, eps=eps
         )
         return Epilogue(residual=residual, activation=act).torch(y)
-    if (running_mean is None) != (running_var is None) or (running_mean is None and (bn_weight is not None or bn_bias is not None)):
+    affine_alone = running_mean is None and (bn_weight is not None or bn_bias is not None)
+    if affine_alone or (running_mean is None) != (running_var is None):
         raise ValueError(f"{op}: expected running_mean and running_var to be defined when training=False")
     norm = None
     if running_mean is not None and running_var is not None:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 __all__ = ["ActivationSpec", "from_module", "module_types", "parse_activation", "table"]
 
 
-@functools.cache
 def table() -> dict[str, Activation]:
     """The rows of kernels/activations.py. Read late, so that `import tritonconv` does not import triton."""
     from tritonconv.kernels.activations import ACTIVATIONS

@@ -47,9 +47,7 @@ class set_backend:  # noqa: N801 - a context manager that reads as a function, l
     def __enter__(self) -> None:
         return None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         global _backend
         _backend = self._previous
 
@@ -131,6 +129,8 @@ def unsupported(tensors: tuple[torch.Tensor, ...]) -> str | None:
         return "gradients are needed, and backward kernels are not built yet (under torch.no_grad() it runs on Triton)"
     if torch.compiler.is_compiling():
         return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records torch's own operators alone"
     if any(t.is_neg() for t in tensors):
         return "a tensor is a negated view (torch.resolve_neg makes it plain)"
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
@@ -23,8 +22,8 @@ def check_convolution(op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, ge
         raise RuntimeError(f"{op}: input type ({x.dtype}) and weight type ({weight.dtype}) should be the same ({geometry})")
     if x.device != weight.device:
         raise RuntimeError(
-            f"{op}: expected all tensors to be on the same device, but got {x.device} for the input and {weight.device} for "
-            f"the weight ({geometry})"
+            f"{op}: expected all tensors to be on the same device, but got {x.device} for the input and {weight.device} "
+            f"for the weight ({geometry})"
         )
     epilogue.check(op, str(geometry), x, geometry.out_channels, geometry.output_shape)
 

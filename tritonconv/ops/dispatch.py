@@ -126,9 +126,7 @@ def _dispatch(
 ) -> Tensor:  # fmt: skip
     """Check, decide, tell the observer, and run a batched call."""
     check_convolution(op, x, weight, epilogue, geometry)
-    why_not = decide(
-        (x, weight, *epilogue.tensors()), backend, lambda: f"{op} of {geometry}", _missing(x, epilogue)
-    )
+    why_not = decide((x, weight, *epilogue.tensors()), backend, lambda: f"{op} of {geometry}", _missing(x, epilogue))
     channels_last = output_format(x, weight)
 
     def call() -> Call:

@@ -59,7 +59,8 @@ class Epilogue(NamedTuple):
                 f"{op}: input type ({x.dtype}) and bias type ({self.bias.dtype}) should be the same ({what})"
             )
         if self.batch_norm is not None:
-            for name, t in zip(("running_mean", "running_var", "bn_weight", "bn_bias"), self.batch_norm, strict=False):
+            norm = self.batch_norm[:4]
+            for name, t in zip(("running_mean", "running_var", "bn_weight", "bn_bias"), norm, strict=True):
                 if t is not None and tuple(t.shape) != (channels,):
                     raise RuntimeError(
                         f"{op}: {name} should contain {channels} elements, not {t.numel()} of size {list(t.shape)} ({what})"

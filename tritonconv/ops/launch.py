@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -41,7 +41,7 @@ class Launch:
         """Launch on the current stream of `device`."""
         if _state.log is not None:
             _state.log.append(self.kernel.__name__)
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with _interpreter if interpreting() else torch.cuda.device(device):
             self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
@@ -62,6 +62,8 @@ class _State(threading.local):
 
 
 _state = _State()
+# The interpreter patches triton.language while it runs a kernel, for all threads.
+_interpreter = threading.Lock()
 
 
 @contextmanager
@@ -117,10 +119,10 @@ def descriptor(matrix: Tensor, rows: int, columns: int, row_stride: int, box: li
 
 
 def precision(dtype: torch.dtype, kind: Literal["conv", "matmul"]) -> str:
-    """How fp32 products are computed, by torch's switches: torch.backends.cudnn for convolutions, cuda.matmul for linear."""
+    """How fp32 products are computed, by torch's switches: cudnn's for convolutions, cuda.matmul's for linear layers."""
     if dtype != torch.float32:
         return "ieee"
-    switch = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul
+    switch: Any = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return "tf32" if switch.fp32_precision == "tf32" else "ieee"
 
 

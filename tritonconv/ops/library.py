@@ -75,10 +75,8 @@ def _geometry(
 
 @conv.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None, *, stride: Sequence[int],
-    padding: Sequence[int], padding_name: str, dilation: Sequence[int], groups: int, eps: float, activation: str, a: float,
-    b: float, kind: str,
+    x: Tensor, weight: Tensor, *_epilogue: Any, stride: Sequence[int], padding: Sequence[int], padding_name: str,
+    dilation: Sequence[int], groups: int, **_numbers: Any,
 ) -> Tensor:  # fmt: skip
     geometry = _geometry(x, weight, stride, padding, padding_name, dilation, groups)
     strides = dense_strides(geometry.output_shape, output_format(x, weight))
@@ -87,8 +85,8 @@ def _(
 
 @register_flop_formula(torch.ops.tritonconv.conv)
 def _flops(
-    x_shape: Sequence[int], w_shape: Sequence[int], *args: Any, stride: Sequence[int], padding: Sequence[int],
-    padding_name: str, dilation: Sequence[int], groups: int, **kwargs: Any,
+    x_shape: Sequence[int], w_shape: Sequence[int], *_epilogue: Any, stride: Sequence[int], padding: Sequence[int],
+    padding_name: str, dilation: Sequence[int], groups: int, **_numbers: Any,
 ) -> int:  # fmt: skip
     geometry = ConvGeometry.parse(
         x_shape, w_shape, nd=len(x_shape) - 2, stride=list(stride), padding=padding_name or list(padding),
@@ -108,9 +106,7 @@ def _register_autocast(device: str, key: Any) -> None:
 
         *norm, residual = args
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            result: Tensor = torch.ops.tritonconv.conv(
-                cast(x), cast(weight), cast(bias), *norm, cast(residual), **kwargs
-            )
+            result: Tensor = torch.ops.tritonconv.conv(cast(x), cast(weight), cast(bias), *norm, cast(residual), **kwargs)
             return result
 
     _library.impl("conv", autocast_conv, f"Autocast{device.upper()}")

@@ -19,8 +19,10 @@ Strides = tuple[int, int, int, int, int]
 
 # A group with few channels is read where it lies, whatever its layout: its taps and channels share one reduction axis.
 FEW_CHANNELS = 4
-# conv_fprop takes blocks of one tap's channels, the smallest of which must divide them; conv_flat takes the rest.
-CHANNEL_BLOCK = 32
+# conv_fprop takes blocks of one tap's channels, which must divide them: 64, and 128 where so few filters share a step that
+# its own instructions weigh more than its products. conv_flat takes the rest, with blocks across taps.
+CHANNEL_BLOCK = 64
+FEW_FILTERS = 64
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,7 @@ class ConvPlan:
         g = self.geometry
         reach = [
             (size + before + after) * stride
-            for size, before, after, stride in zip(
-                g.input, g.padding, g.padding_after, self.strides[2:], strict=True
-            )
+            for size, before, after, stride in zip(g.input, g.padding, g.padding_after, self.strides[2:], strict=True)
         ]
         span = g.batch * self.strides[0] + g.in_channels * self.strides[1] + sum(reach)
         return g.needs_int64 or span > INT32_MAX
@@ -90,7 +90,8 @@ def _plan(geometry: ConvGeometry, strides: tuple[int, ...], w_contiguous: bool, 
     row_stride = _row_stride(seen, lifted)
     kernel = "matmul"
     if row_stride is None:
-        kernel = "conv_flat" if seen.in_channels // seen.groups % CHANNEL_BLOCK else "conv_fprop"
+        block = CHANNEL_BLOCK if seen.out_channels // seen.groups > FEW_FILTERS else 2 * CHANNEL_BLOCK
+        kernel = "conv_flat" if seen.in_channels // seen.groups % block else "conv_fprop"
     return ConvPlan(kernel, seen, lifted, row_stride or 0, copy_input, not w_channels_last, True)
 
 

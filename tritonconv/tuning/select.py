@@ -31,7 +31,7 @@ class Problem:
     shared: int
 
 
-# What one block costs beside its products, in units of a product's 64 x 64 x 16 step: filling the pipeline and the epilogue.
+# What a block costs beside its products, in units of a 64 x 64 x 16 product: filling the pipeline, and the epilogue.
 OVERHEAD = 24.0
 # Products per block below which the loop's other instructions outweigh them (benchmarks/codegen.json's issue ratios).
 SMALL_TILE = 64 * 128
@@ -59,8 +59,9 @@ def choose(problem: Problem, interpreting: bool) -> Any:
     def cost(config: Any) -> float:
         m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
         tiles = math.ceil(problem.m / m) * math.ceil(problem.n / n) * problem.groups
-        # Two programs of a small tile share a multiprocessor.
-        slots = problem.multiprocessors * max(1, min(4, problem.shared // ((m + n) * k * problem.itemsize * config.num_stages)))
+        # Programs with small buffers share a multiprocessor.
+        buffers = (m + n) * k * problem.itemsize * config.num_stages
+        slots = problem.multiprocessors * max(1, min(4, problem.shared // buffers))
         depth = (problem.k // problem.run) * math.ceil(problem.run / k) * k
         work = (m / 64) * (n / 64) * (depth / 16)
         instructions = 1.0 + SMALL_TILE / (2 * m * n)
