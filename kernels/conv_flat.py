@@ -2,10 +2,12 @@
 
 M = output pixels, N = output channels of one group, K = taps x channels in the order of the weight's memory. For few
 channels, and counts that no block divides: a product per tap would be mostly zeros in a stem (49 of depth 16 for a 7x7
-filter, against 147 -> 160 here), and with 16 to 64 channels a deep block takes several taps at once. Element k of the axis is decoded to
-(t, r, s, c) and read at its own address, so that any layout of the image will do: a stem reads a contiguous NCHW image
-without a copy. Where consecutive k are neighbors in memory (8 channels of a channels-last image, or image patches of 8
-or more pixels in their own order) the loads are 128-bit vectors; else they are single elements, out of L1.
+filter, against 147 -> 160 here), and with 16 to 64 channels a deep block takes several taps at once.
+
+Element k of the axis is decoded to (t, r, s, c) and read at its own address, so that any layout of the image will do: a
+stem reads a contiguous NCHW image without a copy. Where consecutive k are neighbors in memory (8 channels of a
+channels-last image, or image patches of 8 or more pixels in their own order) the loads are 128-bit vectors; else they
+are single elements, out of L1.
 
 Padding is a word of bits per pixel, made before the loop. Each output is written once, after the epilogue.
 """

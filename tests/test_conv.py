@@ -13,6 +13,7 @@ from tritonconv.kernels.tiles import fitting
 
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
+from tritonconv.ops import plan
 from tritonconv.ops.activation import make_spec
 from tritonconv.ops.convolution import output_format
 from tritonconv.ops.dispatch import convolution
@@ -49,12 +50,10 @@ def test_output_format_is_channels_last_if_input_or_weight_is(case: ConvCase, x_
     assert_close(out, conv_reference(x, w, **case.arguments), depth=case.depth, what=case)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if len(c.input) > 3 and c.kernel], ids=str)
+# In 1-d torch has no such format, and in 3-d its CPU convolution decides otherwise than cuDNN, whose rule ours is.
+@pytest.mark.parametrize("case", [c for c in CASES if len(c.input) == 4 and c.kernel], ids=str)
 def test_output_format_is_torchs_own(case: ConvCase, device: str) -> None:
     for x_cl, w_cl in FORMATS:
-        # Torch's CPU convolution looks at the input alone in 3-d, where cuDNN's looks at both.
-        if len(case.input) == 5 and w_cl and not x_cl and device == "cpu":
-            continue
         x, w = make_tensors(case, torch.float32, device, x_cl=x_cl, w_cl=w_cl)
         expected = getattr(torch.nn.functional, f"conv{x.dim() - 2}d")(x, w, **case.arguments)
         assert run(case, x, w).stride() == expected.stride(), (x_cl, w_cl)
@@ -113,8 +112,10 @@ def test_small_integers_are_exact(case: ConvCase, device: str) -> None:
 def test_64_bit_offsets_change_nothing(case: ConvCase, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = make_tensors(case, torch.float32, device)
     narrow = run(case, x, w)
+    plan._plan.cache_clear()
     monkeypatch.setattr(ConvGeometry, "needs_int64", True)
     assert torch.equal(run(case, x, w), narrow)
+    plan._plan.cache_clear()
 
 
 @pytest.mark.parametrize("channels", [3, 24, 128], ids=["flat", "flat vectors", "fprop"])

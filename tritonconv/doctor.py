@@ -110,7 +110,7 @@ def self_check() -> tuple[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 64, 14, 14, generator=generator).to(device, torch.float16)
-    weight = torch.randn(64, 64, 3, 3, generator=generator).to(device, torch.float16)
+    weight = torch.randn(128, 64, 3, 3, generator=generator).to(device, torch.float16)
     with torch.no_grad(), set_backend("triton"), record_launches() as launches:
         y = conv2d(x, weight, padding=1)
     expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)

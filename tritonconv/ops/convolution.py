@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import functools
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.backend import interpreting
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import Launch, descriptor, device_limits, epilogue_arguments, pick_config, precision
+from tritonconv.ops.launch import (
+    DeviceLimits,
+    Launch,
+    descriptor,
+    device_limits,
+    epilogue_arguments,
+    forced_config,
+    precision,
+)
 from tritonconv.ops.layout import as_format, empty_output, is_dense, suggests_channels_last
 from tritonconv.ops.plan import ConvPlan, plan_convolution, power_of_two_divisor
-from tritonconv.tuning import Problem
+from tritonconv.tuning import Problem, choose
 
 __all__ = ["build_launch", "check_convolution", "conv_forward", "output_format", "plan_for"]
 
@@ -25,7 +35,7 @@ def check_convolution(op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, ge
             f"{op}: expected all tensors to be on the same device, but got {x.device} for the input and {weight.device} "
             f"for the weight ({geometry})"
         )
-    epilogue.check(op, str(geometry), x, geometry.out_channels, geometry.output_shape)
+    epilogue.check(op, geometry, x, geometry.out_channels, geometry.output_shape)
 
 
 def output_format(x: Tensor, weight: Tensor) -> bool:
@@ -59,65 +69,104 @@ def conv_forward(
     return y
 
 
+class Box(NamedTuple):
+    """A descriptor to be made of an operand: rows, columns and row stride in elements, and the box read at once."""
+
+    rows: int
+    columns: int
+    row_stride: int
+    shape: tuple[int, int]
+
+
+class Recipe(NamedTuple):
+    """All of a launch but its tensors."""
+
+    kernel: Any
+    programs: int
+    constants: dict[str, Any]
+    x_name: str
+    x_box: Box | None
+    w_box: Box | None
+    num_warps: int
+    num_stages: int
+
+
 def build_launch(
     x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, plan: ConvPlan, channels_last: bool,
     kind: Literal["conv", "matmul"],
 ) -> Launch:  # fmt: skip
     """The launch of a plan; tensors are laid out as it wants them. Depends on no memory, so meta tensors will do."""
+    recipe = _recipe(
+        plan, x.element_size(), precision(x.dtype, kind), channels_last, device_limits(x.device), forced_config(),
+        x.data_ptr() % 16 == 0, weight.data_ptr() % 16 == 0,
+    )  # fmt: skip
+    arguments = {
+        recipe.x_name: x if recipe.x_box is None else descriptor(x, *recipe.x_box),
+        "w": weight if recipe.w_box is None else descriptor(weight, *recipe.w_box),
+        "y_ptr": y,
+    }
+    arguments.update(recipe.constants)
+    arguments.update(epilogue_arguments(epilogue))
+    return Launch(recipe.kernel, recipe.programs, arguments, recipe.num_warps, recipe.num_stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def _recipe(
+    plan: ConvPlan, itemsize: int, products: str, channels_last: bool, limits: DeviceLimits, config: Any, x_aligned: bool,
+    w_aligned: bool,
+) -> Recipe:  # fmt: skip
     from tritonconv.kernels.conv_flat import conv_flat_kernel
     from tritonconv.kernels.conv_fprop import conv_fprop_kernel
     from tritonconv.kernels.matmul import matmul_kernel
 
-    g, limits = plan.geometry, device_limits(x.device)
+    g = plan.geometry
     m, n, k = g.gemm()
     c = g.in_channels // g.groups
     run = k if plan.kernel == "conv_flat" else c
-    products = precision(x.dtype, kind)
-    tensor_cores = x.element_size() == 2 or products == "tf32"
-    config = pick_config(Problem(
-        plan.kernel, m, n, k, run, g.groups, x.element_size(), tensor_cores, plan.vector > 1, limits.multiprocessors,
-        limits.shared_memory,
-    ))  # fmt: skip
-    tiles = dict(config.kwargs)
-    # A descriptor reads whole boxes of rows that start on 16 bytes.
-    tma = tiles.pop("USE_TMA") and limits.tma and _on_16_bytes(weight, c if plan.kernel == "matmul" else k)
-    box = [tiles["BLOCK_N"], tiles["BLOCK_K"]]
-    programs = -(-m // tiles["BLOCK_M"]) * -(-n // tiles["BLOCK_N"]) * g.groups
-    arguments: dict[str, Any] = dict(
-        y_ptr=y, **epilogue_arguments(epilogue), M=m, K=n, VEC_K=power_of_two_divisor(n), Y_CHANNELS_LAST=channels_last,
-        INDEX_64=plan.index_64, PRECISION=products, **tiles, STAGES=config.num_stages,
+    tensor_cores = itemsize == 2 or products == "tf32"
+    config = config or choose(
+        Problem(
+            plan.kernel, m, n, k, run, g.groups, itemsize, tensor_cores, plan.vector > 1, limits.multiprocessors,
+            limits.shared_memory,
+        ),
+        interpreting(),
     )  # fmt: skip
+    tiles = dict(config.kwargs)
+    block_m, block_n, block_k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
+    # A descriptor reads whole boxes of rows that start on 16 bytes.
+    w_row = c if plan.kernel == "matmul" else k
+    tma = tiles.pop("USE_TMA") and limits.tma and w_aligned and w_row * itemsize % 16 == 0
     if plan.kernel == "matmul":
-        tma = tma and _on_16_bytes(x, plan.row_stride)
-        arguments |= dict(
-            x=descriptor(x, m, c, plan.row_stride, [tiles["BLOCK_M"], tiles["BLOCK_K"]]) if tma else x,
-            stride_xm=plan.row_stride, w=descriptor(weight, n, c, c, box) if tma else weight, stride_wk=c, C=c,
-            PIXELS=g.output[0] * g.output[1] * g.output[2], EVEN_C=c % tiles["BLOCK_K"] == 0,
-            VEC_C=power_of_two_divisor(c, plan.row_stride), USE_TMA=tma,
+        tma = tma and x_aligned and plan.row_stride * itemsize % 16 == 0
+    constants: dict[str, Any] = dict(
+        M=m, K=n, VEC_K=power_of_two_divisor(n), Y_CHANNELS_LAST=channels_last, INDEX_64=plan.index_64, PRECISION=products,
+        USE_TMA=tma, stride_wk=w_row, C=c, **tiles, STAGES=config.num_stages,
+    )  # fmt: skip
+    programs = -(-m // block_m) * -(-n // block_n) * g.groups
+    w_box = Box(g.groups * n, w_row, w_row, (block_n, block_k)) if tma else None
+    if plan.kernel == "matmul":
+        constants |= dict(
+            stride_xm=plan.row_stride, PIXELS=g.output[0] * g.output[1] * g.output[2], EVEN_C=c % block_k == 0,
+            VEC_C=power_of_two_divisor(c, plan.row_stride),
         )  # fmt: skip
-        return Launch(matmul_kernel, programs, arguments, config.num_warps, config.num_stages)
+        x_box = Box(m, c, plan.row_stride, (block_m, block_k)) if tma else None
+        return Recipe(matmul_kernel, programs, constants, "x", x_box, w_box, config.num_warps, config.num_stages)
 
     sn, sc, sd, sh, sw = plan.strides
-    arguments |= dict(
-        x_ptr=x, stride_xn=sn, stride_xd=sd, stride_xh=sh, stride_xw=sw, stride_wk=k, C=c, GROUPS=g.groups,
-        w=descriptor(weight, g.groups * n, k, k, box) if tma else weight, USE_TMA=tma,
-        PADDED=any(g.padding + g.padding_after),
-    ) | dict(zip(
-        ("D", "H", "W", "O", "P", "Q", "T", "R", "S", "STRIDE_D", "STRIDE_H", "STRIDE_W", "PAD_D", "PAD_H", "PAD_W",
-         "DIL_D", "DIL_H", "DIL_W"),
-        g.input + g.output + g.kernel + g.stride + g.padding + g.dilation, strict=True,
-    ))  # fmt: skip
+    names = (
+        "D", "H", "W", "O", "P", "Q", "T", "R", "S", "STRIDE_D", "STRIDE_H", "STRIDE_W", "PAD_D", "PAD_H", "PAD_W",
+        "DIL_D", "DIL_H", "DIL_W",
+    )  # fmt: skip
+    constants |= dict(zip(names, g.input + g.output + g.kernel + g.stride + g.padding + g.dilation, strict=True))
+    constants |= dict(
+        stride_xn=sn, stride_xd=sd, stride_xh=sh, stride_xw=sw, GROUPS=g.groups, PADDED=any(g.padding + g.padding_after)
+    )
     if plan.kernel == "conv_fprop":
-        arguments["VEC_X"] = power_of_two_divisor(sn, sd, sh, sw)
-        return Launch(conv_fprop_kernel, programs, arguments, config.num_warps, config.num_stages)
+        constants["VEC_X"] = power_of_two_divisor(sn, sd, sh, sw)
+        return Recipe(conv_fprop_kernel, programs, constants, "x_ptr", None, w_box, config.num_warps, config.num_stages)
     outer = (sd, sh, sw) if plan.weight_channels_last else (sc, sd, sh)
-    arguments |= dict(
+    constants |= dict(
         stride_xc=sc, W_CHANNELS_LAST=plan.weight_channels_last, VEC_X=power_of_two_divisor(sn, *outer),
         VEC_W=power_of_two_divisor(k),
     )  # fmt: skip
-    return Launch(conv_flat_kernel, programs, arguments, config.num_warps, config.num_stages)
-
-
-def _on_16_bytes(matrix: Tensor, row_stride: int) -> bool:
-    """Whether every row starts on 16 bytes."""
-    return matrix.data_ptr() % 16 == 0 and row_stride * matrix.element_size() % 16 == 0
+    return Recipe(conv_flat_kernel, programs, constants, "x_ptr", None, w_box, config.num_warps, config.num_stages)

@@ -126,7 +126,12 @@ def _dispatch(
 ) -> Tensor:  # fmt: skip
     """Check, decide, tell the observer, and run a batched call."""
     check_convolution(op, x, weight, epilogue, geometry)
-    why_not = decide((x, weight, *epilogue.tensors()), backend, lambda: f"{op} of {geometry}", _missing(x, epilogue))
+    why_not = decide(
+        (x, weight, *epilogue.tensors()),
+        backend,
+        lambda: str(geometry) if str(geometry).startswith(f"{op} ") else f"{op} of {geometry}",
+        _missing(x, epilogue),
+    )
     channels_last = output_format(x, weight)
 
     def call() -> Call:

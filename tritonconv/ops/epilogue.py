@@ -44,8 +44,8 @@ class Epilogue(NamedTuple):
             y = y + self.residual
         return y if self.activation is None else self.activation.torch(y)
 
-    def check(self, op: str, what: str, x: Tensor, channels: int, output_shape: tuple[int, ...] | None) -> None:
-        """Raise what torch raises for tensors of a wrong size, type or device; `what` is the geometry in words.
+    def check(self, op: str, what: object, x: Tensor, channels: int, output_shape: tuple[int, ...] | None) -> None:
+        """Raise what torch raises for tensors of a wrong size, type or device; `what` says the geometry when printed.
 
         `output_shape` is None where the caller has checked the residual.
         """

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from tritonconv.ops.backend import capability, interpreting
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.tuning import Problem, choose
 
 __all__ = [
-    "DeviceLimits", "Launch", "descriptor", "device_limits", "epilogue_arguments", "forced", "pick_config", "precision",
+    "DeviceLimits", "Launch", "descriptor", "device_limits", "epilogue_arguments", "forced", "forced_config", "precision",
     "record_launches",
 ]  # fmt: skip
 
@@ -90,9 +89,9 @@ def forced(*, config: Any = None, limits: DeviceLimits | None = None) -> Iterato
         _state.config, _state.limits = outer
 
 
-def pick_config(problem: Problem) -> Any:
-    """The forced config, else the chosen one."""
-    return _state.config or choose(problem, interpreting())
+def forced_config() -> Any:
+    """The config that `forced` asks for, or None."""
+    return _state.config
 
 
 def device_limits(device: torch.device) -> DeviceLimits:
@@ -111,11 +110,11 @@ def _device_limits(device: torch.device) -> DeviceLimits:
     return DeviceLimits(properties.multi_processor_count, shared, tma)
 
 
-def descriptor(matrix: Tensor, rows: int, columns: int, row_stride: int, box: list[int]) -> Any:
+def descriptor(matrix: Tensor, rows: int, columns: int, row_stride: int, box: tuple[int, int]) -> Any:
     """A TMA descriptor of `rows` x `columns` elements from the start of `matrix`, read in boxes."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(matrix, [rows, columns], [row_stride, 1], box)
+    return TensorDescriptor(matrix, [rows, columns], [row_stride, 1], list(box))
 
 
 def precision(dtype: torch.dtype, kind: Literal["conv", "matmul"]) -> str:

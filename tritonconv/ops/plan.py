@@ -25,9 +25,9 @@ CHANNEL_BLOCK = 64
 FEW_FILTERS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConvPlan:
-    """How a convolution will run."""
+    """How a convolution will run. One object per problem, so that what depends on it is cached by identity."""
 
     kernel: str
     """conv_fprop, conv_flat or matmul."""

@@ -1,0 +1,42 @@
+"""What the compilers make of every candidate config, checked in a process without the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "benchmarks/codegen.json"
+KEYS = {
+    "kernel", "case", "config", "target", "triton", "registers", "stack", "shared", "serialized", "issue_ratio",
+    "lane_instructions_per_output", "counts",
+}  # fmt: skip
+
+
+@pytest.mark.codegen
+def test_every_config_keeps_the_rules_on_every_target_and_is_no_worse_than_the_table() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.codegen", "--check"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "0 complaints" in done.stdout
+
+
+def test_the_table_has_every_config_of_every_kernel() -> None:
+    from tritonconv.kernels import conv_flat, conv_fprop, matmul
+
+    rows = json.loads(TABLE.read_text())
+    assert all(set(row) == KEYS for row in rows)
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for module in (conv_flat, conv_fprop, matmul):
+        kernel = module.__name__.rsplit(".", 1)[1]
+        tiles = {row["config"] for row in rows if row["kernel"] == kernel}
+        for config in module.configs():
+            m, n, k = list(config.kwargs.values())[:3]
+            assert any(tile.startswith(f"{m}x{n}x{k} w{config.num_warps}") for tile in tiles), (kernel, config)
