@@ -62,7 +62,9 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
     target, case = TARGETS[row["target"]], row["case"]
     limit = target.limits.shared_memory
     wrong = []
-    if row["stack"] or count(row, "LDL", "STL", "scratch_"):
+    # Triton 3.6 spills 8 to 40 bytes in three kernels for sm_100, which it hardly knows; later versions none.
+    unripe = row["target"] == "sm_100" and row["triton"].startswith("3.6")
+    if not unripe and (row["stack"] or count(row, "LDL", "STL", "scratch_")):
         wrong.append(f"spills ({row['stack']} bytes of stack)")
     if row["shared"] > limit:
         wrong.append(f"{row['shared']} bytes of shared memory, limit {limit}")
@@ -72,8 +74,7 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
     mma = "HMMA" if target.gpu.backend == "cuda" and m < 64 else target.mma
     if not plain and not count(row, mma):
         wrong.append(f"no {mma}")
-    # Triton 3.6 serializes 256-wide tiles of 8 warps, a plain TMA product too; later versions serialize none.
-    if row["serialized"] and not row["triton"].startswith("3.6"):
+    if row["serialized"]:
         wrong.append("wgmma is serialized")
     if target.gpu.backend == "cuda":
         wide_store = count(row, "STG.E.128", "UTMASTG")

@@ -192,7 +192,7 @@ CASES = [
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """The model in eval mode, with statistics and affine parameters that a forgotten one would show."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 2)

@@ -229,6 +229,36 @@ def test_copies_are_fused_and_stand_for_themselves(build_copy) -> None:
     assert not torch.equal(run(twin, x)[0], expected)
 
 
+def replicate(model: nn.Module) -> nn.Module:
+    """What nn.parallel.replicate does, onto the same device and with doubled parameters."""
+    replicas = {m: m._replicate_for_data_parallel() for m in model.modules()}
+    for module, replica in replicas.items():
+        replica._modules = {name: replicas[child] if child else None for name, child in module._modules.items()}
+        replica._buffers = dict(module._buffers)
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else 2 * parameter.detach())
+    return replicas[model]
+
+
+def test_replicas_of_data_parallel_use_their_own_parameters() -> None:
+    original, x = build(RESNET)
+    replica = replicate(tritonconv.convert(original))
+    with torch.no_grad():
+        for p in original.parameters():
+            p.mul_(2)
+    assert_as_good(run(replica, x)[0], original, x)
+
+
+def test_a_shallow_copy_has_attributes_of_its_own() -> None:
+    converted = tritonconv.convert(Optional().eval())
+    x = torch.randn(2, 3, 4, 4)
+    y, _ = run(converted, x)
+    twin = copy.copy(converted)
+    twin.scale = 3.0
+    torch.testing.assert_close(run(twin, x)[0], 3 * y)
+    torch.testing.assert_close(run(converted, x)[0], y)
+
+
 def test_torch_save_and_load() -> None:
     original, x = build(CASES[4])
     file = io.BytesIO()
@@ -345,14 +375,14 @@ def test_torch_export_takes_the_fused_forward() -> None:
     assert_as_good(run(program.module(), x)[0], original, x)
 
 
-def test_functional_call_and_autocast_reach_the_fused_layers() -> None:
+def test_functional_call_and_autocast_reach_the_fused_layers(device: str) -> None:
     original, x = build(RESNET)
     converted = tritonconv.convert(original)
     other = {name: 1.5 * p for name, p in original.named_parameters()}
     with torch.no_grad():
         expected = torch.func.functional_call(original, other, (x,))
         torch.testing.assert_close(torch.func.functional_call(converted, other, (x,)), expected, rtol=1e-4, atol=1e-4)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             a, b = converted(x), original(x)
     assert a.dtype == b.dtype == torch.bfloat16
     torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)
@@ -398,6 +428,55 @@ def test_attributes_and_submodules_changed_later_are_seen() -> None:
     y, launches = run(converted, x)
     torch.testing.assert_close(y, 3 * torch.relu(converted.conv(x)).detach())
     assert launches == 0
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.scales.append(5.0),
+    lambda m: m.names.update(a=2.0),
+    lambda m: setattr(m, "negative", True),
+])  # fmt: skip
+def test_collections_and_new_attributes_changed_later_are_seen(change) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.scales, self.names = [1.0, 2.0], {"a": 1.0}
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            y = torch.relu(self.conv(x)) * self.names["a"]
+            return [(-y if getattr(self, "negative", False) else y) * scale for scale in self.scales]
+
+    model, x = Scaled().eval(), torch.randn(1, 3, 4, 4)
+    converted = tritonconv.convert(model, backend="torch")
+    run(converted, x)
+    change(model)
+    change(converted)
+    torch.testing.assert_close(run(converted, x)[0], run(model, x)[0])
+
+
+@pytest.mark.parametrize("name", ["0", "1", "2"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_forward_set_on_a_member_is_called(name: str, when: str) -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
+    x = torch.randn(1, 3, 4, 4)
+    converted = model
+    for step in ("before", "convert", "after"):
+        if step == "convert":
+            converted = tritonconv.convert(model, inplace=True)
+        elif step == when:
+            model.get_submodule(name).forward = torch.neg
+    y, _ = run(converted, x)
+    torch.testing.assert_close(y, run(tritonconv.revert(converted), x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_around_a_scripted_module_is_fused() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), scripted).eval()
+    x = torch.randn(1, 3, 4, 4)
+    expected, _ = run(model, x)
+    converted = tritonconv.convert(model, inplace=True)
+    torch.testing.assert_close(run(converted, x)[0], expected, rtol=1e-4, atol=1e-5)
+    assert tritonconv.explain(converted, x).to_dict()["layers"][0]["fused"] == ["1"]
 
 
 def test_a_forward_set_on_the_instance_is_left_alone() -> None:

@@ -98,6 +98,11 @@ def test_in_training_mode_every_member_has_its_row_and_nothing_changes() -> None
     assert not nn.modules.module._global_forward_hooks and not nn.modules.module._global_forward_pre_hooks
 
 
+def test_buffers_without_memory_are_left_alone() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).to("meta")
+    assert len(tritonconv.explain(model, torch.ones(1, 3, 4, 4, device="meta")).layers) == 2
+
+
 def test_random_layers_leave_the_generator_as_it_was() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Dropout(0.5)).train()
     rng = torch.get_rng_state()
@@ -211,11 +216,11 @@ def test_plot_writes_a_figure_and_says_what_it_needs(tmp_path: Path, monkeypatch
         report.plot(tmp_path / "none.png")
 
 
-def test_autocast_of_the_caller_is_seen() -> None:
+def test_autocast_of_the_caller_is_seen(device: str) -> None:
     conv = tritonconv.convert(nn.Conv2d(3, 8, 3))
     x = torch.ones(1, 3, 8, 8)
     full = tritonconv.explain(conv, x).totals["bytes"]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         assert tritonconv.explain(conv, x).totals["bytes"] == full // 2
 
 

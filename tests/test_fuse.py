@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -103,7 +104,7 @@ def _pre_activation(net: Net, x: Tensor) -> Tensor:
 def _written_view(net: Net, x: Tensor) -> Tensor:
     t = net.other(x)
     y = net.conv(t)
-    t.view(-1).mul_(2)
+    t.transpose(0, 1).mul_(2)
     return torch.relu(y) + t
 
 
@@ -235,8 +236,12 @@ def test_residuals_that_do_not_fit_are_added_by_torch(body: Callable[[Net, Tenso
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_residuals_that_do_not_fit_are_added_by_torch_under_compile() -> None:
-    model = make(lambda net, x: torch.relu(net.conv(x) + x[:, :, :1, :1]))
+@pytest.mark.parametrize("body", [
+    lambda net, x: torch.relu(net.conv(x) + x[:, :, :1, :1]),
+    lambda net, x: torch.relu(net.valid(x) + x),
+])  # fmt: skip
+def test_residuals_that_do_not_fit_are_added_by_torch_under_compile(body: Callable[[Net, Tensor], Tensor]) -> None:
+    model = make(body)
     x = torch.randn(2, 8, 6, 6)
     converted = tritonconv.convert(model)
     torch._dynamo.reset()
@@ -434,9 +439,17 @@ def _sets_data(net: Losing, x: Tensor) -> Tensor:
     return net.block(x)
 
 
-@pytest.mark.parametrize(
-    "body", [_sets_attribute, _counts, _no_grad, _asks_type, _draws, _sets_data], ids=lambda f: f.__name__
-)
+def _asks_for_gradients(net: Losing, x: Tensor) -> Tensor:
+    return net.block(x) * 2 if torch.is_grad_enabled() else net.block(x)
+
+
+def _asks_for_an_attribute(net: Losing, x: Tensor) -> Tensor:
+    return net.block(x) * 2 if hasattr(x, "pyramid") else net.block(x)
+
+
+@pytest.mark.parametrize("body", [
+    _sets_attribute, _counts, _no_grad, _asks_type, _draws, _sets_data, _asks_for_gradients, _asks_for_an_attribute,
+], ids=lambda f: f.__name__)  # fmt: skip
 def test_a_forward_that_a_graph_would_not_reproduce_is_its_own(body: Callable[[Losing, Tensor], Tensor]) -> None:
     x = torch.randn(1, 3, 5, 5)
     with torch.random.fork_rng(devices=[]):
@@ -475,6 +488,31 @@ def test_structured_results_and_several_inputs() -> None:
         a, b = converted(*args), model(*args)
     assert fused(converted) == 1 and a["both"][1] == [2]
     torch.testing.assert_close(a, b)
+
+
+class Named(dict):
+    """A result of the user's own class."""
+
+
+@dataclass
+class Counted:
+    value: Tensor
+    made: int = 0
+
+    def __post_init__(self) -> None:
+        self.made += 1
+
+
+@pytest.mark.parametrize("make_result", [
+    lambda y: OrderedDict(b=y, a=(y, 1)), lambda y: Named(y=y), lambda y: Counted(y), lambda y: (y, torch.Size([1, 2])),
+    lambda y: [y, {"y": y}],
+])  # fmt: skip
+def test_results_keep_their_type(make_result: Callable[[Tensor], object]) -> None:
+    model = make(lambda net, x: make_result(torch.relu(net.conv(x))))
+    x = torch.randn(1, 8, 4, 4)
+    with torch.no_grad():
+        a, b = model(x), tritonconv.convert(model, backend="torch")(x)
+    assert type(a) is type(b) and str(a) == str(b)
 
 
 def test_a_fused_forward_adds_no_reference_to_a_reverted_model() -> None:

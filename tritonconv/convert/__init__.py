@@ -10,6 +10,7 @@ from tritonconv.convert.explain import explain
 from tritonconv.convert.fuse import fuse_chains, unfuse_chains
 from tritonconv.convert.report import Report
 from tritonconv.convert.swap import restore_layers, swap_layers
+from tritonconv.convert.views import why_contiguous
 from tritonconv.ops.backend import Backend, check_backend
 
 __all__ = ["Report", "convert", "explain", "revert"]
@@ -22,7 +23,8 @@ def convert(
 
     Parameters, buffers, state_dict, hooks, shared submodules and the training flag stay as they are. Layers of exactly
     torch's classes become their twins in `tritonconv.nn`; subclasses with a forward of their own are left alone. Weights of
-    convolutions are stored channels-last.
+    convolutions are stored channels-last, unless the model calls `Tensor.view` on what they lead to, which then may not be
+    possible: `explain` tells.
 
     Args:
         model: any module.
@@ -50,7 +52,7 @@ def convert(
     if not inplace:
         model = copy.deepcopy(model)
     unfuse_chains(model)
-    swap_layers(model, backend)
+    swap_layers(model, backend, why_contiguous(model))
     if fuse:
         fuse_chains(model)
     return model

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tritonconv.nn.fused import BATCH_NORMS
 from tritonconv.ops.activation import ActivationSpec, from_module, make_spec, module_types, table
 
 __all__ = [
@@ -26,13 +27,6 @@ __all__ = [
 ]
 
 F = torch.nn.functional
-
-BATCH_NORMS: dict[int, tuple[type[torch.nn.Module], ...]] = {
-    1: (torch.nn.BatchNorm1d, torch.nn.SyncBatchNorm),
-    2: (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm),
-    3: (torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm),
-}
-"""By the dimensions of the convolution before them."""
 
 METHODS = {"relu": ("relu",), "sigmoid": ("sigmoid",), "tanh": ("tanh",), "clamp": ("hardtanh",), "clip": ("hardtanh",)}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,28 +26,16 @@ FUNCTIONS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Chain:
     """Nodes from a layer to the end of what its kernel can do."""
 
-    nodes: list[fx.Node]
+    nodes: tuple[fx.Node, ...]
     norm: fx.Node | None = None
     residual: fx.Node | None = None
     add: fx.Node | None = None
     in_place: bool = False
     activation: torch.nn.Module | ActivationSpec | None = None
-
-    def prefixes(self) -> Iterator[Chain]:
-        """The chain, and what is left of it without its last links, while more than the layer remains."""
-        chain = self
-        while len(chain.nodes) > 1:
-            yield chain
-            *nodes, last = chain.nodes
-            chain = Chain(
-                nodes, chain.norm if last is not chain.norm else None,
-                chain.residual if chain.add in nodes else None, chain.add if chain.add in nodes else None,
-                chain.in_place and chain.add in nodes,
-            )  # fmt: skip
 
 
 @dataclass
@@ -92,34 +80,37 @@ def _chain_from(layer: fx.Node, modules: dict[str, torch.nn.Module], memory: Mem
     source = layer.all_input_nodes[0]
     if layer.args != (source,) and layer.kwargs != {"input": source}:
         return None
-    chain = Chain([layer])
-
-    def follower() -> fx.Node | None:
-        """The only user of the chain's value."""
+    chain = Chain((layer,))
+    for find in (_as_norm, _as_addition, _as_activation):
         users = list(chain.nodes[-1].users)
-        return users[0] if len(users) == 1 and users[0] not in taken else None
+        if len(users) != 1 or users[0] in taken:
+            break
+        link = find(users[0], chain, modules)
+        if link is None:
+            continue
+        longer = replace(chain, nodes=(*chain.nodes, users[0]), **link)
+        # What is written before this link is written before every later one.
+        if not _may_move(longer, source, memory):
+            break
+        chain = longer
+    return chain if len(chain.nodes) > 1 else None
 
-    node = follower()
-    if node is not None and node.all_input_nodes == [layer]:
-        norm = module_of(node, modules)
-        if norm is not None and is_batch_norm(norm, DIMENSIONS[type(module)]) and not carries_hook(norm):
-            chain.norm = node
-            chain.nodes.append(node)
-            node = follower()
-    added = addition_of(node, chain.nodes[-1]) if node is not None else None
-    if node is not None and added is not None:
-        chain.residual, chain.in_place = added
-        chain.add = node
-        chain.nodes.append(node)
-        node = follower()
-    if node is not None:
-        chain.activation = activation_of(node, chain.nodes[-1], modules)
-        hooked = isinstance(chain.activation, torch.nn.Module) and carries_hook(chain.activation)
-        if chain.activation is not None and not hooked:
-            chain.nodes.append(node)
-        else:
-            chain.activation = None
-    return next((c for c in chain.prefixes() if _may_move(c, source, memory)), None)
+
+def _as_norm(node: fx.Node, chain: Chain, modules: dict[str, torch.nn.Module]) -> dict[str, Any] | None:
+    layer, norm = chain.nodes[0], module_of(node, modules)
+    fits = norm is not None and is_batch_norm(norm, DIMENSIONS[type(modules[str(layer.target)])]) and not carries_hook(norm)
+    return {"norm": node} if fits and node.all_input_nodes == [layer] else None
+
+
+def _as_addition(node: fx.Node, chain: Chain, modules: dict[str, torch.nn.Module]) -> dict[str, Any] | None:  # noqa: ARG001
+    added = addition_of(node, chain.nodes[-1])
+    return None if added is None else {"add": node, "residual": added[0], "in_place": added[1]}
+
+
+def _as_activation(node: fx.Node, chain: Chain, modules: dict[str, torch.nn.Module]) -> dict[str, Any] | None:
+    activation = activation_of(node, chain.nodes[-1], modules)
+    hooked = isinstance(activation, torch.nn.Module) and carries_hook(activation)
+    return None if activation is None or hooked else {"activation": activation}
 
 
 def _may_move(chain: Chain, source: fx.Node, memory: Memory) -> bool:

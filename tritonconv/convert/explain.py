@@ -74,7 +74,7 @@ def _restored(model: torch.nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for module, name, buffer, saved in buffers:
                     module._buffers[name] = buffer
-                    if buffer._version or not torch.equal(buffer, saved):
+                    if not buffer.is_meta and not torch.equal(buffer, saved):
                         buffer.copy_(saved)
 
 
@@ -87,6 +87,8 @@ def _fusion_of(model: torch.nn.Module) -> list[dict[str, Any]]:
             entries.append(dict(root=name, how=fused.program.how, chains=fused.program.chains, reason=why))
         elif mark is not None and mark.untraceable:
             entries.append(dict(root=name, how="not traced", chains=0, reason=mark.untraceable))
+        if mark is not None and mark.keep_contiguous:
+            entries.append(dict(root=name, how="contiguous", chains=0, reason=mark.keep_contiguous))
     return entries
 
 

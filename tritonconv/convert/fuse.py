@@ -11,6 +11,7 @@ import copy
 import inspect
 import linecache
 import operator
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -87,11 +88,14 @@ class _Watch:
         self.had_children = [dict(children) for children in self.children]
         self.attributes = []
         for module in self.inlined:
-            names = [k for k, v in module.__dict__.items() if k not in OWN_ATTRIBUTES and isinstance(v, PLAIN)]
+            names = [k for k, v in module.__dict__.items() if k not in OWN_ATTRIBUTES and _is_plain(v)]
             names.remove("training")
             # Two names at least, so that the getter gives a tuple.
             read = operator.itemgetter("training", "training", *names)
-            self.attributes.append((module.__dict__, read, (False, False, *read(module.__dict__)[2:])))
+            expected = (False, False, *map(_snapshot, read(module.__dict__)[2:]))
+            # The root may get its FusedForward only now.
+            size = len(module.__dict__) + (module is root and "forward" not in module.__dict__)
+            self.attributes.append((module.__dict__, size, read, expected))
 
     def hooks_hold(self) -> bool:
         """Whether hooks are where they were when the module was traced."""
@@ -103,8 +107,8 @@ class _Watch:
             return False
         try:
             # Cheaper than a generator, for this runs at every call.
-            for state, read, expected in self.attributes:
-                if read(state) != expected:
+            for state, size, read, expected in self.attributes:
+                if len(state) != size or read(state) != expected:
                     return False
         # An attribute may be gone, or compare to something that has no truth.
         except (KeyError, RuntimeError, ValueError):
@@ -114,6 +118,21 @@ class _Watch:
     def trains(self) -> bool:
         """Whether a module that the program stands for is in training mode."""
         return any(module.training for module in self.inlined)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether the value can be compared; an empty collection more likely gathers results than holds options."""
+    if type(value) in (list, dict, set):
+        return bool(value) and all(map(_is_plain, value.values() if type(value) is dict else value))
+    return isinstance(value, PLAIN)
+
+
+def _snapshot(value: Any) -> Any:
+    """What compares equal to a list, dict or set only until someone changes it."""
+    if type(value) in (list, dict, set):
+        items = zip(value, map(_snapshot, value.values()), strict=True) if type(value) is dict else map(_snapshot, value)
+        return type(value)(items)
+    return value
 
 
 class FusedForward:
@@ -141,7 +160,14 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         root = self.root
-        program = self._compiled() if torch.compiler.is_compiling() else self._current()
+        if torch.compiler.is_compiling():
+            program = self._compiled()
+        else:
+            # Shallow copies and DataParallel's replicas share this object; who was called shows in the caller alone.
+            owner = sys._getframe(1).f_locals.get("self")
+            if owner is not root and isinstance(owner, torch.nn.Module) and owner.__dict__.get("forward") is self:
+                return type(owner).forward(owner, *args, **kwargs)
+            program = self._current()
         if program is not None and program.function is not None:
             given = args if not kwargs and len(args) == len(program.names) else _positional(program, args, kwargs)
             if given is not None and not any(value is None for value in given):

@@ -8,7 +8,8 @@ import types
 import torch
 from torch import fx
 
-from tritonconv.convert.calls import BATCH_NORMS, in_place_target, module_of, overwrites, spec_of_call
+from tritonconv.convert.calls import in_place_target, module_of, overwrites, spec_of_call
+from tritonconv.nn.fused import BATCH_NORMS
 from tritonconv.ops.activation import module_types
 
 __all__ = ["Memory", "thread_in_place"]
@@ -44,7 +45,7 @@ class Memory:
         """Nodes whose memory the value may lie in; OUTSIDE among them if it may be the caller's."""
         return self._origins[node]
 
-    def is_written(self, value: fx.Node, after: fx.Node, before: fx.Node, chain: list[fx.Node]) -> bool:
+    def is_written(self, value: fx.Node, after: fx.Node, before: fx.Node, chain: tuple[fx.Node, ...]) -> bool:
         """Whether a node strictly between the two, and not of the chain, may write into `value` or into parameters."""
         held = self.origins(value) | {OUTSIDE}
         for node in self._nodes[self.position[after] + 1 : self.position[before]]:

@@ -10,7 +10,7 @@ import torch
 
 from tritonconv import nn
 from tritonconv.ops.backend import Backend
-from tritonconv.ops.layout import as_format, is_dense
+from tritonconv.ops.layout import as_format, dense_strides, is_dense
 
 __all__ = ["MARK", "Mark", "mark_of", "restore_layers", "swap_layers"]
 
@@ -36,6 +36,8 @@ class Mark:
     """Whether it is a layer of ours now, with a `backend` of its own."""
     previous_backend: Backend | None = None
     """The backend that the user had given to a layer that was ours already."""
+    keep_contiguous: str = ""
+    """Why the weights under a model stay contiguous."""
     untraceable: str = ""
     """Why torch.fx could not trace its forward."""
 
@@ -49,24 +51,26 @@ def set_mark(module: torch.nn.Module, **changes: Any) -> None:
     module.__dict__[MARK] = dataclasses.replace(mark_of(module) or Mark(), **changes)
 
 
-def swap_layers(model: torch.nn.Module, backend: Backend) -> None:
+def swap_layers(model: torch.nn.Module, backend: Backend, keep_contiguous: str) -> None:
     """Make every convolution and linear layer of exactly torch's class ours, with the same parameters, hooks and name.
 
     The new classes add no state, so a change of `__class__` is all; whoever shares the module shares the change. Weights
-    of convolutions move to channels-last memory behind the same Parameter.
+    of convolutions move to channels-last memory behind the same Parameter, unless there is a reason to keep theirs.
     """
     modules = [m for m in model.modules() if type(m) in TWINS or type(m) in TWINS.values()]
     # Asked before anything moves: two layers that share a weight both had it contiguous.
-    contiguous = [m for m in modules if _movable(m)]
+    contiguous = [] if keep_contiguous else [m for m in modules if _movable(m)]
+    if keep_contiguous or mark_of(model) is not None:
+        set_mark(model, keep_contiguous=keep_contiguous)
     for module in modules:
         mark = mark_of(module)
         if type(module) in TWINS:
             set_mark(module, original=type(module), layer=True)
             module.__class__ = TWINS[type(module)]
-        elif mark is None and backend == "auto":
+        elif (mark is None or not mark.layer) and backend == "auto":
             # The user's own layer of ours keeps the backend that it was given.
             continue
-        elif mark is None:
+        elif mark is None or not mark.layer:
             set_mark(module, layer=True, previous_backend=module.__dict__.get("backend"))
         module.backend = backend  # type: ignore[assignment]
     for module in contiguous:
@@ -93,7 +97,7 @@ def restore_layers(model: torch.nn.Module) -> None:
 
 
 def _movable(module: torch.nn.Module) -> bool:
-    """Whether the layer's weight is a plain contiguous parameter in memory of its own, of which the order matters."""
+    """Whether the layer's weight is a plain contiguous parameter in memory of its own."""
     weight = module._parameters.get("weight")
     if type(weight) is not torch.nn.Parameter or weight.dim() < 3:
         return False
@@ -102,7 +106,8 @@ def _movable(module: torch.nn.Module) -> bool:
     # Other processes, or a buffer that holds many parameters, look at the same memory.
     shared = weight.device.type == "cpu" and weight.is_shared()
     alone = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
-    return is_dense(weight, False) and not is_dense(weight, True) and alone and not shared
+    is_channels_last = weight.stride() == dense_strides(tuple(weight.shape), True)
+    return is_dense(weight, False) and not is_channels_last and alone and not shared
 
 
 def _move(modules: list[torch.nn.Module], channels_last: bool) -> None:
@@ -117,5 +122,8 @@ def _move(modules: list[torch.nn.Module], channels_last: bool) -> None:
         # Parameters on "meta" all lie at address 0.
         at = weight.data_ptr() or id(weight)
         if at not in moved or moved[at].shape != weight.shape:
-            moved[at] = as_format(weight.detach(), channels_last)
+            # Sizes of one leave strides open, but a format shows in them: the weight of a single input channel, say,
+            # must tell that what follows is channels-last.
+            strides = dense_strides(tuple(weight.shape), channels_last)
+            moved[at] = as_format(weight.detach(), channels_last).as_strided(weight.shape, strides)
         weight.data = moved[at]

@@ -6,9 +6,11 @@ values or their types, switched gradients or autocast, tensors made from nothing
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +73,9 @@ class _Attribute(_Strict, fx.proxy.Attribute):
 
 class _Value(_Strict, fx.Proxy):
     def __getattr__(self, k: str) -> _Attribute:
+        # Of a stand-in, hasattr would say that it has everything.
+        if not hasattr(torch.Tensor, k):
+            raise UntraceableError(f"its forward asks whether a value has {k}")
         return _Attribute(self, k)
 
 
@@ -122,7 +127,21 @@ class _Tracer(fx.Tracer):
             known = a in self.tensor_attrs or any(a is buffer for buffer in self.root.buffers())
             if not known:
                 raise UntraceableError("its forward makes tensors from nothing, which tracing would take for constants")
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
+        if not _rebuilt(a):
+            raise UntraceableError(f"its forward makes a {type(a).__name__}")
         return super().create_arg(a)
+
+
+def _rebuilt(value: object) -> bool:
+    """Whether torch.fx makes the same of a collection or dataclass again: of a subclass it makes its base."""
+    kind = type(value)
+    if issubclass(kind, (dict, list, tuple)):
+        return kind in (dict, list, tuple) or hasattr(kind, "_fields") or kind.__module__.startswith("torch.fx.")
+    # What a constructor of the user's would compute once more, or does not take.
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return all(field.init for field in fields) and not (fields and hasattr(kind, "__post_init__"))
 
 
 def _modes() -> tuple[object, ...]:
@@ -187,7 +206,8 @@ def inlined_modules(root: torch.nn.Module, leaves: Set[torch.nn.Module]) -> dict
 @contextmanager
 def _undisturbed(root: torch.nn.Module, inlined: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Trace as in eval mode, with gradients on; nothing that modules hold may change meanwhile."""
-    states = [m.__dict__ for m in root.modules()]
+    # A scripted module keeps its state elsewhere, and shows it in dicts that only look like ones.
+    states = [m.__dict__ for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
     held = [*states, *(state[kind] for state in states for kind in ("_parameters", "_buffers", "_modules"))]
     before = [dict(state) for state in held]
     trained = [module.__dict__ for module in inlined if module.training]
@@ -212,7 +232,13 @@ def _undisturbed(root: torch.nn.Module, inlined: Iterable[torch.nn.Module]) -> I
 def trace(root: torch.nn.Module, leaves: Set[torch.nn.Module]) -> fx.Graph:
     """The graph of root's own forward in eval mode; raises whatever a forward raises that cannot be traced."""
     with _lock, _undisturbed(root, inlined_modules(root, leaves).values()):
-        return _Tracer(leaves).trace(root)
+        graph = _Tracer(leaves).trace(root)
+        # A question without a value leaves no trace, but its answer does.
+        with torch.no_grad():
+            without = _Tracer(leaves).trace(root)
+    if str(graph) != str(without):
+        raise UntraceableError("its forward asks whether gradients are on")
+    return graph
 
 
 Survey = dict[torch.nn.Module, "fx.Graph | str"]

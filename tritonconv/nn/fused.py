@@ -20,6 +20,13 @@ __all__ = [
     "ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d", "ConvBNReLU2d", "Group", "carries_hook", "fused_call", "observe_groups",
 ]  # fmt: skip
 
+BATCH_NORMS: dict[int, tuple[type[torch.nn.Module], ...]] = {
+    1: (torch.nn.BatchNorm1d, torch.nn.SyncBatchNorm),
+    2: (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm),
+    3: (torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm),
+}
+"""By the dimensions of the convolution before them."""
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -100,15 +107,21 @@ def _one_kernel(
     layer: torch.nn.Module, norm: torch.nn.Module | None, activation: Any, spec: ActivationSpec | None, input: Tensor
 ) -> bool:
     """Whether the members are what they were when they were put together, and no one watches them."""
-    if type(layer) not in (Conv1d, Conv2d, Conv3d, Linear) or carries_hook(layer):
+    if type(layer) not in (Conv1d, Conv2d, Conv3d, Linear) or _is_changed(layer):
         return False
     if norm is not None:
-        if norm.training or norm.running_mean is None or carries_hook(norm):
+        nd = len(layer.kernel_size)  # type: ignore[arg-type]
+        if type(norm) not in BATCH_NORMS[nd] or norm.training or norm.running_mean is None or _is_changed(norm):
             return False
         # A batch norm takes an unbatched image's channels for its batch, or refuses it.
-        if input.dim() != len(layer.kernel_size) + 2:  # type: ignore[arg-type]
+        if input.dim() != nd + 2:
             return False
-    return not isinstance(activation, torch.nn.Module) or (spec is not None and not carries_hook(activation))
+    return not isinstance(activation, torch.nn.Module) or (spec is not None and not _is_changed(activation))
+
+
+def _is_changed(member: torch.nn.Module) -> bool:
+    """Whether a call of the member is more than its class's forward."""
+    return "forward" in member.__dict__ or carries_hook(member)
 
 
 def _fits(layer: torch.nn.Module, input: Tensor, residual: Any, in_place: bool) -> bool:
@@ -119,14 +132,7 @@ def _fits(layer: torch.nn.Module, input: Tensor, residual: Any, in_place: bool) 
         return False
     if isinstance(layer, Linear):
         return bool(residual.shape == (*input.shape[:-1], layer.weight.shape[0]))
-    conv: Any = layer
-    if torch.compiler.is_compiling():
-        # Sizes may be symbols here. A residual that is spread over an axis has size 1 there.
-        nd = len(conv.kernel_size)
-        if residual.dim() != input.dim() or residual.shape[:-nd] != (*input.shape[: -nd - 1], conv.weight.shape[0]):
-            return False
-        return all(r != 1 or x == 1 for r, x in zip(residual.shape[-nd:], input.shape[-nd:], strict=True))
-    return bool(residual.shape == output_shape(conv, input))
+    return bool(residual.shape == output_shape(layer, input))  # type: ignore[arg-type]
 
 
 class _ConvBNAct(torch.nn.Module):

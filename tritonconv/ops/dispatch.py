@@ -164,7 +164,7 @@ def _missing(x: Tensor, epilogue: Epilogue) -> str | None:
 def _autocast(x: Tensor, weight: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor, Epilogue]:
     """Cast as torch's autocast does for convolutions; batch norm's tensors stay as they are."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x, weight, epilogue
     dtype = torch.get_autocast_dtype(kind)
 

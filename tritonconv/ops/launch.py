@@ -119,7 +119,8 @@ def descriptor(matrix: Tensor, rows: int, columns: int, row_stride: int, box: tu
 
 def precision(dtype: torch.dtype, kind: Literal["conv", "matmul"]) -> str:
     """How fp32 products are computed, by torch's switches: cudnn's for convolutions, cuda.matmul's for linear layers."""
-    if dtype != torch.float32:
+    # Of AMD's GPUs only some have TF32-like products, and torch does not use them unasked.
+    if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
     switch: Any = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return "tf32" if switch.fp32_precision == "tf32" else "ieee"
