@@ -2,7 +2,8 @@
 
 Prints registers, spills, shared memory, instruction counts, wgmma serialization and the main loop's issue ratio, and
 updates benchmarks/codegen.json. With --check nothing is written: it fails when code breaks a rule or got worse than the
-table says. Rules hold for every triton version; comparisons are made with rows of the same version.
+table says. Rules hold for every triton version, to the letter for the pinned one; comparisons are made with rows of the
+same version.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from benchmarks.offline import TARGETS, inspect_launch
 
 __all__ = ["main"]
 
+# constraints.txt's
+PINNED = "3.7.1"
 TABLE = Path(__file__).with_name("codegen.json")
 KEY = ("kernel", "case", "config", "target", "triton")
 
@@ -62,9 +65,10 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
     target, case = TARGETS[row["target"]], row["case"]
     limit = target.limits.shared_memory
     wrong = []
-    # Triton 3.6 spills 8 to 40 bytes in three kernels for sm_100, which it hardly knows; later versions none.
-    unripe = row["target"] == "sm_100" and row["triton"].startswith("3.6")
-    if not unripe and (row["stack"] or count(row, "LDL", "STL", "scratch_")):
+    # Each release hands out registers a little differently. Kernels are shaped with the pinned one; the others may miss by
+    # a few words outside the main loop and a few instructions in it.
+    pinned = row["triton"] == PINNED
+    if row["stack"] > (0 if pinned else 64) or (pinned and count(row, "LDL", "STL", "scratch_")):
         wrong.append(f"spills ({row['stack']} bytes of stack)")
     if row["shared"] > limit:
         wrong.append(f"{row['shared']} bytes of shared memory, limit {limit}")
@@ -85,9 +89,10 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
         # Triton stores from MFMA's own layout, 4 elements a lane: 64 bits of bf16. Loads have no such limit.
         if not count(row, "global_load_dwordx4", "buffer_load_dwordx4"):
             wrong.append("no 128-bit global accesses")
-    if row["kernel"] == "conv_fprop" and case == "3x3" and row["target"] == "sm_90" and row["triton"] >= "3.7":
+    if row["kernel"] == "conv_fprop" and case == "3x3" and row["target"] == "sm_90":
         goal = 0.30 if m * n == 256 * 128 else 0.45 if m == 128 else None
-        if goal is not None and (row["issue_ratio"] is None or row["issue_ratio"] > goal):
+        goal = goal if goal is None or pinned else goal + 0.01
+        if goal is not None and (row["issue_ratio"] is None or row["issue_ratio"] > goal + 1e-9):
             wrong.append(f"issue ratio {row['issue_ratio']}, goal {goal}")
     return wrong
 
