@@ -80,6 +80,11 @@ def test_activations_match_their_modules() -> None:
         assert torch.equal(module(x), spec.torch(x))
 
 
+def test_other_names_of_activations() -> None:
+    assert parse_activation("swish") == make_spec("silu")
+    assert parse_activation(("clamp", 0.0, 6.0)) == make_spec("hardtanh", (0.0, 6.0))
+
+
 def test_modules_that_are_no_activations_of_ours_are_not_mistaken() -> None:
     class MyReLU(torch.nn.ReLU):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

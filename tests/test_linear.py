@@ -59,3 +59,12 @@ def test_sizes_that_do_not_fit_raise(x: tuple[int, ...], w: tuple[int, ...], b: 
 def test_dtypes_that_do_not_fit_raise(device: str) -> None:
     with pytest.raises(RuntimeError, match=r"float32.*float64"):
         TF.linear(torch.randn(2, 5, device=device), torch.randn(4, 5, device=device).double())
+
+
+def test_weights_without_a_kernel_run_on_torch_or_say_so(device: str) -> None:
+    for x, w in (((3, 0), (4, 0)), ((3, 5), (0, 5)), ((5,), (5,))):
+        x, w = torch.randn(x, device=device), torch.randn(w, device=device)
+        with tritonconv.set_backend("auto"):
+            assert torch.equal(TF.linear(x, w), torch.nn.functional.linear(x, w))
+        with pytest.raises(RuntimeError, match="has no kernel"):
+            TF.linear(x, w)

@@ -27,6 +27,7 @@ from tritonconv.convert.chains import rewrite
 from tritonconv.convert.swap import MARK, mark_of, set_mark
 from tritonconv.convert.trace import Survey, called_children, inlined_modules, is_layer, leaf_modules, parameters_of, survey
 from tritonconv.nn.fused import HOOKS, carries_hook
+from tritonconv.ops.backend import constant_under_compile
 
 __all__ = ["FusedForward", "Program", "fuse_chains", "ignoring_global_hooks", "unfuse_chains"]
 
@@ -227,7 +228,7 @@ class FusedForward:
         return state | {"root": None} if isinstance(self.root, fx.GraphModule) else state
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def _prepare(fused: FusedForward) -> None:
     """Bring a forward up to date outside of the compiler that looks at it."""
     fused._renewed()

@@ -41,10 +41,12 @@ class ActivationSpec(NamedTuple):
         return f"{self.name}({', '.join(f'{n:g}' for n in numbers)})" if numbers else self.name
 
 
+ALIASES = {"swish": "silu", "clamp": "hardtanh"}
+
+
 def make_spec(name: str, numbers: tuple[float, ...] = ()) -> ActivationSpec:
     """The named activation, with its defaults where `numbers` ends."""
-    if name == "swish":
-        name = "silu"
+    name = ALIASES.get(name, name)
     if name not in table():
         raise ValueError(f"unknown activation {name!r}, expected one of {', '.join(table())}")
     defaults = tuple(value for _, value in table()[name].parameters)

@@ -10,19 +10,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from tritonconv.geometry import ConvGeometry
 
 __all__ = [
-    "HAS_TRITON", "Backend", "Call", "Decision", "capability", "check_backend", "current_backend", "decide", "interpreting",
-    "notify", "observe", "set_backend",
+    "HAS_TRITON", "Backend", "Call", "Decision", "capability", "check_backend", "constant_under_compile",
+    "current_backend", "decide", "interpreting", "notify", "observe", "set_backend",
 ]  # fmt: skip
 
 Backend = Literal["auto", "triton", "torch"]
 BACKENDS = ("auto", "triton", "torch")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _backend: Backend = "auto"
 
@@ -88,8 +90,17 @@ class Call:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+def constant_under_compile(function: Function) -> Function:
+    """Let torch.compile call the function as it traces and take its result for a constant.
+
+    This is what torch.compiler.assume_constant_result does, which would import all of torch._dynamo for it: seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # Dynamo takes these two as constants: it cannot trace into triton's and CUDA's bindings, and they never change.
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def interpreting() -> bool:
     """Whether Triton's interpreter runs kernels: TRITON_INTERPRET as it was at the first call."""
     return HAS_TRITON and _interpreting()
@@ -102,7 +113,7 @@ def _interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def capability(device: torch.device) -> tuple[int, int]:
     return _capability(device)
 

@@ -39,7 +39,7 @@ def convolution(
         return epilogue.torch(functional(x, weight, epilogue.bias, stride, padding, dilation, groups))
 
     if _is_traced(x):
-        why_not = decide((x, weight, *epilogue.tensors()), backend, lambda: op, _missing(x, epilogue))
+        why_not = decide((x, weight, *epilogue.tensors()), backend, lambda: op, _missing(x, weight, epilogue))
         if why_not is not None:
             return on_torch()
         batched, squeeze = (x, False) if x.dim() == nd + 2 else (x.unsqueeze(0), True)
@@ -76,8 +76,8 @@ def linear(x: Tensor, weight: Tensor, epilogue: Epilogue, backend: Backend | Non
     def on_torch() -> Tensor:
         return epilogue.torch(torch.nn.functional.linear(x, weight, epilogue.bias))
 
-    if x.dim() == 0 or weight.dim() != 2:
-        why_not = decide((x, weight), backend, lambda: op, "a weight that is no matrix has no kernel")
+    if x.dim() == 0 or weight.dim() != 2 or 0 in weight.shape:
+        decide((x, weight), backend, lambda: op, f"a weight of size {list(weight.shape)} has no kernel")
         return on_torch()
     if x.shape[-1] != weight.shape[1]:
         raise RuntimeError(
@@ -90,12 +90,10 @@ def linear(x: Tensor, weight: Tensor, epilogue: Epilogue, backend: Backend | Non
     if epilogue.residual is not None:
         row_epilogue = epilogue._replace(residual=epilogue.residual.expand(shape).reshape(-1, weight.shape[0], 1))
     if _is_traced(x):
-        why_not = decide((x, weight, *epilogue.tensors()), backend, lambda: op, _missing(rows, epilogue))
+        why_not = decide((x, weight, *epilogue.tensors()), backend, lambda: op, _missing(rows, weight, epilogue))
         if why_not is not None:
             return on_torch()
         return call_operator(rows, filters, row_epilogue, 1, 0, 1, 1, "matmul").reshape(shape)
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
-        return on_torch()
     geometry = ConvGeometry.parse(rows.shape, filters.shape, nd=1)
     y = _dispatch(
         op, rows, filters, row_epilogue, geometry, lambda: on_torch().reshape(-1, weight.shape[0], 1), backend, "matmul"
@@ -130,7 +128,7 @@ def _dispatch(
         (x, weight, *epilogue.tensors()),
         backend,
         lambda: str(geometry) if str(geometry).startswith(f"{op} ") else f"{op} of {geometry}",
-        _missing(x, epilogue),
+        _missing(x, weight, epilogue),
     )
     channels_last = output_format(x, weight)
 
@@ -152,9 +150,9 @@ def _dispatch(
     return conv_forward(x, weight, epilogue, geometry, kind)
 
 
-def _missing(x: Tensor, epilogue: Epilogue) -> str | None:
+def _missing(x: Tensor, weight: Tensor, epilogue: Epilogue) -> str | None:
     """Why there is no kernel for this, beside what `decide` finds."""
-    if x.shape[-1 - x.dim() + 2] == 0:
+    if weight.shape[1] == 0:
         return "an input without channels has no kernel"
     if epilogue.residual is not None and epilogue.residual.dtype != x.dtype:
         return f"a residual of {epilogue.residual.dtype} under an input of {x.dtype} has no kernel"
