@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from tritonconv.ops.backend import HAS_TRITON
+
 if TYPE_CHECKING:
     from tritonconv.kernels.activations import Activation
 
@@ -16,7 +18,12 @@ __all__ = ["ActivationSpec", "from_module", "module_types", "parse_activation", 
 
 
 def table() -> dict[str, Activation]:
-    """The rows of kernels/activations.py. Read late, so that `import tritonconv` does not import triton."""
+    """The rows of kernels/activations.py; none where triton is not installed, and all else runs on torch.
+
+    Read late, so that `import tritonconv` does not import triton.
+    """
+    if not HAS_TRITON:
+        return {}
     from tritonconv.kernels.activations import ACTIVATIONS
 
     return ACTIVATIONS
@@ -46,6 +53,8 @@ ALIASES = {"swish": "silu", "clamp": "hardtanh"}
 
 def make_spec(name: str, numbers: tuple[float, ...] = ()) -> ActivationSpec:
     """The named activation, with its defaults where `numbers` ends."""
+    if not table():
+        raise ImportError(f"activation {name!r}: activations by name need triton, which is not installed")
     name = ALIASES.get(name, name)
     if name not in table():
         raise ValueError(f"unknown activation {name!r}, expected one of {', '.join(table())}")
