@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .dot import matmul_acc, zero_tile
 from .epilogue import finish_tile
-from .tiles import grouped_tile, taps_outside, tile
+from .tiles import grouped_tile, taps_outside, tile, window_origins
 
 __all__ = ["configs", "conv_fprop_kernel"]
 
@@ -85,12 +85,7 @@ def conv_fprop_kernel(
     pid_m, pid_n = grouped_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows past the end repeat the last pixel: their loads are valid and their results are not stored.
-    row = tl.minimum(offs_m, M - 1)
-    d0 = row // (P * Q) % O * STRIDE_D - PAD_D
-    h0 = row // Q % P * STRIDE_H - PAD_H
-    w0 = row % Q * STRIDE_W - PAD_W
-    n = row // (O * P * Q)
+    n, d0, h0, w0 = window_origins(offs_m, M, O, P, Q, STRIDE_D, STRIDE_H, STRIDE_W, PAD_D, PAD_H, PAD_W)
     if PADDED and COUNTED:
         outside = taps_outside(d0, h0, w0, D, H, W, T, R, S, DIL_D, DIL_H, DIL_W, HAS_D)
     if INDEX_64:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["fitting", "grouped_tile", "tap_bits", "taps_outside", "tile"]
+__all__ = ["fitting", "grouped_tile", "tap_bits", "taps_outside", "tile", "window_origins"]
 
 
 def tile(m: int, n: int, k: int, warps: int, stages: int, *, tma: bool = True) -> triton.Config:
@@ -53,6 +53,23 @@ def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     first = pid // band * GROUP_M
     rows = tl.minimum(tiles_m - first, GROUP_M)
     return first + pid % band % rows, pid % band // rows
+
+
+@triton.jit
+def window_origins(
+    offs_m, M, O, P, Q,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+):  # fmt: skip
+    """(n, d, h, w) of the first tap of each output pixel's window; negative inside the padding.
+
+    Pixels past the end repeat the last one: their loads are valid and their results are not stored.
+    """
+    row = tl.minimum(offs_m, M - 1)
+    d0 = row // (P * Q) % O * STRIDE_D - PAD_D
+    h0 = row // Q % P * STRIDE_H - PAD_H
+    w0 = row % Q * STRIDE_W - PAD_W
+    return row // (O * P * Q), d0, h0, w0
 
 
 # Padding is tested with one 32-bit word per pixel: a bit for each of the T + R + S filter positions along the axes, set
