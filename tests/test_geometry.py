@@ -26,7 +26,8 @@ FUNCTIONS = {
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
-thorough = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+# The same examples every time: a random failure belongs into a longer run of one's own, not into somebody else's change.
+thorough = settings(deadline=None, max_examples=300, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,12 +141,18 @@ def spoiled(draw: st.DrawFn) -> Arguments:
     return dataclasses.replace(call, options=options)
 
 
+def is_positive(value: Any) -> bool:
+    return min(value if isinstance(value, (list, tuple)) else [value]) > 0
+
+
 @thorough
 @given(spoiled())
 def test_bad_arguments_raise_what_torch_raises(call: Arguments) -> None:
     expected = outcome(lambda: call.torch("cpu"))
     assume(not vanishes(call, expected))
     ours = outcome(call.ours)
+    # Some of torch's CPU kernels for transposed convolutions do not look at the dilation of a filter of one.
+    assume(isinstance(expected, type) or not call.transposed or is_positive(call.options.get("dilation", 1)))
     if isinstance(expected, type):
         assert ours is expected, f"torch raises {expected.__name__}"
     else:

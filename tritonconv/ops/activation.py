@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -64,14 +63,17 @@ def make_spec(name: str, numbers: tuple[float, ...] = ()) -> ActivationSpec:
     return ActivationSpec(name, *(float(n) for n in numbers + defaults[len(numbers) :]))
 
 
-@functools.cache
+_module_types: dict[type[torch.nn.Module], tuple[str, ...]] = {}
+
+
 def module_types() -> dict[type[torch.nn.Module], tuple[str, ...]]:
     """torch.nn's activation classes, each with the rows that it can stand for."""
-    types: dict[type[torch.nn.Module], tuple[str, ...]] = {}
-    for name, row in table().items():
-        kind = getattr(torch.nn, row.module)
-        types[kind] = (*types.get(kind, ()), name)
-    return types
+    # Filled once. Dynamo warns of a functools.cache wherever it traces through one.
+    if not _module_types:
+        for name, row in table().items():
+            kind = getattr(torch.nn, row.module)
+            _module_types[kind] = (*_module_types.get(kind, ()), name)
+    return _module_types
 
 
 def from_module(module: torch.nn.Module) -> ActivationSpec | None:
