@@ -54,7 +54,7 @@ def conv(
     `padding_name` is "same", "valid" or "" (then `padding` counts); `activation` is a name or ""; `kind` "matmul" takes the
     TF32 switch of matrix products.
     """
-    geometry = _geometry(x, weight, stride, padding, padding_name, dilation, groups)
+    geometry = _geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
     norm = None
     if running_mean is not None and running_var is not None:
         norm = BatchNorm(running_mean, running_var, bn_weight, bn_bias, eps)
@@ -64,11 +64,11 @@ def conv(
 
 
 def _geometry(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], padding_name: str, dilation: Sequence[int],
-    groups: int,
+    x_shape: Sequence[int], w_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], padding_name: str,
+    dilation: Sequence[int], groups: int,
 ) -> ConvGeometry:  # fmt: skip
     return ConvGeometry.parse(
-        x.shape, weight.shape, nd=x.dim() - 2, stride=list(stride), padding=padding_name or list(padding),
+        x_shape, w_shape, nd=len(x_shape) - 2, stride=list(stride), padding=padding_name or list(padding),
         dilation=list(dilation), groups=groups,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def _(
     x: Tensor, weight: Tensor, *_epilogue: Any, stride: Sequence[int], padding: Sequence[int], padding_name: str,
     dilation: Sequence[int], groups: int, **_numbers: Any,
 ) -> Tensor:  # fmt: skip
-    geometry = _geometry(x, weight, stride, padding, padding_name, dilation, groups)
+    geometry = _geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
     strides = dense_strides(geometry.output_shape, output_format(x, weight))
     return x.new_empty_strided(geometry.output_shape, strides)
 
@@ -88,11 +88,7 @@ def _flops(
     x_shape: Sequence[int], w_shape: Sequence[int], *_epilogue: Any, stride: Sequence[int], padding: Sequence[int],
     padding_name: str, dilation: Sequence[int], groups: int, **_numbers: Any,
 ) -> int:  # fmt: skip
-    geometry = ConvGeometry.parse(
-        x_shape, w_shape, nd=len(x_shape) - 2, stride=list(stride), padding=padding_name or list(padding),
-        dilation=list(dilation), groups=groups,
-    )  # fmt: skip
-    return 2 * geometry.macs
+    return 2 * _geometry(x_shape, w_shape, stride, padding, padding_name, dilation, groups).macs
 
 
 def _register_autocast(device: str, key: Any) -> None:
