@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.cases import CASES, launches
-from benchmarks.offline import TARGETS, inspect_launch
+from tritonconv.bench.offline import TARGETS, inspect_launch
+from tritonconv.bench.registry import specimens
+from tritonconv.tuning import candidates
 
 __all__ = ["main"]
 
@@ -37,15 +38,20 @@ KEY = ("kernel", "case", "config", "target", "triton")
 
 
 def rows_of(task: tuple[int, str]) -> list[dict[str, Any]]:
-    """Rows of one case on one target."""
-    index, target = task
-    case = CASES[index]
+    """Rows of one specimen on one target."""
+    index, name = task
+    operation, specimen = specimens()[index]
+    case, target = specimen.case, TARGETS[name]
+    problem = operation.problem(case, target.device)
+    if problem.kernel != specimen.kernel:
+        raise ValueError(f"{case.id} runs {problem.kernel}, expected {specimen.kernel}")
     return [
         dict(
-            kernel=case.kernel, case=case.name, config=describe(config), target=target, triton=triton.__version__,
-            **inspect_launch(launch, TARGETS[target]), lane_instructions_per_output=None,
+            kernel=specimen.kernel, case=case.id, config=describe(config), target=name, triton=triton.__version__,
+            **inspect_launch(operation.launch(case, target.device, config, fused=True), target),
+            lane_instructions_per_output=None,
         )
-        for config, launch in launches(case, target)
+        for config in candidates(problem)[: specimen.configs]
     ]  # fmt: skip
 
 
@@ -63,7 +69,7 @@ def count(row: dict[str, Any], *prefixes: str) -> int:
 def broken_rules(row: dict[str, Any]) -> list[str]:
     """What no candidate may do, whatever the table says."""
     target, case = TARGETS[row["target"]], row["case"]
-    limit = target.limits.shared_memory
+    limit = target.device.shared_memory
     wrong = []
     # Each release hands out registers a little differently. Kernels are shaped with the pinned one; the others may miss by
     # a few words outside the main loop and a few instructions in it.
@@ -137,9 +143,9 @@ def main(check: bool, kernel: str | None, target: str | None, jobs: int) -> None
     """Compile every candidate config of every kernel for sm_80, sm_90, sm_100 and gfx942, and inspect the code."""
     tasks = [
         (index, name)
-        for index, case in enumerate(CASES)
+        for index, (_, specimen) in enumerate(specimens())
         for name in TARGETS
-        if kernel in (None, case.kernel) and target in (None, name)
+        if kernel in (None, specimen.kernel) and target in (None, name)
     ]
     rows: list[dict[str, Any]] = []
     torch.set_num_threads(1)

@@ -89,10 +89,10 @@ def test_every_candidate_config(case: ConvCase, config: object, dtype: torch.dty
 
 
 def fits(config: object, dtype: torch.dtype) -> bool:
-    from tritonconv.ops.launch import device_limits
+    from tritonconv.ops.launch import device_of
 
     size = torch.empty(0, dtype=dtype).element_size()
-    shared = device_limits(torch.device("cuda")).shared_memory
+    shared = device_of(torch.device("cuda")).shared_memory
     return bool(
         fitting([config], m=10**6, n=10**6, k=10**6, itemsize=size, tensor_cores=size == 2, shared=shared)  # type: ignore[list-item]
     )

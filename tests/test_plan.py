@@ -11,7 +11,7 @@ from tritonconv.kernels.tiles import fitting
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.layout import dense_strides
 from tritonconv.ops.plan import ConvPlan, plan_convolution
-from tritonconv.tuning import Problem, choose
+from tritonconv.tuning import Problem, choose, known_devices
 
 
 def plan(x: tuple[int, ...], w: tuple[int, ...], *, x_cl: bool = True, w_cl: bool = True, **arguments: object) -> ConvPlan:
@@ -60,19 +60,26 @@ def test_offsets_are_64_bit_when_a_tensor_or_a_view_is_large() -> None:
     assert view.index_64
 
 
+def problem(
+    kernel: str, pixels: int, filters: int, channels: int, *, taps: int = 3, dtype: str = "bfloat16", tf32: bool = False,
+    vectors: bool = True, device: str = "NVIDIA H200",
+) -> Problem:  # fmt: skip
+    geometry = ConvGeometry.parse((1, channels, pixels), (filters, channels, taps), nd=1, padding=taps // 2)
+    return Problem(kernel, geometry, dtype, tf32, vectors, known_devices()[device])
+
+
 @pytest.mark.parametrize("kernel", ["conv_fprop", "conv_flat", "matmul"])
-def test_every_problem_has_a_config_on_every_gpu(kernel: str) -> None:
-    runs = (64, 128, 192, 1280) if kernel == "conv_fprop" else (1, 3, 9, 24, 147, 1000)
-    for m, n, run, kind, shared, vectors in itertools.product(
-        (1, 49, 10**6), (1, 3, 17, 64, 96, 2048), runs, ((2, True), (4, True), (4, False), (8, False)),
-        (65536, 166912, 232448), (False, True),
-    ):  # fmt: skip
-        itemsize, tensor_cores = kind
-        problem = Problem(kernel, m, n, 9 * run, run, 1, itemsize, tensor_cores, vectors, 132, shared)
-        config = choose(problem, interpreting=False)
+@pytest.mark.parametrize("gpu", known_devices())
+def test_every_problem_has_a_config_on_every_gpu(kernel: str, gpu: str) -> None:
+    channels = (64, 128, 192, 1280) if kernel == "conv_fprop" else (1, 3, 9, 24, 147, 1000)
+    kinds = (("bfloat16", False), ("float32", True), ("float32", False), ("float64", False))
+    for m, n, c, (dtype, tf32), vectors in itertools.product(
+        (1, 49, 10**6), (1, 3, 17, 64, 96, 2048), channels, kinds, (False, True)
+    ):
+        config = choose(problem(kernel, m, n, c, dtype=dtype, tf32=tf32, vectors=vectors, device=gpu), interpreting=False)
         assert config.kwargs["BLOCK_K"] <= 128
         if kernel == "conv_fprop":
-            assert run % config.kwargs["BLOCK_K"] == 0
+            assert c % config.kwargs["BLOCK_K"] == 0
 
 
 def test_fitting_keeps_the_pipeline_within_shared_memory() -> None:
@@ -83,7 +90,7 @@ def test_fitting_keeps_the_pipeline_within_shared_memory() -> None:
 
 
 def test_large_layers_get_large_tiles_and_small_ones_many() -> None:
-    large = choose(Problem("conv_fprop", 10**6, 256, 2304, 256, 1, 2, True, True, 132, 232448), interpreting=False)
+    large = choose(problem("conv_fprop", 10**6, 256, 256), interpreting=False)
     assert large.kwargs["BLOCK_M"] * large.kwargs["BLOCK_N"] >= 128 * 128
-    small = choose(Problem("conv_fprop", 196, 256, 2304, 256, 1, 2, True, True, 132, 232448), interpreting=False)
+    small = choose(problem("conv_fprop", 196, 256, 256), interpreting=False)
     assert small.kwargs["BLOCK_M"] * small.kwargs["BLOCK_N"] <= 64 * 128

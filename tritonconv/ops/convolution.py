@@ -5,25 +5,25 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.backend import interpreting
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import (
-    DeviceLimits,
     Launch,
     descriptor,
-    device_limits,
+    device_of,
     epilogue_arguments,
     forced_config,
     precision,
 )
 from tritonconv.ops.layout import as_format, empty_output, is_dense, suggests_channels_last
 from tritonconv.ops.plan import ConvPlan, plan_convolution, power_of_two_divisor
-from tritonconv.tuning import Problem, choose
+from tritonconv.tuning import Device, Problem, choose
 
-__all__ = ["build_launch", "check_convolution", "conv_forward", "output_format", "plan_for"]
+__all__ = ["build_launch", "check_convolution", "conv_forward", "output_format", "plan_for", "problem_of"]
 
 
 def check_convolution(op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry) -> None:
@@ -69,6 +69,11 @@ def conv_forward(
     return y
 
 
+def problem_of(plan: ConvPlan, dtype: torch.dtype, tf32: bool, device: Device) -> Problem:
+    """What the choice of a config sees of a plan."""
+    return Problem(plan.kernel, plan.geometry, str(dtype)[6:], tf32, plan.vector > 1, device)
+
+
 class Box(NamedTuple):
     """A descriptor to be made of an operand: rows, columns and row stride in elements, and the box read at once."""
 
@@ -97,7 +102,7 @@ def build_launch(
 ) -> Launch:  # fmt: skip
     """The launch of a plan; tensors are laid out as it wants them. Depends on no memory, so meta tensors will do."""
     recipe = _recipe(
-        plan, x.element_size(), precision(x.dtype, kind), channels_last, device_limits(x.device), forced_config(),
+        plan, x.dtype, precision(x.dtype, kind), channels_last, device_of(x.device), forced_config(),
         x.data_ptr() % 16 == 0, weight.data_ptr() % 16 == 0,
     )  # fmt: skip
     arguments = {
@@ -112,7 +117,7 @@ def build_launch(
 
 @functools.lru_cache(maxsize=4096)
 def _recipe(
-    plan: ConvPlan, itemsize: int, products: str, channels_last: bool, limits: DeviceLimits, config: Any, x_aligned: bool,
+    plan: ConvPlan, dtype: torch.dtype, products: str, channels_last: bool, device: Device, config: Any, x_aligned: bool,
     w_aligned: bool,
 ) -> Recipe:  # fmt: skip
     from tritonconv.kernels.conv_flat import conv_flat_kernel
@@ -120,24 +125,17 @@ def _recipe(
     from tritonconv.kernels.matmul import matmul_kernel
 
     g = plan.geometry
-    m, n, k = g.gemm()
     c = g.in_channels // g.groups
-    run = k if plan.kernel == "conv_flat" else c
-    tensor_cores = itemsize == 2 or products == "tf32"
-    config = config or choose(
-        Problem(
-            plan.kernel, m, n, k, run, g.groups, itemsize, tensor_cores, plan.vector > 1, limits.multiprocessors,
-            limits.shared_memory,
-        ),
-        interpreting(),
-    )  # fmt: skip
+    problem = problem_of(plan, dtype, products == "tf32", device)
+    m, n, k = problem.gemm
+    config = config or choose(problem, interpreting())
     tiles = dict(config.kwargs)
     block_m, block_n, block_k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     # A descriptor reads whole boxes of rows that start on 16 bytes.
     w_row = c if plan.kernel == "matmul" else k
-    tma = tiles.pop("USE_TMA") and limits.tma and w_aligned and w_row * itemsize % 16 == 0
+    tma = tiles.pop("USE_TMA") and device.tma and w_aligned and w_row * problem.itemsize % 16 == 0
     if plan.kernel == "matmul":
-        tma = tma and x_aligned and plan.row_stride * itemsize % 16 == 0
+        tma = tma and x_aligned and plan.row_stride * problem.itemsize % 16 == 0
     constants: dict[str, Any] = dict(
         M=m, K=n, VEC_K=power_of_two_divisor(n), Y_CHANNELS_LAST=channels_last, INDEX_64=plan.index_64, PRECISION=products,
         USE_TMA=tma, stride_wk=w_row, C=c, **tiles, STAGES=config.num_stages,

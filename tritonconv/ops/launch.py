@@ -7,17 +7,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tritonconv.ops.backend import capability, interpreting
 from tritonconv.ops.epilogue import Epilogue
+from tritonconv.tuning import INTERPRETER, Device, like
 
 __all__ = [
-    "DeviceLimits", "Launch", "descriptor", "device_limits", "epilogue_arguments", "forced", "forced_config", "precision",
-    "record_launches",
+    "Launch", "descriptor", "device_of", "epilogue_arguments", "forced", "forced_config", "precision", "record_launches",
 ]  # fmt: skip
 
 
@@ -45,20 +45,11 @@ class Launch:
             self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
-class DeviceLimits(NamedTuple):
-    """What a launch must know of a GPU."""
-
-    multiprocessors: int
-    shared_memory: int
-    """Bytes that one program may have."""
-    tma: bool
-    """Whether tiles move by descriptor: Hopper and later, and the interpreter."""
-
-
 class _State(threading.local):
     log: list[str] | None = None
     config: Any = None
-    limits: DeviceLimits | None = None
+    device: Device | None = None
+    tf32: bool | None = None
 
 
 _state = _State()
@@ -80,14 +71,15 @@ def record_launches() -> Iterator[list[str]]:
 
 
 @contextmanager
-def forced(*, config: Any = None, limits: DeviceLimits | None = None) -> Iterator[None]:
-    """Build every launch on this thread with this triton.Config, or as for a device with these limits."""
-    outer = _state.config, _state.limits
-    _state.config, _state.limits = config or outer[0], limits or outer[1]
+def forced(*, config: Any = None, device: Device | None = None, tf32: bool | None = None) -> Iterator[None]:
+    """Build every launch on this thread with this triton.Config, as for this GPU, or with or without TF32 products."""
+    outer = _state.config, _state.device, _state.tf32
+    _state.config, _state.device = config or outer[0], device or outer[1]
+    _state.tf32 = outer[2] if tf32 is None else tf32
     try:
         yield
     finally:
-        _state.config, _state.limits = outer
+        _state.config, _state.device, _state.tf32 = outer
 
 
 def forced_config() -> Any:
@@ -95,20 +87,22 @@ def forced_config() -> Any:
     return _state.config
 
 
-def device_limits(device: torch.device) -> DeviceLimits:
-    """Limits of a device, or the forced ones."""
-    return _state.limits or _device_limits(device)
+def device_of(device: torch.device) -> Device:
+    """What is known of a device, or the forced one."""
+    return _state.device or _device_of(device)
 
 
 @functools.cache
-def _device_limits(device: torch.device) -> DeviceLimits:
+def _device_of(device: torch.device) -> Device:
     if interpreting() or device.type != "cuda":
-        return DeviceLimits(1, 1 << 30, True)
-    properties = torch.cuda.get_device_properties(device)
-    # ROCm's torch has no such field: 64 KB of LDS a workgroup on every supported GPU.
-    shared = int(getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
-    tma = torch.version.hip is None and capability(device) >= (9, 0)
-    return DeviceLimits(properties.multi_processor_count, shared, tma)
+        return INTERPRETER
+    properties: Any = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        # ROCm's torch does not tell: 64 KB of LDS a workgroup on every supported GPU.
+        arch, shared = properties.gcnArchName.split(":")[0], 64 * 1024
+    else:
+        arch, shared = "sm_{}{}".format(*capability(device)), properties.shared_memory_per_block_optin
+    return like(properties.name, arch, properties.multi_processor_count, shared)
 
 
 def descriptor(matrix: Tensor, rows: int, columns: int, row_stride: int, box: tuple[int, int]) -> Any:
@@ -120,6 +114,8 @@ def descriptor(matrix: Tensor, rows: int, columns: int, row_stride: int, box: tu
 
 def precision(dtype: torch.dtype, kind: Literal["conv", "matmul"]) -> str:
     """How fp32 products are computed, by torch's switches: cudnn's for convolutions, cuda.matmul's for linear layers."""
+    if _state.tf32 is not None and dtype == torch.float32:
+        return "tf32" if _state.tf32 else "ieee"
     # Of AMD's GPUs only some have TF32-like products, and torch does not use them unasked.
     if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"

@@ -1,5 +1,7 @@
-"""Which config a kernel runs with."""
+"""Which config a kernel runs with: what is known of GPUs, a model of the time, and what was measured."""
 
-from tritonconv.tuning.select import Problem, choose
+from tritonconv.tuning.devices import INTERPRETER, Device, device_named, known_devices, like
+from tritonconv.tuning.problem import Problem
+from tritonconv.tuning.select import candidates, choose
 
-__all__ = ["Problem", "choose"]
+__all__ = ["INTERPRETER", "Device", "Problem", "candidates", "choose", "device_named", "known_devices", "like"]

@@ -19,28 +19,36 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonconv.ops.launch import DeviceLimits, Launch
+from tritonconv.ops.launch import Launch
+from tritonconv.tuning import Device, device_named
 
-__all__ = ["TARGETS", "Target", "compile_launch", "inspect_launch"]
+__all__ = ["TARGETS", "Target", "compile_launch", "gpu_target", "inspect_launch"]
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for, and what of it matters."""
+    """What code is compiled for: a GPU of its kind, and its tensor-core instruction."""
 
-    gpu: GPUTarget
-    limits: DeviceLimits
+    device: Device
     mma: str
-    """Its tensor-core instruction."""
+
+    @property
+    def gpu(self) -> GPUTarget:
+        return gpu_target(self.device)
+
+
+def gpu_target(device: Device) -> GPUTarget:
+    """Triton's name for the code of a device."""
+    if device.arch.startswith("gfx"):
+        return GPUTarget("hip", device.arch, device.warp_size)
+    return GPUTarget("cuda", int(device.arch[3:]), device.warp_size)
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), DeviceLimits(108, 166912, False), "HMMA"),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), DeviceLimits(132, 232448, True), "HGMMA"),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), DeviceLimits(148, 232448, True), "UTC"),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), DeviceLimits(304, 65536, False), "v_mfma"),
+    arch: Target(device_named(arch), mma)
+    for arch, mma in dict(sm_80="HMMA", sm_90="HGMMA", sm_100="UTC", gfx942="v_mfma").items()
 }
 
 POINTERS = {
@@ -79,11 +87,11 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
     return signature, constexprs, attributes
 
 
-def compile_launch(launch: Launch, target: Target) -> Any:
+def compile_launch(launch: Launch, device: Device) -> Any:
     """The compiled kernel."""
     signature, constexprs, attributes = specialize(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    return triton.compile(source, target=target.gpu, options=launch.options)
+    return triton.compile(source, target=gpu_target(device), options=launch.options)
 
 
 def run(tool: str, *args: str | Path) -> str:
@@ -107,7 +115,7 @@ def assembler_notes(ptx: str, gpu: GPUTarget, folder: Path) -> str:
 
 def inspect_launch(launch: Launch, target: Target) -> dict[str, Any]:
     """Registers, stack and shared bytes, instruction counts, serialization and the main loop's issue ratio."""
-    kernel = compile_launch(launch, target)
+    kernel = compile_launch(launch, target.device)
     if target.gpu.backend == "hip":
         return _inspect_amd(kernel)
     with tempfile.TemporaryDirectory() as name:

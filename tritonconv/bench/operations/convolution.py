@@ -1,0 +1,159 @@
+"""Convolution, 1-d to 3-d."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tritonconv.functional as ours
+from tritonconv.bench.cases import Case
+from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
+from tritonconv.geometry import ConvGeometry, Pass
+from tritonconv.ops.activation import make_spec
+from tritonconv.ops.convolution import build_launch, output_format, plan_for, problem_of
+from tritonconv.ops.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.launch import Launch, forced
+from tritonconv.ops.layout import as_format, empty_output
+from tritonconv.ops.plan import ConvPlan
+from tritonconv.tuning import Device, Problem
+
+__all__ = ["Convolution"]
+
+
+@register
+class Convolution(Operation):
+    kind = "conv"
+    kernels = ("conv_fprop", "conv_flat", "matmul")
+    passes = ("fprop",)
+
+    def geometry(self, case: Case) -> ConvGeometry:
+        size, padding = case.size, case.padding
+        if padding == "causal":
+            size, padding = (size[0] + self.halo(case),), (0,)
+        return ConvGeometry.parse(
+            (case.batch, case.channels, *size), self.weight_shape(case), nd=case.nd, stride=case.stride, padding=padding,
+            dilation=case.dilation, groups=case.groups,
+        )  # fmt: skip
+
+    def halo(self, case: Case) -> int:
+        """Zeros before the first sample of a causal convolution."""
+        return case.dilation[0] * (case.kernel[0] - 1) if case.padding == "causal" else 0
+
+    def weight_shape(self, case: Case) -> tuple[int, ...]:
+        return (case.filters, case.channels // case.groups, *case.kernel)
+
+    def count(self, case: Case, pass_: Pass = "fprop") -> tuple[int, int]:
+        geometry = self.geometry(case)
+        size = geometry.bytes(dtype_of(case).itemsize, pass_, residual=case.residual)
+        # The zeros of a causal convolution are read from nowhere.
+        size -= case.batch * case.channels * self.halo(case) * dtype_of(case).itemsize
+        return geometry.macs, size
+
+    def depth(self, case: Case) -> int:
+        return self.geometry(case).gemm()[2]
+
+    def tensors(
+        self, case: Case, device: str | torch.device, dtype: torch.dtype, channels_last: bool
+    ) -> tuple[Tensor, ...]:
+        x = empty_output(torch.empty(0, device=device), case.input_shape, channels_last, dtype)
+        w = empty_output(x, self.weight_shape(case), channels_last, dtype)
+        # Results of size one, so that errors compare across layers.
+        return x.normal_(), w.normal_().mul_(self.depth(case) ** -0.5)
+
+    def ours(self, case: Case, *tensors: Tensor) -> Tensor:
+        return self._call(getattr(ours, f"conv{case.nd}d"), case, *tensors)
+
+    def torch(self, case: Case, *tensors: Tensor) -> Tensor:
+        return self._call(getattr(torch.nn.functional, f"conv{case.nd}d"), case, *tensors)
+
+    def _call(self, function: Any, case: Case, x: Tensor, weight: Tensor) -> Tensor:
+        padding = case.padding
+        if padding == "causal":
+            # Neither library has causal padding in its convolution.
+            x, padding = torch.nn.functional.pad(x, (self.halo(case), 0)), (0,)
+        result: Tensor = function(x, weight, None, case.stride, padding, case.dilation, case.groups)
+        return result
+
+    def problem(self, case: Case, device: Device, pass_: Pass = "fprop") -> Problem:  # noqa: ARG002 - one pass so far
+        return problem_of(self._planned(case)[2], dtype_of(case), case.tf32, device)
+
+    def launch(self, case: Case, device: Device, config: Any = None, *, fused: bool = False) -> Launch:
+        x, w, plan = self._planned(case)
+        geometry = self.geometry(case)
+        channels_last = output_format(x, w)
+        y = empty_output(x, geometry.output_shape, channels_last, x.dtype)
+        if plan.copy_input:
+            x = as_format(x, True)
+        if plan.copy_weight:
+            w = as_format(w, plan.weight_channels_last)
+        epilogue = Epilogue()
+        if fused:
+            k = torch.empty(geometry.out_channels, device="meta")
+            epilogue = Epilogue(None, BatchNorm(k, k, k, k, 1e-5), y, make_spec("relu"))
+        with forced(config=config, device=device, tf32=case.tf32):
+            return build_launch(x, w, y, epilogue, plan, channels_last, "conv")
+
+    def _planned(self, case: Case) -> tuple[Tensor, Tensor, ConvPlan]:
+        """Meta tensors and their plan, with the weight as convert() stores it."""
+        geometry = self.geometry(case)
+        empty = torch.empty(0, device="meta")
+        x = empty_output(empty, geometry.input_shape, case.channels_last, dtype_of(case))
+        w = empty_output(empty, geometry.weight_shape, True, dtype_of(case))
+        return x, w, plan_for(x, w, geometry)
+
+    def checks(self) -> list[Case]:
+        """Sizes that no tile divides, so that every edge is crossed; 128 channels take every BLOCK_K of conv_fprop."""
+        return [
+            _layer("3x3 of 128", (1, 128, 9, 8), (40, 128, 3, 3), padding=1),
+            _layer("3x3 of 24", (1, 24, 9, 8), (40, 24, 3, 3), padding=1),
+            _layer("1x1 of 72", (1, 72, 13, 11), (72, 72, 1, 1)),
+            _layer("stem 5x5 stride 2", (1, 3, 17, 15), (20, 3, 5, 5), padding=2, stride=2),
+            _layer("3x3 stride 2, groups of 128", (2, 256, 7, 9), (36, 128, 3, 3), padding=1, stride=2, groups=2),
+            _layer("3x3 dilated", (1, 128, 11, 9), (17, 128, 3, 3), padding=2, dilation=2),
+            _layer("1-d of 128", (2, 128, 21), (17, 128, 5), padding=2),
+            _layer("3-d of 128", (1, 128, 4, 5, 3), (17, 128, 3, 2, 3), padding=1),
+            _layer("patches of a contiguous image", (2, 3, 16, 12), (40, 3, 4, 4), stride=4, channels_last=False),
+            _layer("sizes of one", (1, 1, 1, 1), (1, 1, 1, 1)),
+        ]
+
+    def specimens(self) -> list[Specimen]:
+        def seen(kernel: str, name: str, *layer: Any, configs: int | None = None, **more: Any) -> Specimen:
+            return Specimen(kernel, _layer(name, *layer, **more), configs)
+
+        return [
+            # The layer that decides for ResNets.
+            seen("conv_fprop", "3x3", (32, 256, 56, 56), (256, 256, 3, 3), padding=1),
+            seen("conv_fprop", "3x3 fp16", (32, 256, 56, 56), (256, 256, 3, 3), padding=1, dtype="fp16", configs=2),
+            seen("conv_fprop", "3x3 tf32", (32, 256, 56, 56), (256, 256, 3, 3), padding=1, dtype="fp32", tf32=True),
+            seen("conv_fprop", "3x3 ieee", (32, 256, 56, 56), (256, 256, 3, 3), padding=1, dtype="fp32", configs=2),
+            seen("conv_fprop", "3x3 fp64", (32, 256, 56, 56), (256, 256, 3, 3), padding=1, dtype="fp64", configs=1),
+            # Three axes of mask bits.
+            seen("conv_fprop", "4x3x3", (2, 64, 16, 56, 56), (128, 64, 4, 3, 3), padding=1, configs=3),
+            # More than 2^31 elements: 64-bit offsets.
+            seen("conv_fprop", "3x3 s2 int64", (64, 128, 513, 513), (128, 128, 3, 3), stride=2, configs=3),
+            seen("conv_fprop", "3x3 grouped", (32, 256, 56, 56), (256, 128, 3, 3), padding=1, groups=2, configs=3),
+            # A contiguous NCHW image, read in place by single elements.
+            seen("conv_flat", "stem 7x7", (32, 3, 224, 224), (64, 3, 7, 7), stride=2, padding=3, channels_last=False),
+            # Blocks across taps, for few channels and for counts that no block divides: 128-bit loads all the same.
+            seen("conv_flat", "3x3 of 64", (32, 64, 56, 56), (64, 64, 3, 3), padding=1, configs=4),
+            seen("conv_flat", "3x3 of 24", (32, 24, 56, 56), (96, 24, 3, 3), padding=1),
+            # Patches of a contiguous image: rows of 16 neighbors.
+            seen("conv_flat", "patch 16x16", (32, 3, 224, 224), (768, 3, 16, 16), stride=16, channels_last=False),
+            seen("matmul", "1x1", (32, 256, 56, 56), (256, 256, 1, 1)),
+            # Rows of 48 bytes, which descriptors take too.
+            seen("matmul", "1x1 of 24", (32, 24, 56, 56), (144, 24, 1, 1), configs=3),
+            seen("matmul", "1x1 tf32", (32, 256, 56, 56), (256, 256, 1, 1), dtype="fp32", tf32=True, configs=2),
+        ]
+
+
+def _layer(
+    name: str, input: tuple[int, ...], weight: tuple[int, ...], *, stride: int = 1, padding: int = 0, dilation: int = 1,
+    groups: int = 1, **more: Any,
+) -> Case:  # fmt: skip
+    nd = len(input) - 2
+    return Case(
+        name, "conv", input[0], input[1], input[2:], weight[0], weight[2:], (stride,) * nd, (padding,) * nd,
+        (dilation,) * nd, groups, **more,
+    )  # fmt: skip

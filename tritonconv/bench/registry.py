@@ -1,0 +1,117 @@
+"""The one list of what can be benchmarked, checked and tuned: an operation appears everywhere by registering itself."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonconv.bench.cases import DTYPES, Case
+from tritonconv.geometry import Pass
+from tritonconv.ops.launch import Launch
+from tritonconv.tuning import Device, Problem
+
+__all__ = ["Operation", "Specimen", "dtype_of", "operation_for", "operations", "register", "specimens"]
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A layer whose compiled code is kept in benchmarks/codegen.json, and of how many of its candidates."""
+
+    kernel: str
+    case: Case
+    configs: int | None = None
+
+
+class Operation(abc.ABC):
+    """One operation of the library: how its layers are made, computed, counted and launched."""
+
+    kind: str
+    """The column `kind` of cases.csv."""
+    kernels: tuple[str, ...]
+    """Modules of tritonconv.kernels that compute it."""
+    passes: tuple[Pass, ...]
+    """Those that have kernels."""
+
+    @abc.abstractmethod
+    def count(self, case: Case, pass_: Pass = "fprop") -> tuple[int, int]:
+        """(multiply-adds, least bytes) of a pass."""
+
+    @abc.abstractmethod
+    def tensors(
+        self, case: Case, device: str | torch.device, dtype: torch.dtype, channels_last: bool
+    ) -> tuple[Tensor, ...]:
+        """Random inputs and parameters of a layer."""
+
+    @abc.abstractmethod
+    def ours(self, case: Case, *tensors: Tensor) -> Tensor:
+        """The layer as a user of tritonconv.functional calls it."""
+
+    @abc.abstractmethod
+    def torch(self, case: Case, *tensors: Tensor) -> Tensor:
+        """The layer as a user of torch calls it: the peer, and on fp64 tensors the reference."""
+
+    @abc.abstractmethod
+    def depth(self, case: Case) -> int:
+        """How many products a result adds up: errors grow with its square root."""
+
+    @abc.abstractmethod
+    def problem(self, case: Case, device: Device, pass_: Pass = "fprop") -> Problem:
+        """What the choice of a config sees of a layer."""
+
+    @abc.abstractmethod
+    def launch(self, case: Case, device: Device, config: Any = None, *, fused: bool = False) -> Launch:
+        """The launch of a layer on a device, from meta tensors: with this config, or the chosen one.
+
+        `fused`: with the largest epilogue, which is batch norm, residual and ReLU.
+        """
+
+    @abc.abstractmethod
+    def checks(self) -> list[Case]:
+        """Small layers on which every candidate config of every kernel is compared with fp64; the first one is quick."""
+
+    @abc.abstractmethod
+    def specimens(self) -> list[Specimen]:
+        """The layers that show what each kernel must be good at."""
+
+
+def dtype_of(case: Case) -> torch.dtype:
+    result: torch.dtype = getattr(torch, DTYPES[case.dtype])
+    return result
+
+
+_registered: dict[str, Operation] = {}
+
+
+def register(operation: type[Operation]) -> type[Operation]:
+    """Class decorator: the operation is part of every suite, table and plot from now on."""
+    if operation.kind in _registered:
+        raise ValueError(f"the operation {operation.kind!r} is registered already")
+    _registered[operation.kind] = operation()
+    return operation
+
+
+@functools.cache
+def operations() -> dict[str, Operation]:
+    """Every operation by its kind: whatever the files of tritonconv.bench.operations register."""
+    package = importlib.import_module("tritonconv.bench.operations")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return _registered
+
+
+def operation_for(case: Case) -> Operation | None:
+    """The operation of a layer, or None where it is not built."""
+    return operations().get(case.kind)
+
+
+@functools.cache
+def specimens() -> list[tuple[Operation, Specimen]]:
+    """The layers whose compiled code is inspected, each with its operation."""
+    return [(operation, specimen) for operation in operations().values() for specimen in operation.specimens()]

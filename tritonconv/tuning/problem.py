@@ -1,0 +1,59 @@
+"""What a choice of config may depend on."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from tritonconv.geometry import ConvGeometry, Pass
+from tritonconv.tuning.devices import Device, Products
+
+__all__ = ["ITEMSIZE", "Problem"]
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One product that a kernel is to compute on a device."""
+
+    kernel: str
+    """conv_fprop, conv_flat or matmul."""
+    geometry: ConvGeometry
+    """As the kernel sees it: patches may have become channels."""
+    dtype: str
+    """torch's name of the element type, such as "bfloat16"."""
+    tf32: bool
+    """Whether fp32 products run on tensor cores."""
+    vectors: bool
+    """Whether the image is read by vectors."""
+    device: Device
+    pass_: Pass = "fprop"
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def products(self) -> Products:
+        if self.itemsize == 2:
+            return "16"
+        if self.dtype == "float64":
+            return "fp64"
+        return "tf32" if self.tf32 else "fp32"
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether products run there: not for IEEE fp32, nor for fp64."""
+        return self.products in ("16", "tf32")
+
+    @functools.cached_property
+    def gemm(self) -> tuple[int, int, int]:
+        """(M, N, K) of one group."""
+        return self.geometry.gemm(self.pass_)
+
+    @property
+    def run(self) -> int:
+        """Length of the reduction's contiguous runs: a tap's input channels, or all where taps share an axis with them."""
+        g = self.geometry
+        return self.gemm[2] if self.kernel == "conv_flat" else g.in_channels // g.groups
