@@ -5,13 +5,12 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n 2 --dist worksteal
 KERNEL_TESTS := $(filter-out tests/test_convert.py,$(wildcard tests/test_conv*.py tests/test_operators.py tests/test_codegen.py))
-BENCHMARKS := $(wildcard benchmarks/test_*.py benchmarks/bench_*.py)
 
 # Two workers with two threads each wait for one another.
 test compat-3.6 compat-3.9: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types bench codegen codegen-check compat compat-3.6 compat-3.9 docs clean
+.PHONY: help demo test lint format types bench host codegen codegen-check compat compat-3.6 compat-3.9 docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -33,13 +32,16 @@ format: $(VENV)/.with-lint ## correct the style
 types: $(VENV)/.with-lint ## mypy
 	$(BIN)/mypy
 
-bench: $(VENV)/.with-test ## benchmarks; without a GPU only what the compiler can tell without a clock
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && [ -n "$(BENCHMARKS)" ]; then \
-		$(BIN)/python -m pytest -o addopts= --benchmark-only $(BENCHMARKS); \
+bench: $(VENV)/.with-test ## every kernel checked and timed on this GPU, 9 minutes; without one all but the clock
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python -m benchmarks.gpu --budget 540 --out build/bench --resume; \
 	else \
-		echo 'Nothing is timed: that takes a GPU and a suite to time. What the compiler makes of the kernels, checked:'; \
-		$(CODEGEN) --check; \
+		echo 'No GPU: layers are counted, compiled and predicted, and nothing is timed.'; \
+		$(BIN)/python -m benchmarks.gpu --dry-run; \
 	fi
+
+host: $(VENV)/.with-test ## what a call costs the host, no GPU needed
+	$(BIN)/python -m benchmarks.host
 
 # Interpreted kernels cannot be compiled.
 CODEGEN := env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.codegen

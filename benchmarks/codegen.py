@@ -8,6 +8,7 @@ same version.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -25,15 +26,19 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+import tritonconv.tuning
 from tritonconv.bench.offline import TARGETS, inspect_launch
-from tritonconv.bench.registry import specimens
-from tritonconv.tuning import candidates
+from tritonconv.bench.registry import Operation, Specimen, specimens
+from tritonconv.tuning import Problem, candidates
+from tritonconv.tuning.configs import as_dict, config_name
+from tritonconv.tuning.cost import HOPPER_FLOP_PER_CLOCK, variant
 
 __all__ = ["main"]
 
 # constraints.txt's
 PINNED = "3.7.1"
 TABLE = Path(__file__).with_name("codegen.json")
+RESOURCES = Path(tritonconv.tuning.__file__).with_name("resources.json")
 KEY = ("kernel", "case", "config", "target", "triton")
 
 
@@ -42,24 +47,58 @@ def rows_of(task: tuple[int, str]) -> list[dict[str, Any]]:
     index, name = task
     operation, specimen = specimens()[index]
     case, target = specimen.case, TARGETS[name]
-    problem = operation.problem(case, target.device)
-    if problem.kernel != specimen.kernel:
-        raise ValueError(f"{case.id} runs {problem.kernel}, expected {specimen.kernel}")
-    return [
-        dict(
-            kernel=specimen.kernel, case=case.id, config=describe(config), target=name, triton=triton.__version__,
-            **inspect_launch(operation.launch(case, target.device, config, fused=True), target),
-            lane_instructions_per_output=None,
-        )
-        for config in candidates(problem)[: specimen.configs]
-    ]  # fmt: skip
+    rows = []
+    for config in candidates(problem_of(operation, specimen, name))[: specimen.configs]:
+        (launch,) = operation.launches(case, target.device, config)
+        rows.append(
+            dict(
+                kernel=specimen.kernel, case=case.id, config=config_name(as_dict(config)), target=name,
+                triton=triton.__version__, **inspect_launch(launch, target), lane_instructions_per_output=None,
+            )
+        )  # fmt: skip
+    return rows
 
 
-def describe(config: Any) -> str:
-    """A config in one word: 128x64x32 w4 s3."""
-    tiles = config.kwargs
-    suffix = "" if tiles["USE_TMA"] else " pointers"
-    return f"{tiles['BLOCK_M']}x{tiles['BLOCK_N']}x{tiles['BLOCK_K']} w{config.num_warps} s{config.num_stages}{suffix}"
+def problem_of(operation: Operation, specimen: Specimen, target: str) -> Problem:
+    """What the choice of a config would see of a specimen; no choice is made, which could need the table."""
+    any_config = importlib.import_module(f"tritonconv.kernels.{specimen.kernel}").configs()[0]
+    (launch,) = operation.launches(specimen.case, TARGETS[target].device, any_config)
+    if launch.problem is None or launch.problem.kernel != specimen.kernel:
+        raise ValueError(f"{specimen.case.id} runs {launch.kernel.__name__}, expected {specimen.kernel}")
+    return launch.problem
+
+
+def resources(rows: list[dict[str, Any]]) -> str:
+    """What the cost model reads of the table: registers, shared bytes and clocks of a step, the most of any specimen."""
+    kernels: dict[str, Any] = {}
+    for operation, specimen in specimens():
+        case = specimen.case
+        problem = problem_of(operation, specimen, "sm_90")
+        known = kernels.setdefault(specimen.kernel, {}).setdefault(variant(problem), {})
+        for row in rows:
+            if (row["kernel"], row["case"], row["triton"]) != (specimen.kernel, case.id, PINNED):
+                continue
+            m, n, k = map(int, row["config"].split()[0].split("x"))
+            cycles = None
+            if row["issue_ratio"] is not None:
+                # wgmma's steps are 32 bytes deep whatever the type.
+                cycles = round(row["issue_ratio"] * m * n * k * problem.itemsize / HOPPER_FLOP_PER_CLOCK)
+            old = known.setdefault(row["config"], {}).get(row["target"], [0, 0, None])
+            new = [row["registers"], row["shared"], cycles]
+            most = [max((v for v in pair if v is not None), default=None) for pair in zip(old, new, strict=True)]
+            known[row["config"]][row["target"]] = most
+    about = "Registers of a thread, shared bytes, clocks of a step's instructions. Written by python -m benchmarks.codegen."
+    lines = []
+    for kernel, variants in sorted(kernels.items()):
+        for name, configs in sorted(variants.items()):
+            body = ",\n".join(f"   {json.dumps(c)}: {json.dumps(v)}" for c, v in sorted(configs.items()))
+            lines.append((kernel, f"  {json.dumps(name)}: {{\n{body}\n  }}"))
+    blocks = [
+        f" {json.dumps(kernel)}: {{\n" + ",\n".join(text for owner, text in lines if owner == kernel) + "\n }"
+        for kernel in sorted(kernels)
+    ]
+    head = f'{{"about": {json.dumps(about)}, "triton": "{PINNED}", "kernels": {{\n'
+    return head + ",\n".join(blocks) + "\n}}\n"
 
 
 def count(row: dict[str, Any], *prefixes: str) -> int:
@@ -170,6 +209,7 @@ def main(check: bool, kernel: str | None, target: str | None, jobs: int) -> None
         kept = {k: row for k, row in table.items() if not (whole and row["triton"] == triton.__version__)}
         lines = [json.dumps(row, sort_keys=False) for _, row in sorted((kept | fresh).items())]
         TABLE.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+        RESOURCES.write_text(resources(json.loads(TABLE.read_text())))
     click.echo(f"{len(rows)} kernels compiled, {len(wrong)} complaints")
     sys.exit(1 if wrong else 0)
 

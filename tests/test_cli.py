@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import tritonconv
 from tritonconv.cli import main
-from tritonconv.doctor import in_range, self_check
+from tritonconv.doctor import Finding, first_checks, in_range
 
 MODEL = """
     import torch
@@ -146,23 +147,21 @@ def test_explain_needs_an_input() -> None:
 def test_doctor() -> None:
     result = invoke("doctor")
     assert result.exit_code == 0, result.output
-    for word in ("python", "torch", "triton", "numpy", "GPU", "kernels run", "relative error"):
+    words = ("python", "torch", "triton", "numpy", "GPU", "kernels run", "tuning cache", "relative error")
+    for word in (*words, "conv_fprop_kernel", "conv_flat_kernel", "matmul_kernel"):
         assert word in result.output
 
 
 def test_doctor_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tritonconv.doctor.SUPPORTED", {"torch": ("99.0", None)})
-    monkeypatch.setattr("tritonconv.doctor.self_check", lambda: ("conv_fprop_kernel", 0.5))
+    monkeypatch.setattr("tritonconv.doctor.checked_kernels", lambda: [Finding("matmul_kernel", "relative error 1", False)])
     result = invoke("doctor")
     assert result.exit_code == 1
     assert result.output.count("wrong") == 2
 
 
-def test_self_check_measures_a_kernel_of_ours() -> None:
-    kernel, error = self_check()
-    assert kernel == "conv_fprop_kernel"
-    # Not the same numbers as in fp64, so that something was measured.
-    assert 0 < error < 1e-3
+def test_doctor_checks_every_kernel() -> None:
+    assert len(first_checks()) == 3
 
 
 def test_versions_are_compared_as_numbers() -> None:
@@ -178,3 +177,21 @@ def test_command_line_from_a_shell() -> None:
         [sys.executable, "-m", "tritonconv", "--version"], capture_output=True, text=True, check=True, timeout=120
     )
     assert tritonconv.__version__ in done.stdout
+
+
+def test_bench_says_what_it_needs() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = invoke("bench")
+    assert result.exit_code == 1 and "torch sees no GPU" in result.output and "--dry-run" in result.output
+    assert invoke("bench", "--only", "no such layer").exit_code == 2
+    result = invoke("bench", "--dry-run", "--target", "GTX 285")
+    assert result.exit_code == 1 and "names no described GPU" in result.output
+
+
+@pytest.mark.usefixtures("folder")
+def test_tune_says_what_it_needs() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = invoke("tune", "user_model.py:make_model", "--input", "1,3,8,8")
+    assert result.exit_code == 1 and "tune measures on a GPU, and torch sees none" in result.output

@@ -41,10 +41,11 @@ def imported(path: Path) -> set[str]:
 
 # Whom each layer may not know, so that arrows run one way.
 ABOVE = {
-    "tritonconv/ops": ("functional", "nn", "convert", "cli", "demo", "doctor"),
-    "tritonconv/tuning": ("ops", "functional", "nn", "convert", "cli", "demo", "doctor"),
-    "tritonconv/nn": ("convert", "kernels", "cli", "demo", "doctor"),
-    "tritonconv/convert": ("kernels", "cli", "demo", "doctor"),
+    "tritonconv/ops": ("functional", "nn", "convert", "bench", "cli", "demo", "doctor"),
+    "tritonconv/tuning": ("ops", "functional", "nn", "convert", "bench", "cli", "demo", "doctor"),
+    "tritonconv/nn": ("convert", "kernels", "bench", "cli", "demo", "doctor"),
+    "tritonconv/convert": ("kernels", "bench", "cli", "demo", "doctor"),
+    "tritonconv/bench": ("cli", "demo", "doctor"),
 }
 
 

@@ -76,7 +76,7 @@ def test_every_problem_has_a_config_on_every_gpu(kernel: str, gpu: str) -> None:
     for m, n, c, (dtype, tf32), vectors in itertools.product(
         (1, 49, 10**6), (1, 3, 17, 64, 96, 2048), channels, kinds, (False, True)
     ):
-        config = choose(problem(kernel, m, n, c, dtype=dtype, tf32=tf32, vectors=vectors, device=gpu), interpreting=False)
+        config = choose(problem(kernel, m, n, c, dtype=dtype, tf32=tf32, vectors=vectors, device=gpu))
         assert config.kwargs["BLOCK_K"] <= 128
         if kernel == "conv_fprop":
             assert c % config.kwargs["BLOCK_K"] == 0
@@ -90,7 +90,7 @@ def test_fitting_keeps_the_pipeline_within_shared_memory() -> None:
 
 
 def test_large_layers_get_large_tiles_and_small_ones_many() -> None:
-    large = choose(problem("conv_fprop", 10**6, 256, 256), interpreting=False)
+    large = choose(problem("conv_fprop", 10**6, 256, 256))
     assert large.kwargs["BLOCK_M"] * large.kwargs["BLOCK_N"] >= 128 * 128
-    small = choose(problem("conv_fprop", 196, 256, 256), interpreting=False)
+    small = choose(problem("conv_fprop", 196, 256, 256))
     assert small.kwargs["BLOCK_M"] * small.kwargs["BLOCK_N"] <= 64 * 128

@@ -1,10 +1,21 @@
 """Fused convolution kernels in Triton behind torch's own modules and functions."""
 
+from typing import Any
+
 from tritonconv import functional, nn
 from tritonconv.convert import convert, explain, revert
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.backend import set_backend
 
-__all__ = ["ConvGeometry", "convert", "explain", "functional", "nn", "revert", "set_backend"]
+__all__ = ["ConvGeometry", "convert", "explain", "functional", "nn", "revert", "set_backend", "tune"]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Measuring needs much that running does not.
+    if name == "tune":
+        from tritonconv.bench.tune import tune
+
+        return tune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: tritonconv demo, explain and doctor."""
+"""The command line: tritonconv demo, explain, bench, tune and doctor."""
 
 from __future__ import annotations
 
@@ -99,6 +99,82 @@ def explain(
             report.plot(plot)
         except ImportError as error:
             raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.option(
+    "--suite",
+    "suites",
+    multiple=True,
+    type=click.Choice(["check", "layers", "tune", "blocks", "models"]),
+    help="What to measure; all of them by default, in this order.",
+)
+@click.option("--only", help="Layers whose name or family has this text.")
+@click.option("--peer", "peers", multiple=True, help="Ways to compare with: cudnn, compile, max-autotune; all by default.")
+@click.option("--budget", type=click.FloatRange(min=1), help="Seconds in all.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.jsonl and table.json.")
+@click.option("--resume", is_flag=True, help="Continue the results in that folder.")
+@click.option("--dry-run", is_flag=True, help="Everything but the clock, for a GPU that need not be there.")
+@click.option(
+    "--target", default="NVIDIA H200", show_default=True, help="The GPU of a dry run: a name, or code such as sm_80."
+)
+def bench(
+    suites: tuple[str, ...], only: str | None, peers: tuple[str, ...], budget: float | None, out: Path | None, resume: bool,
+    dry_run: bool, target: str,
+) -> None:  # fmt: skip
+    """Check every kernel on this GPU, and time layers and models against cuDNN and torch.compile.
+
+    Results go into a file line by line, so that a run that was stopped continues with --resume. A dry run needs no GPU: it
+    counts, compiles and predicts all layers for the target, and runs small ones in Triton's interpreter. Exits with 1 if
+    something is wrong or fails.
+    """
+    if not HAS_TRITON:
+        raise click.ClickException("bench measures Triton kernels, but triton is not installed (it is for Linux)")
+    from tritonconv.bench import run
+    from tritonconv.bench.suites import selected
+
+    cases = selected(only)
+    if not cases:
+        raise click.BadParameter(f"no layer has {only!r} in its name or family", param_hint="--only")
+    try:
+        if dry_run:
+            sys.exit(1 if run.dry_run(cases, target, out, resume=resume) else 0)
+        wrong = run.measure(
+            cases, out or Path("tritonconv-bench"), stages=suites or run.STAGES, columns=run.columns_of(peers),
+            budget=budget, resume=resume,
+        )  # fmt: skip
+    except (FileExistsError, RuntimeError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    sys.exit(1 if wrong else 0)
+
+
+@main.command()
+@click.argument("model", metavar="FILE.py:NAME")
+@click.option(
+    "--input", "sizes", multiple=True, required=True, help="Sizes of an input, such as 8,3,224,224; once for each input."
+)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float16", show_default=True, help="Of model and inputs.")
+@click.option("--channels-last/--contiguous", default=True, show_default=True, help="Layout of inputs of 4 or 5 sizes.")
+@click.option("--no-fuse", is_flag=True, help="Convert each layer on its own.")
+@click.option("--export", type=click.Path(dir_okay=False, path_type=Path), help="Write a table of what was found too.")
+def tune(model: str, sizes: tuple[str, ...], dtype: str, channels_last: bool, no_fuse: bool, export: Path | None) -> None:
+    """Measure the best configs for each layer of a model on this GPU, and remember them for every later run.
+
+    NAME is a torch.nn.Module, or something that returns one when called without arguments.
+    """
+    shapes = [parse_shape(text) for text in sizes]
+    if export is not None:
+        check_folder(export)
+    if not torch.cuda.is_available():
+        raise click.ClickException("tune measures on a GPU, and torch sees none (tritonconv doctor tells more)")
+    from tritonconv.bench.tune import tune as measure
+
+    module = load_model(model).to("cuda", DTYPES[dtype]).eval()
+    inputs = [torch.randn(shape, device="cuda", dtype=DTYPES[dtype]) for shape in shapes]
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if channels_last:
+        inputs = [x.to(memory_format=formats.get(x.dim(), torch.preserve_format)) for x in inputs]
+    click.echo(measure(tritonconv.convert(module, fuse=not no_fuse), *inputs, export=export))
 
 
 @main.command()

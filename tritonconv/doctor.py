@@ -1,29 +1,29 @@
-"""What `tritonconv doctor` looks at: versions, devices, and one convolution on our own kernel."""
+"""What `tritonconv doctor` looks at: versions, devices, what was measured, and every kernel on a small layer."""
 
 from __future__ import annotations
 
 import os
 import platform
-import subprocess
-import sys
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from tritonconv.functional import conv2d
-from tritonconv.ops.backend import HAS_TRITON, capability, current_backend, interpreting, set_backend
-from tritonconv.ops.launch import record_launches
+from tritonconv.bench.cases import Case
+from tritonconv.bench.layers import check_layer
+from tritonconv.bench.registry import operations
+from tritonconv.bench.worker import Worker, WorkerError
+from tritonconv.ops.backend import HAS_TRITON, capability, current_backend, interpreting
+from tritonconv.tuning import device_named
+from tritonconv.tuning.tables import is_current
 
-__all__ = ["SUPPORTED", "Finding", "in_range", "report", "self_check"]
+__all__ = ["SUPPORTED", "Finding", "checked_kernels", "first_checks", "in_range", "report"]
 
 # First version that is supported, and first that is not known to be.
 SUPPORTED: dict[str, tuple[str, str | None]] = {"torch": ("2.11", None), "triton": ("3.6", "3.10")}
-
-# Rounding of a half-precision result is 2^-11 at most.
-TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Finding:
 
 def report() -> bool:
     """Print all findings; whether all are good."""
-    findings = [*versions(), *devices(), checked_kernel()]
+    findings = [*versions(), *devices(), *measurements(), *checked_kernels()]
     table = Table(show_header=False, box=None)
     for finding in findings:
         table.add_row(finding.what, finding.found, "" if finding.good else "[bold red]wrong[/]")
@@ -101,42 +101,60 @@ def devices() -> list[Finding]:
     return findings
 
 
-def self_check() -> tuple[str, float]:
-    """(kernel, relative error) of a half-precision conv2d on our kernel against torch in fp64.
+def measurements() -> list[Finding]:
+    """The user's tuning cache and the shipped table for this GPU: where configs come from."""
+    from tritonconv.tuning.cache import cache_folder, cache_path, read
+    from tritonconv.tuning.tables import shipped_table
 
-    Raises:
-        RuntimeError: the kernel cannot run here.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 64, 14, 14, generator=generator).to(device, torch.float16)
-    weight = torch.randn(128, 64, 3, 3, generator=generator).to(device, torch.float16)
-    with torch.no_grad(), set_backend("triton"), record_launches() as launches:
-        y = conv2d(x, weight, padding=1)
-    expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
-    return launches[0], float((y.double() - expected).norm() / expected.norm())
-
-
-def checked_kernel() -> Finding:
-    """The self-check, in a process with the interpreter where no kernel can run in this one."""
-    what = "conv2d against fp64"
-    if not HAS_TRITON:
-        return Finding(what, "not checked: triton is not installed", False)
-    if torch.cuda.is_available() or interpreting():
-        try:
-            kernel, error = self_check()
-        except Exception as failure:
-            return Finding(what, f"failed: {type(failure).__name__}: {failure}", False)
-        where = "in the interpreter" if interpreting() else "on the GPU"
+    if not torch.cuda.is_available():
+        kept = sorted(path.name for path in cache_folder().glob("*.json"))
+        return [Finding("tuning cache", f"{cache_folder()}: {', '.join(kept) or 'empty'}, of no use without a GPU")]
+    gpu = torch.cuda.get_device_name()
+    path = cache_path(gpu)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table = read(path, gpu)
+    if caught:
+        cache = Finding("tuning cache", f"{caught[0].message}", False)
+    elif table is None:
+        cache = Finding("tuning cache", f"{path}: nothing measured here yet (tritonconv tune measures a model's layers)")
     else:
-        script = "from tritonconv.doctor import self_check; print(*self_check())"
-        done = subprocess.run(
-            [sys.executable, "-c", script], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-            return Finding(what, f"failed in the interpreter: {last[0]}", False)
-        kernel, number = done.stdout.split()
-        error, where = float(number), "in the interpreter"
-    return Finding(what, f"{kernel} {where}: relative error {error:.1e} (at most {TOLERANCE:.0e})", error <= TOLERANCE)
+        cache = Finding("tuning cache", f"{path}: {len(table.entries)} layers measured")
+    shipped = shipped_table(gpu)
+    if shipped is None:
+        found = f"none for {gpu}: the cost model chooses where nothing was measured here"
+    else:
+        current = sum(is_current(entry) for entry in shipped.entries.values())
+        found = f"{len(shipped.entries)} layers measured with triton {shipped.triton}, {current} of them on today's kernels"
+    return [cache, Finding("shipped table", found)]
+
+
+def first_checks() -> list[Case]:
+    """For each kernel of each operation the first of its small layers that it computes, in half precision."""
+    cases: dict[str, Case] = {}
+    for operation in operations().values():
+        for case in operation.checks():
+            half = replace(case, dtype="fp16")
+            for launch in operation.launches(half, device_named("H200")):
+                cases.setdefault(launch.kernel.__name__, half)
+    return list(cases.values())
+
+
+def checked_kernels() -> list[Finding]:
+    """Every kernel on a small layer against fp64, in a process with the interpreter where none can run in this one."""
+    if not HAS_TRITON:
+        return [Finding("kernels", "not checked: triton is not installed", False)]
+    here = torch.cuda.is_available() or interpreting()
+    where = "on the GPU" if torch.cuda.is_available() and not interpreting() else "in the interpreter"
+    findings = []
+    with Worker({} if here else {"TRITON_INTERPRET": "1"}) as worker:
+        for case in first_checks():
+            try:
+                found = worker.call(check_layer, case, None, True, timeout=120)
+            except WorkerError as error:
+                findings.append(Finding(case.id, f"failed {where}: {error}", False))
+                continue
+            what = found["kernels"][0] if found["kernels"] else "a kernel"
+            text = f"{case.id} {where}: " + (found.get("reason") or f"relative error {found['error']:.1e}")
+            findings.append(Finding(what, text, found["status"] == "ok"))
+    return findings

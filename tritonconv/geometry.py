@@ -140,19 +140,8 @@ class ConvGeometry:
         """Input elements that some output depends on: fewer than all where the stride skips rows."""
         if self.transposed:
             return self.elements()[0]
-        touched = self.batch * self.in_channels
-        axes = zip(
-            self.input, self.output, self.kernel, self.stride, self.padding, self.dilation,
-            strict=True,
-        )  # fmt: skip
-        for size, out, taps, stride, padding, dilation in axes:
-            seen = np.zeros(size, dtype=bool)
-            starts = np.arange(out) * stride - padding
-            for tap in range(taps):
-                at = starts + tap * dilation
-                seen[at[(at >= 0) & (at < size)]] = True
-            touched *= int(seen.sum())
-        return touched
+        axes = zip(self.input, self.output, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return self.batch * self.in_channels * math.prod(_touched(*axis) for axis in axes)
 
     def bytes(self, itemsize: int, pass_: Pass = "fprop", *, residual: bool = False) -> int:
         """Least memory traffic of a pass in bytes: every element it needs read once, its result written once.
@@ -197,6 +186,17 @@ class ConvGeometry:
             f"stride {sizes(self.stride[first:])}, padding {sizes(self.padding[first:])}, "
             f"dilation {sizes(self.dilation[first:])}, groups {self.groups}"
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _touched(size: int, out: int, taps: int, stride: int, padding: int, dilation: int) -> int:
+    """How many positions of an axis some output depends on."""
+    seen = np.zeros(size, dtype=bool)
+    starts = np.arange(out) * stride - padding
+    for tap in range(taps):
+        at = starts + tap * dilation
+        seen[at[(at >= 0) & (at < size)]] = True
+    return int(seen.sum())
 
 
 def _hashable(value: object) -> object:

@@ -37,6 +37,8 @@ class Case:
     deform_groups: int = 0
     mask: bool = False
     residual: bool = False
+    fused: bool = False
+    """Whether batch norm, residual and ReLU follow in the same kernel: the largest epilogue."""
     dtype: str = "bf16"
     tf32: bool = False
     channels_last: bool = True

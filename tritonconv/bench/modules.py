@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tritonconv.bench import architectures
 
-__all__ = ["MODULES", "OWN", "Factory", "ModuleCase", "Suite", "module_cases"]
+__all__ = ["MODULES", "OWN", "Factory", "ModuleCase", "Suite", "module_cases", "settle"]
 
 Suite = Literal["blocks", "models"]
 
@@ -177,7 +177,7 @@ CASES = [
     ModuleCase(
         "r3d_18", "models",
         Factory(architectures.r3d_18, (("torchvision", lambda library: library.models.video.r3d_18(weights=None)),)),
-        (3, 16, 112, 112), (1, 64), 32, "arXiv:1711.11248, 400 classes",
+        (3, 16, 112, 112), (1, 64), 64, "arXiv:1711.11248, 400 classes",
     ),
 ]  # fmt: skip
 
@@ -196,3 +196,39 @@ def module_cases(suite: Suite) -> list[ModuleCase]:
     if suite not in get_args(Suite):
         raise ValueError(f"suite must be one of {', '.join(get_args(Suite))}, got {suite!r}")
     return [case for case in CASES if case.suite == suite]
+
+
+def settle(model: nn.Module, images: Tensor) -> nn.Module:
+    """The same model, whose batch norms now have the statistics of these images, as those of a trained one would.
+
+    With the statistics that it starts with, an untrained network in eval mode fades or grows layer by layer: EfficientNet
+    gives all images the same scores to five digits, and whatever computes them would look right.
+
+    Args:
+        model: any module of images.
+        images: a batch of at least two.
+
+    Returns:
+        `model` itself, in the mode it was in.
+
+    >>> model = settle(nn.Sequential(nn.BatchNorm2d(1)), torch.full((2, 1, 4, 4), 3.0))
+    >>> model.training, model[0].running_mean.tolist(), model[0].momentum
+    (True, [3.0], 0.1)
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    momenta = [norm.momentum for norm in norms]
+    # Everything else stays as it is in eval mode: no branch is dropped.
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
+    return model

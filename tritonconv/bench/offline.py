@@ -1,7 +1,7 @@
 """Compile launches for GPUs that are not there, and read what the compiler made of them.
 
-A launch built from meta tensors is specialized as Triton's JIT would specialize it from real ones (types, None, 1,
-multiples of 16), so that what is inspected is what would run. TRITON_INTERPRET must be unset.
+Launches are built from meta tensors, which Triton's JIT specializes as it would real ones, so that what is inspected is
+what would run. TRITON_INTERPRET must be unset.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from tritonconv.ops.launch import Launch
 from tritonconv.tuning import Device, device_named
 
-__all__ = ["TARGETS", "Target", "compile_launch", "gpu_target", "inspect_launch"]
+__all__ = ["TARGETS", "IdleDriver", "Target", "compile_launch", "gpu_target", "inspect_launch"]
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -51,10 +51,6 @@ TARGETS = {
     for arch, mma in dict(sm_80="HMMA", sm_90="HGMMA", sm_100="UTC", gfx942="v_mfma").items()
 }
 
-POINTERS = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
-}  # fmt: skip
-
 # Groups of instructions worth counting; the table keeps these names.
 SASS = (
     r"\b(UTC\w*MMA\S*|HGMMA\S*|HMMA\S*|DMMA\S*|UTMALDG\S*|UTMASTG\S*|LDGSTS\S*|LDG\S*|STG\S*|LDSM\S*|STSM\S*"
@@ -66,32 +62,42 @@ AMDGCN = r"\b(v_mfma\w+|global_load\w+|buffer_load\w+|global_store\w+|buffer_sto
 HOPPER_DENSE_BF16 = 4096
 
 
-def specialize(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """(signature, constexprs, attributes) of a launch, by Triton's own rules for real arguments."""
-    signature: dict[str, str] = {}
-    constexprs: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for index, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constexprs[(index,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"*{POINTERS[value.dtype]}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
-    return signature, constexprs, attributes
+class IdleDriver:
+    """A driver of a GPU that need not be there: Triton compiles for it, and its launches do nothing."""
+
+    def __init__(self, device: Device, number: int) -> None:
+        self.device, self.number = device, number
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda _device: dict(max_shared_mem=device.shared_memory),
+            load_binary=lambda *_: (object(), 0, 0, 0, 1024),
+        )
+
+    def launcher_cls(self, *_: Any) -> Callable[..., None]:
+        return lambda *_arguments: None
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return gpu_target(self.device)
+
+
+# Triton keeps what it has compiled by the number of the device.
+_idle: dict[Device, IdleDriver] = {}
 
 
 def compile_launch(launch: Launch, device: Device) -> Any:
-    """The compiled kernel."""
-    signature, constexprs, attributes = specialize(launch)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    return triton.compile(source, target=gpu_target(device), options=launch.options)
+    """The compiled kernel, by Triton's own JIT, so that a process with that GPU finds it in Triton's cache.
+
+    This process cannot launch anything afterwards.
+    """
+    if device not in _idle:
+        _idle[device] = IdleDriver(device, len(_idle))
+    triton.runtime.driver.set_active(_idle[device])
+    return launch.kernel.warmup(*launch.arguments.values(), grid=(1,), **launch.options)
 
 
 def run(tool: str, *args: str | Path) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tritonconv.bench.cases import DTYPES, Case
 from tritonconv.geometry import Pass
-from tritonconv.ops.launch import Launch
-from tritonconv.tuning import Device, Problem
+from tritonconv.ops.backend import set_backend
+from tritonconv.ops.launch import Launch, captured, forced
+from tritonconv.tuning import Device
 
 __all__ = ["Operation", "Specimen", "dtype_of", "operation_for", "operations", "register", "specimens"]
 
@@ -44,9 +45,7 @@ class Operation(abc.ABC):
         """(multiply-adds, least bytes) of a pass."""
 
     @abc.abstractmethod
-    def tensors(
-        self, case: Case, device: str | torch.device, dtype: torch.dtype, channels_last: bool
-    ) -> tuple[Tensor, ...]:
+    def tensors(self, case: Case, device: str, dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, ...]:
         """Random inputs and parameters of a layer."""
 
     @abc.abstractmethod
@@ -55,22 +54,27 @@ class Operation(abc.ABC):
 
     @abc.abstractmethod
     def torch(self, case: Case, *tensors: Tensor) -> Tensor:
-        """The layer as a user of torch calls it: the peer, and on fp64 tensors the reference."""
+        """The layer as a user of torch calls it."""
 
     @abc.abstractmethod
     def depth(self, case: Case) -> int:
         """How many products a result adds up: errors grow with its square root."""
 
-    @abc.abstractmethod
-    def problem(self, case: Case, device: Device, pass_: Pass = "fprop") -> Problem:
-        """What the choice of a config sees of a layer."""
+    def reference(self, case: Case, *tensors: Tensor) -> Tensor:
+        """What results are compared with, from inputs in fp64."""
+        return self.torch(case, *tensors)
 
-    @abc.abstractmethod
-    def launch(self, case: Case, device: Device, config: Any = None, *, fused: bool = False) -> Launch:
-        """The launch of a layer on a device, from meta tensors: with this config, or the chosen one.
+    def launches(self, case: Case, device: Device, config: Any = None, channels_last: bool | None = None) -> list[Launch]:
+        """The launches that a call of `ours` makes on this device, from meta tensors: nothing runs.
 
-        `fused`: with the largest epilogue, which is batch norm, residual and ReLU.
+        Args:
+            config: the triton.Config to take; None: the one that is chosen.
+            channels_last: the layout of all tensors; None: the case's.
         """
+        tensors = self.tensors(case, "meta", dtype_of(case), case.channels_last if channels_last is None else channels_last)
+        with torch.no_grad(), set_backend("triton"), forced(config=config, tf32=case.tf32), captured(device) as launches:
+            self.ours(case, *tensors)
+        return launches
 
     @abc.abstractmethod
     def checks(self) -> list[Case]:

@@ -302,6 +302,29 @@ def _install_in(children: Any, beneath: bool, found: Survey) -> None:
             _install(child, beneath, found, None)
 
 
+def _reach_members(graph: fx.Graph, root: torch.nn.Module) -> None:
+    """Take the members of chains from the dictionaries that hold them, once a call: a module's attribute takes 1 us."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    members = [node for node in graph.nodes if node.op == "get_attr" and str(node.target) in modules]
+    held: dict[str, fx.Node] = {}
+
+    def children(path: str) -> fx.Node:
+        if path not in held:
+            held[path] = graph.call_function(getattr, (module(path), "_modules")) if path else graph.get_attr("_modules")
+        return held[path]
+
+    def module(path: str) -> fx.Node:
+        parent, _, name = path.rpartition(".")
+        return graph.call_function(operator.getitem, (children(parent), name))
+
+    # Before everything, for a chain's members are read where the chain runs.
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        reached = {path: module(path) for path in dict.fromkeys(str(node.target) for node in members)}
+    for node in members:
+        node.replace_all_uses_with(reached[str(node.target)])
+        graph.erase_node(node)
+
+
 def _compile(
     graph: fx.Graph, root: torch.nn.Module, inlined: dict[str, torch.nn.Module], how: Literal["fx", "sequential"]
 ) -> Program:
@@ -310,6 +333,7 @@ def _compile(
     done = rewrite(graph, root)
     function = None
     if done.chains or done.functional:
+        _reach_members(graph, root)
         code = graph.python_code("self")
         file = f"<tritonconv: {type(root).__name__}.forward, fused>"
         linecache.cache[file] = (len(code.src), None, code.src.splitlines(True), file)

@@ -7,16 +7,16 @@ from typing import Literal
 import torch
 
 from tritonconv.ops.launch import precision
+from tritonconv.tuning import Products, device_named
 
 __all__ = ["ASSUMPTION", "roofline_us"]
 
-# Dense matrix rates that an H200 sustains, and what it reads from memory: multiply and add counted as two.
-HALF, TF32, FP32 = 790e12, 395e12, 67e12
-BANDWIDTH = 4.3e12
+_device = device_named("NVIDIA H200")
+_rates = {kind: f"{rate / 1e12:g}" for kind, rate in _device.flops.items()}
 
 ASSUMPTION = (
-    f"Roofline of an H200: {HALF / 1e12:g} TFLOP/s fp16 and bf16, {TF32 / 1e12:g} TF32, {FP32 / 1e12:g} fp32 and fp64, "
-    f"{BANDWIDTH / 1e12:g} TB/s; every tensor moved once. Not a measurement."
+    f"Roofline of an H200: {_rates['16']} TFLOP/s fp16 and bf16, {_rates['tf32']} TF32, {_rates['fp32']} fp32 and fp64, "
+    f"{_device.bandwidth / 1e12:g} TB/s; every tensor moved once. Not a measurement."
 )
 
 
@@ -26,6 +26,9 @@ def roofline_us(macs: int, size: int, dtype: torch.dtype, kind: Literal["conv", 
     >>> round(roofline_us(0, 43_000_000, torch.float16, "conv"), 6)
     10.0
     """
-    half = dtype in (torch.float16, torch.bfloat16)
-    peak = HALF if half else TF32 if precision(dtype, kind) == "tf32" else FP32
-    return max(2 * macs / peak, size / BANDWIDTH) * 1e6
+    products: Products = "fp64" if dtype == torch.float64 else "fp32"
+    if dtype in (torch.float16, torch.bfloat16):
+        products = "16"
+    elif precision(dtype, kind) == "tf32":
+        products = "tf32"
+    return _device.roofline(macs, size, products) * 1e6

@@ -24,7 +24,7 @@ from tritonconv.nn.fused import carries_hook
 __all__ = ["Survey", "called_children", "inlined_modules", "leaf_modules", "survey"]
 
 CONTAINERS = (torch.nn.Module, torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
-LIBRARIES = ("torch.nn", "torch.ao", "torch.jit", "tritonconv")
+LIBRARIES = ("torch.nn", "torch.ao", "torch.jit", "tritonconv.nn")
 
 # Taken before fx patches it.
 CALL = torch.nn.Module.__call__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,14 @@ from tritonconv.ops.backend import Backend
 from tritonconv.ops.dispatch import convolution
 from tritonconv.ops.epilogue import Epilogue
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "convolve", "output_shape"]
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "convolve", "member", "output_shape"]
+
+
+def member(module: torch.nn.Module, name: str) -> Any:
+    """A module's parameter or buffer, as `module.name` would give it, but past Module.__getattr__: that takes 0.7 us."""
+    if name in module._parameters:
+        return module._parameters[name]
+    return module._buffers[name] if name in module._buffers else getattr(module, name)
 
 
 def convolve(conv: torch.nn.modules.conv._ConvNd, op: str, input: Tensor, epilogue: Epilogue) -> Tensor:
@@ -20,8 +29,8 @@ def convolve(conv: torch.nn.modules.conv._ConvNd, op: str, input: Tensor, epilog
         input = torch.nn.functional.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = (0,) * len(conv.kernel_size)
     return convolution(
-        op, input, conv.weight, epilogue, len(conv.kernel_size), conv.stride, padding, conv.dilation, conv.groups,
-        getattr(conv, "backend", None),
+        op, input, member(conv, "weight"), epilogue, len(conv.kernel_size), conv.stride, padding, conv.dilation,
+        conv.groups, getattr(conv, "backend", None),
     )  # fmt: skip
 
 
@@ -51,7 +60,7 @@ class Conv1d(torch.nn.Conv1d):
     backend: Backend | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolve(self, "conv1d", input, Epilogue(self.bias))
+        return convolve(self, "conv1d", input, Epilogue(member(self, "bias")))
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -66,7 +75,7 @@ class Conv2d(torch.nn.Conv2d):
     backend: Backend | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolve(self, "conv2d", input, Epilogue(self.bias))
+        return convolve(self, "conv2d", input, Epilogue(member(self, "bias")))
 
 
 class Conv3d(torch.nn.Conv3d):
@@ -81,4 +90,4 @@ class Conv3d(torch.nn.Conv3d):
     backend: Backend | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolve(self, "conv3d", input, Epilogue(self.bias))
+        return convolve(self, "conv3d", input, Epilogue(member(self, "bias")))

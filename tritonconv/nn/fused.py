@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from tritonconv.nn.conv import Conv1d, Conv2d, Conv3d, convolve, output_shape
+from tritonconv.nn.conv import Conv1d, Conv2d, Conv3d, convolve, member, output_shape
 from tritonconv.nn.linear import Linear
 from tritonconv.ops.activation import ActivationSpec, from_module, parse_activation
-from tritonconv.ops.dispatch import linear
+from tritonconv.ops.dispatch import linear, replay
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 
 __all__ = [
@@ -78,29 +79,54 @@ def fused_call(
         activation: a module of torch.nn, what `parse_activation` takes, or None.
         in_place: the sum has the dtype of norm(layer(input)), as `+=` gives it.
     """
-    spec = from_module(activation) if isinstance(activation, torch.nn.Module) else parse_activation(activation)
-    if _one_kernel(layer, norm, activation, spec, input) and _fits(layer, input, residual, in_place):
-        batch_norm = None
-        if norm is not None:
-            batch_norm = BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)  # type: ignore[arg-type]
-        epilogue = Epilogue(layer.bias, batch_norm, residual, spec)  # type: ignore[arg-type]
-        if isinstance(layer, Linear):
-            y = linear(input, layer.weight, epilogue, layer.backend)
-        else:
-            op = f"conv{len(layer.kernel_size)}d_bn_act"  # type: ignore[arg-type]
-            y = convolve(layer, op, input, epilogue)  # type: ignore[arg-type]
-        if not torch.compiler.is_compiling() and _observer.callback is not None:
-            member = activation if isinstance(activation, torch.nn.Module) else spec
-            _observer.callback(Group(layer, norm, residual, member, input, y))
-        return y
+    spec = from_module(activation) if isinstance(activation, Module) else parse_activation(activation)
+    if _one_kernel(layer, norm, activation, spec, input):
+        batch_norm = None if norm is None else _batch_norm(norm)
+        y = _run(layer, input, Epilogue(member(layer, "bias"), batch_norm, residual, spec), in_place)
+        if y is not None:
+            if not torch.compiler.is_compiling() and _observer.callback is not None:
+                shown = activation if isinstance(activation, Module) else spec
+                _observer.callback(Group(layer, norm, residual, shown, input, y))
+            return y
     y = layer(input)
     if norm is not None:
         y = norm(y)
     if residual is not None:
         y = y.add_(residual) if in_place else y + residual
-    if isinstance(activation, torch.nn.Module):
+    if isinstance(activation, Module):
         return activation(y)
     return y if spec is None else spec.torch(y)
+
+
+def _batch_norm(norm: Any) -> BatchNorm:
+    try:
+        # As in `member`.
+        parameters, buffers = norm._parameters, norm._buffers
+        return BatchNorm(
+            buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"], norm.eps
+        )
+    except KeyError:
+        return BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+
+def _run(layer: Any, input: Tensor, epilogue: Epilogue, in_place: bool) -> Tensor | None:
+    """The layer with its epilogue, or None where the residual does not fit."""
+    weight, residual = member(layer, "weight"), epilogue.residual
+    if in_place and residual is not None and getattr(residual, "dtype", None) != input.dtype:
+        return None
+    is_linear = type(layer) is Linear
+    # The short way, for most calls were seen before. Then the residual fits, and asking would cost as much as all the rest.
+    y = None
+    if is_linear:
+        y = replay("matmul", input, weight, epilogue, (), layer.backend)
+    elif layer.padding_mode == "zeros":
+        numbers = (len(layer.kernel_size), layer.stride, layer.padding, layer.dilation, layer.groups)
+        y = replay("conv", input, weight, epilogue, numbers, layer.backend)
+    if y is not None or not _fits(layer, input, residual):
+        return y
+    if is_linear:
+        return linear(input, weight, epilogue, layer.backend)
+    return convolve(layer, f"conv{len(layer.kernel_size)}d_bn_act", input, epilogue)
 
 
 def _one_kernel(
@@ -111,24 +137,34 @@ def _one_kernel(
         return False
     if norm is not None:
         nd = len(layer.kernel_size)  # type: ignore[arg-type]
-        if type(norm) not in BATCH_NORMS[nd] or norm.training or norm.running_mean is None or _is_changed(norm):
+        if (
+            type(norm) not in BATCH_NORMS[nd]
+            or norm.training
+            or norm._buffers.get("running_mean") is None
+            or _is_changed(norm)
+        ):
             return False
         # A batch norm takes an unbatched image's channels for its batch, or refuses it.
         if input.dim() != nd + 2:
             return False
-    return not isinstance(activation, torch.nn.Module) or (spec is not None and not _is_changed(activation))
+    return not isinstance(activation, Module) or (spec is not None and not _is_changed(activation))
 
 
 def _is_changed(member: torch.nn.Module) -> bool:
     """Whether a call of the member is more than its class's forward."""
-    return "forward" in member.__dict__ or carries_hook(member)
+    state = member.__dict__
+    # `carries_hook`, said one by one, for this is asked of every member at every call.
+    return bool(
+        "forward" in state or state.get("_forward_hooks") or state.get("_forward_pre_hooks") or state.get("_backward_hooks")
+        or state.get("_backward_pre_hooks")
+    )  # fmt: skip
 
 
-def _fits(layer: torch.nn.Module, input: Tensor, residual: Any, in_place: bool) -> bool:
-    """Whether a kernel can add the residual: it has the output's size and, in place, dtype."""
+def _fits(layer: torch.nn.Module, input: Tensor, residual: Any) -> bool:
+    """Whether a kernel can add the residual: it has the output's size."""
     if residual is None:
         return True
-    if not isinstance(residual, Tensor) or (in_place and residual.dtype != input.dtype):
+    if not isinstance(residual, Tensor):
         return False
     if isinstance(layer, Linear):
         return bool(residual.shape == (*input.shape[:-1], layer.weight.shape[0]))
@@ -158,10 +194,13 @@ class _ConvBNAct(torch.nn.Module):
             device=device, dtype=dtype,
         )  # fmt: skip
         spec = parse_activation(activation)
-        self.act = activation if isinstance(activation, torch.nn.Module) else spec
+        self.act = activation if isinstance(activation, Module) else spec
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return fused_call(self.conv, self.bn, self.act, input, residual)
+        modules = self._modules
+        # As in `member`; an activation may be a module or not.
+        act = modules.get("act") or self.act
+        return fused_call(modules["conv"], modules["bn"], act, input, residual)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return "" if isinstance(self.act, torch.nn.Module) else f"activation={self.act}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonconv.nn.conv import member
 from tritonconv.ops.backend import Backend
 from tritonconv.ops.dispatch import linear
 from tritonconv.ops.epilogue import Epilogue
@@ -24,4 +25,4 @@ class Linear(torch.nn.Linear):
     backend: Backend | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, Epilogue(self.bias), self.backend)
+        return linear(input, member(self, "weight"), Epilogue(member(self, "bias")), self.backend)

@@ -50,6 +50,18 @@ class ActivationSpec(NamedTuple):
 ALIASES = {"swish": "silu", "clamp": "hardtanh"}
 
 
+_defaults: dict[str, ActivationSpec] = {}
+
+
+def default_specs() -> dict[str, ActivationSpec]:
+    """Every activation with its default numbers, by each of its names."""
+    if not _defaults:
+        for name, row in table().items():
+            _defaults[name] = ActivationSpec(name, *(float(value) for _, value in row.parameters))
+        _defaults.update((alias, _defaults[name]) for alias, name in ALIASES.items() if name in _defaults)
+    return _defaults
+
+
 def make_spec(name: str, numbers: tuple[float, ...] = ()) -> ActivationSpec:
     """The named activation, with its defaults where `numbers` ends."""
     if not table():
@@ -64,6 +76,8 @@ def make_spec(name: str, numbers: tuple[float, ...] = ()) -> ActivationSpec:
 
 
 _module_types: dict[type[torch.nn.Module], tuple[str, ...]] = {}
+_plain_types: dict[type[torch.nn.Module], ActivationSpec] = {}
+"""Those without options, filled along with the others."""
 
 
 def module_types() -> dict[type[torch.nn.Module], tuple[str, ...]]:
@@ -73,11 +87,16 @@ def module_types() -> dict[type[torch.nn.Module], tuple[str, ...]]:
         for name, row in table().items():
             kind = getattr(torch.nn, row.module)
             _module_types[kind] = (*_module_types.get(kind, ()), name)
+            if not row.parameters and not row.fixed:
+                _plain_types[kind] = ActivationSpec(name)
     return _module_types
 
 
 def from_module(module: torch.nn.Module) -> ActivationSpec | None:
     """The activation that a module computes, or None where it is not one of ours (a subclass is not)."""
+    plain = _plain_types.get(type(module))
+    if plain is not None:
+        return plain
     for name in module_types().get(type(module), ()):
         row = table()[name]
         if all(getattr(module, key) == value for key, value in row.fixed):
@@ -91,10 +110,12 @@ def parse_activation(value: object) -> ActivationSpec | None:
     >>> parse_activation("relu"), parse_activation(("leaky_relu", 0.2)).a, parse_activation(torch.nn.GELU("tanh")).name
     (ActivationSpec(name='relu', a=0.0, b=0.0), 0.2, 'gelu_tanh')
     """
-    if value is None or value == "identity" or isinstance(value, (ActivationSpec, torch.nn.Identity)):
-        return value if isinstance(value, ActivationSpec) else None
+    if value is None or isinstance(value, ActivationSpec):
+        return value
+    if value == "identity" or isinstance(value, torch.nn.Identity):
+        return None
     if isinstance(value, str):
-        return make_spec(value)
+        return default_specs().get(value) or make_spec(value)
     if isinstance(value, tuple) and value and isinstance(value[0], str):
         return make_spec(value[0], value[1:])
     spec = from_module(value) if isinstance(value, torch.nn.Module) else None

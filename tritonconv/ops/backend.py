@@ -10,15 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 
 from tritonconv.geometry import ConvGeometry
 
+if TYPE_CHECKING:
+    from tritonconv.ops.example import Example
+
 __all__ = [
-    "HAS_TRITON", "Backend", "Call", "Decision", "capability", "check_backend", "constant_under_compile",
-    "current_backend", "decide", "interpreting", "notify", "observe", "set_backend",
+    "HAS_TRITON", "Backend", "Call", "Decision", "OnTorch", "capability", "capture", "check_backend",
+    "constant_under_compile", "current_backend", "decide", "interpreting", "is_watched", "needs_gradients", "notify",
+    "observe", "set_backend",
 ]  # fmt: skip
 
 Backend = Literal["auto", "triton", "torch"]
@@ -85,6 +89,8 @@ class Call:
     bytes: int
     dtype: torch.dtype
     device: torch.device
+    example: Example | None
+    """The call itself, without memory, where our kernels can run it."""
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -123,20 +129,44 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def unsupported(tensors: tuple[torch.Tensor, ...]) -> str | None:
-    """Why these tensors cannot go through a Triton kernel; None where they can."""
-    x = tensors[0]
+class _Capture(threading.local):
+    """Whether launches on this thread are built from meta tensors and kept, not run (ops/launch.py: captured)."""
+
+    active = False
+
+
+capture = _Capture()
+
+
+def device_cannot(device: torch.device) -> str | None:
+    """Why no kernel runs on this device; None where they do."""
     if not HAS_TRITON:
         return "triton is not installed"
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreting()):
-        return f"tensors on {x.device.type} run on torch (TRITON_INTERPRET=1 interprets the kernels on CPU tensors)"
-    if x.device.type == "cuda" and not interpreting() and torch.version.hip is None and capability(x.device) < (8, 0):
-        return f"compute capability {capability(x.device)} is below 8.0"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()) and not capture.active:
+        return f"tensors on {device.type} run on torch (TRITON_INTERPRET=1 interprets the kernels on CPU tensors)"
+    if device.type == "cuda" and not interpreting() and torch.version.hip is None and capability(device) < (8, 0):
+        return f"compute capability {capability(device)} is below 8.0"
+    return None
+
+
+def needs_gradients(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def unsupported(tensors: tuple[torch.Tensor, ...]) -> str | None:
+    """Why these tensors cannot go through a Triton kernel; None where they can.
+
+    What is asked here is part of a call's signature (ops/calls.py) or keeps the call away from it (`is_watched`).
+    """
+    x = tensors[0]
+    why_not = device_cannot(x.device)
+    if why_not is not None:
+        return why_not
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"{x.dtype} has no kernel"
     if any(t.layout != torch.strided for t in tensors):
         return "a tensor is not strided"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if needs_gradients(tensors):
         return "gradients are needed, and backward kernels are not built yet (under torch.no_grad() it runs on Triton)"
     if torch.compiler.is_compiling():
         return None
@@ -149,10 +179,29 @@ def unsupported(tensors: tuple[torch.Tensor, ...]) -> str | None:
     return None
 
 
+class OnTorch(NamedTuple):
+    """Why torch runs a call."""
+
+    reason: str
+    described: str | None = None
+    """The call, where a warning names it."""
+    able: bool = False
+    """Whether our kernel could run it too, and torch is preferred."""
+
+    def warn(self) -> None:
+        """Say it, once for each call and reason."""
+        if self.described is not None and (self.described, self.reason) not in _warned:
+            _warned.add((self.described, self.reason))
+            warnings.warn(f"tritonconv: {self.described} runs on torch: {self.reason}", stacklevel=5)
+
+
+_warned: set[tuple[str, str]] = set()
+
+
 def decide(
     tensors: tuple[torch.Tensor, ...], backend: Backend | None, describe: Callable[[], str], missing: str | None = None
-) -> str | None:
-    """None to run on Triton, else the reason why torch runs the call.
+) -> OnTorch | None:
+    """None to run on Triton, else why torch runs the call.
 
     Args:
         tensors: everything the kernel would read.
@@ -165,27 +214,24 @@ def decide(
     """
     chosen = current_backend(backend)
     if chosen == "torch":
-        return "the torch backend was chosen"
+        return OnTorch("the torch backend was chosen")
     why_not = missing or unsupported(tensors)
     if why_not is None:
         return None
     if chosen == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but {why_not}: {describe()}")
-    if not torch.compiler.is_compiling() and (tensors[0].is_cuda or interpreting()):
-        _warn_once(describe(), why_not)
-    return why_not
+    if torch.compiler.is_compiling() or not (tensors[0].is_cuda or interpreting()):
+        return OnTorch(why_not)
+    verdict = OnTorch(why_not, describe())
+    verdict.warn()
+    return verdict
 
 
-_warned: set[tuple[str, str]] = set()
+class _Observer(threading.local):
+    callback: Callable[[Call], None] | None = None
 
 
-def _warn_once(what: str, why: str) -> None:
-    if (what, why) not in _warned:
-        _warned.add((what, why))
-        warnings.warn(f"tritonconv: {what} runs on torch: {why}", stacklevel=5)
-
-
-_observers = threading.local()
+_observer = _Observer()
 
 
 @contextmanager
@@ -194,18 +240,37 @@ def observe(callback: Callable[[Call], None]) -> Iterator[None]:
 
     The decisions are those that a normal run would take; this is how `explain` reports without launching kernels.
     """
-    previous = getattr(_observers, "callback", None)
-    _observers.callback = callback
+    previous, _observer.callback = _observer.callback, callback
     try:
         yield
     finally:
-        _observers.callback = previous
+        _observer.callback = previous
 
 
 def notify(make_call: Callable[[], Call]) -> bool:
     """Tell the observer, if there is one; whether there is."""
-    callback = getattr(_observers, "callback", None)
+    callback = _observer.callback
     if callback is None:
         return False
     callback(make_call())
     return True
+
+
+# Looked up once, for every call asks them.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_trace = torch._C._get_tracing_state
+
+
+def is_watched() -> bool:
+    """Whether someone traces, transforms, intercepts, observes or captures this thread's calls one by one.
+
+    Not to be asked under torch.compile.
+    """
+    return (
+        _dispatch_modes() > 0
+        or _observer.callback is not None
+        or capture.active
+        or _transform() is not None
+        or _trace() is not None
+    )

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.backend import interpreting
+from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import (
-    Launch,
-    descriptor,
-    device_of,
-    epilogue_arguments,
-    forced_config,
-    precision,
-)
-from tritonconv.ops.layout import as_format, empty_output, is_dense, suggests_channels_last
+from tritonconv.ops.launch import Box, Recipe, device_of, epilogue_constants, forcing, precision
+from tritonconv.ops.layout import is_dense, suggests_channels_last
 from tritonconv.ops.plan import ConvPlan, plan_convolution, power_of_two_divisor
 from tritonconv.tuning import Device, Problem, choose
 
-__all__ = ["build_launch", "check_convolution", "conv_forward", "output_format", "plan_for", "problem_of"]
+__all__ = ["check_convolution", "output_format", "plan_for", "prepare", "problem_of"]
 
 
 def check_convolution(op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry) -> None:
@@ -50,23 +42,26 @@ def plan_for(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvPlan:
     )
 
 
-def conv_forward(
+def prepare(
     x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Literal["conv", "matmul"]
-) -> Tensor:
-    """Launch the kernel for a batched input of a checked geometry; tensors are what `check_convolution` wants."""
+) -> Prepared:
+    """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory."""
     channels_last = output_format(x, weight)
-    y = empty_output(x, geometry.output_shape, channels_last, x.dtype)
-    if y.numel() == 0:
-        return y
-    if epilogue.residual is not None and not is_dense(epilogue.residual, channels_last):
-        epilogue = epilogue._replace(residual=as_format(epilogue.residual, channels_last))
     plan = plan_for(x, weight, geometry)
-    if plan.copy_input:
-        x = as_format(x, True)
-    if plan.copy_weight:
-        weight = as_format(weight, plan.weight_channels_last)
-    build_launch(x, weight, y, epilogue, plan, channels_last, kind).run(x.device)
-    return y
+    output = Dense.of(geometry.output_shape, channels_last)
+    residual, vectors = epilogue.residual, (epilogue.bias, *(epilogue.batch_norm or ())[:4])
+    recipe = None
+    if 0 not in output.shape:
+        # A copy starts where the allocator likes, on 16 bytes at least.
+        aligned = plan.copy_input or x.data_ptr() % 16 == 0, plan.copy_weight or weight.data_ptr() % 16 == 0
+        recipe = _recipe(plan, x.dtype, precision(x.dtype, kind), channels_last, device_of(x.device), aligned, epilogue)
+    return Prepared(
+        kernel=plan.kernel, recipe=recipe, output=output, dtype=x.dtype, device=x.device,
+        copy_x=Dense.of(x.shape, True) if plan.copy_input else None,
+        copy_weight=Dense.of(weight.shape, plan.weight_channels_last) if plan.copy_weight else None,
+        copy_residual=None if residual is None or is_dense(residual, channels_last) else output,
+        copy_vectors=not all(t is None or t.is_contiguous() for t in vectors),
+    )  # fmt: skip
 
 
 def problem_of(plan: ConvPlan, dtype: torch.dtype, tf32: bool, device: Device) -> Problem:
@@ -74,52 +69,11 @@ def problem_of(plan: ConvPlan, dtype: torch.dtype, tf32: bool, device: Device) -
     return Problem(plan.kernel, plan.geometry, str(dtype)[6:], tf32, plan.vector > 1, device)
 
 
-class Box(NamedTuple):
-    """A descriptor to be made of an operand: rows, columns and row stride in elements, and the box read at once."""
-
-    rows: int
-    columns: int
-    row_stride: int
-    shape: tuple[int, int]
-
-
-class Recipe(NamedTuple):
-    """All of a launch but its tensors."""
-
-    kernel: Any
-    programs: int
-    constants: dict[str, Any]
-    x_name: str
-    x_box: Box | None
-    w_box: Box | None
-    num_warps: int
-    num_stages: int
-
-
-def build_launch(
-    x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, plan: ConvPlan, channels_last: bool,
-    kind: Literal["conv", "matmul"],
-) -> Launch:  # fmt: skip
-    """The launch of a plan; tensors are laid out as it wants them. Depends on no memory, so meta tensors will do."""
-    recipe = _recipe(
-        plan, x.dtype, precision(x.dtype, kind), channels_last, device_of(x.device), forced_config(),
-        x.data_ptr() % 16 == 0, weight.data_ptr() % 16 == 0,
-    )  # fmt: skip
-    arguments = {
-        recipe.x_name: x if recipe.x_box is None else descriptor(x, *recipe.x_box),
-        "w": weight if recipe.w_box is None else descriptor(weight, *recipe.w_box),
-        "y_ptr": y,
-    }
-    arguments.update(recipe.constants)
-    arguments.update(epilogue_arguments(epilogue))
-    return Launch(recipe.kernel, recipe.programs, arguments, recipe.num_warps, recipe.num_stages)
-
-
-@functools.lru_cache(maxsize=4096)
 def _recipe(
-    plan: ConvPlan, dtype: torch.dtype, products: str, channels_last: bool, device: Device, config: Any, x_aligned: bool,
-    w_aligned: bool,
+    plan: ConvPlan, dtype: torch.dtype, products: str, channels_last: bool, device: Device, aligned: tuple[bool, bool],
+    epilogue: Epilogue,
 ) -> Recipe:  # fmt: skip
+    """The launch of a plan, with the config that is chosen or forced; `aligned`: image and weight start on 16 bytes."""
     from tritonconv.kernels.conv_flat import conv_flat_kernel
     from tritonconv.kernels.conv_fprop import conv_fprop_kernel
     from tritonconv.kernels.matmul import matmul_kernel
@@ -128,17 +82,19 @@ def _recipe(
     c = g.in_channels // g.groups
     problem = problem_of(plan, dtype, products == "tf32", device)
     m, n, k = problem.gemm
-    config = config or choose(problem, interpreting())
+    forced = forcing()
+    config = (forced and forced.config) or choose(problem)
     tiles = dict(config.kwargs)
     block_m, block_n, block_k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     # A descriptor reads whole boxes of rows that start on 16 bytes.
     w_row = c if plan.kernel == "matmul" else k
-    tma = tiles.pop("USE_TMA") and device.tma and w_aligned and w_row * problem.itemsize % 16 == 0
+    tma = tiles.pop("USE_TMA") and device.tma and aligned[1] and w_row * problem.itemsize % 16 == 0
     if plan.kernel == "matmul":
-        tma = tma and x_aligned and plan.row_stride * problem.itemsize % 16 == 0
+        tma = tma and aligned[0] and plan.row_stride * problem.itemsize % 16 == 0
     constants: dict[str, Any] = dict(
         M=m, K=n, VEC_K=power_of_two_divisor(n), Y_CHANNELS_LAST=channels_last, INDEX_64=plan.index_64, PRECISION=products,
         USE_TMA=tma, stride_wk=w_row, C=c, **tiles, STAGES=config.num_stages,
+        **epilogue_constants(epilogue),
     )  # fmt: skip
     programs = -(-m // block_m) * -(-n // block_n) * g.groups
     w_box = Box(g.groups * n, w_row, w_row, (block_n, block_k)) if tma else None
@@ -148,7 +104,7 @@ def _recipe(
             VEC_C=power_of_two_divisor(c, plan.row_stride),
         )  # fmt: skip
         x_box = Box(m, c, plan.row_stride, (block_m, block_k)) if tma else None
-        return Recipe(matmul_kernel, programs, constants, "x", x_box, w_box, config.num_warps, config.num_stages)
+        return Recipe(matmul_kernel, programs, constants, x_box, w_box, config, problem)
 
     sn, sc, sd, sh, sw = plan.strides
     names = (
@@ -161,10 +117,10 @@ def _recipe(
     )
     if plan.kernel == "conv_fprop":
         constants["VEC_X"] = power_of_two_divisor(sn, sd, sh, sw)
-        return Recipe(conv_fprop_kernel, programs, constants, "x_ptr", None, w_box, config.num_warps, config.num_stages)
+        return Recipe(conv_fprop_kernel, programs, constants, None, w_box, config, problem)
     outer = (sd, sh, sw) if plan.weight_channels_last else (sc, sd, sh)
     constants |= dict(
         stride_xc=sc, W_CHANNELS_LAST=plan.weight_channels_last, VEC_X=power_of_two_divisor(sn, *outer),
         VEC_W=power_of_two_divisor(k),
     )  # fmt: skip
-    return Recipe(conv_flat_kernel, programs, constants, "x_ptr", None, w_box, config.num_warps, config.num_stages)
+    return Recipe(conv_flat_kernel, programs, constants, None, w_box, config, problem)

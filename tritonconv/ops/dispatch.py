@@ -1,21 +1,69 @@
-"""Who runs a call: decided, checked, shown to observers, and handed to the launcher, the registered operator or torch."""
+"""Who runs a call: resolved once for each signature, then handed to the launcher, the registered operator or torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.backend import Backend, Call, Decision, decide, notify
-from tritonconv.ops.convolution import check_convolution, conv_forward, output_format, plan_for
+from tritonconv.ops.backend import Backend, Call, Decision, OnTorch, current_backend, decide, is_watched, notify
+from tritonconv.ops.calls import Prepared, find, remember, signature
+from tritonconv.ops.convolution import check_convolution, prepare
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.layout import as_format, is_dense
+from tritonconv.ops.example import Example
 from tritonconv.ops.library import call_operator
+from tritonconv.tuning import judge
 
-__all__ = ["convolution", "linear"]
+__all__ = ["convolution", "linear", "on_torch", "replay", "run"]
+
+Kind = Literal["conv", "matmul"]
+Numbers = tuple[Any, ...]
+
+
+def replay(
+    kind: Kind, x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: Numbers, backend: Backend | None
+) -> Tensor | None:
+    """The result of a call whose like was resolved before; None where that has still to be done.
+
+    Args:
+        kind: "conv" or "matmul" (a linear layer).
+        numbers: (nd, stride, padding, dilation, groups) of a convolution, hashable, () of a linear layer.
+    """
+    if torch.compiler.is_compiling() or is_watched():
+        return None
+    if torch._C._is_any_autocast_enabled():
+        try:
+            x, weight, epilogue = _autocast(x, weight, epilogue)
+        except AttributeError:
+            return None
+    call = find(signature(kind, x, weight, epilogue, numbers, backend))
+    if call is None:
+        return None
+    if isinstance(call, Prepared):
+        return call.run(x, weight, epilogue)
+    call.warn()
+    return _on_torch(kind, x, weight, epilogue, numbers)
+
+
+def _on_torch(kind: Kind, x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: Numbers) -> Tensor:
+    if kind == "matmul":
+        return epilogue.torch(torch.nn.functional.linear(x, weight, epilogue.bias))
+    nd, *rest = numbers
+    functional = getattr(torch.nn.functional, f"conv{nd}d")
+    return epilogue.torch(functional(x, weight, epilogue.bias, *rest))
+
+
+def run(example: Example) -> Tensor:
+    """Make a call again."""
+    kind, x, weight, epilogue, numbers = example
+    return linear(x, weight, epilogue) if kind == "matmul" else convolution("conv", x, weight, epilogue, *numbers)
+
+
+def on_torch(example: Example) -> Tensor:
+    """What torch makes of a call."""
+    return _on_torch(*example)
 
 
 def convolution(
@@ -31,34 +79,31 @@ def convolution(
         stride, padding, dilation, groups: as torch.nn.functional.conv2d takes them.
         backend: the layer's own choice.
     """
+    numbers = (nd, _hashable(stride), _hashable(padding), _hashable(dilation), groups)
+    y = replay("conv", x, weight, epilogue, numbers, backend)
+    if y is not None:
+        return y
     _check_tensors(op, x, weight)
     x, weight, epilogue = _autocast(x, weight, epilogue)
-
-    def on_torch() -> Tensor:
-        functional = getattr(torch.nn.functional, f"conv{nd}d")
-        return epilogue.torch(functional(x, weight, epilogue.bias, stride, padding, dilation, groups))
-
-    if _is_traced(x):
-        why_not = decide((x, weight, *epilogue.tensors()), backend, lambda: op, _missing(x, weight, epilogue))
-        if why_not is not None:
-            return on_torch()
-        batched, squeeze = (x, False) if x.dim() == nd + 2 else (x.unsqueeze(0), True)
-        if squeeze and epilogue.residual is not None:
-            epilogue = epilogue._replace(residual=epilogue.residual.unsqueeze(0))
-        y = call_operator(batched, weight, epilogue, stride, padding, dilation, groups, "conv")
-        return y.squeeze(0) if squeeze else y
-
+    batched, batched_epilogue = x, epilogue
+    unbatched = x.dim() == nd + 1
+    if unbatched:
+        batched = x.unsqueeze(0)
+        if epilogue.residual is not None:
+            batched_epilogue = epilogue._replace(residual=epilogue.residual.unsqueeze(0))
+    if _is_traced(x, weight, epilogue):
+        refused = decide((x, weight, *epilogue.tensors()), backend, lambda: op, _missing(x, weight, epilogue))
+        if refused is not None:
+            return _on_torch("conv", x, weight, epilogue, numbers)
+        y = call_operator(batched, weight, batched_epilogue, stride, padding, dilation, groups, "conv")
+        return y.squeeze(0) if unbatched else y
     geometry = ConvGeometry.parse(
         x.shape, weight.shape, nd=nd, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
-    if x.dim() == nd + 2:
-        return _dispatch(op, x, weight, epilogue, geometry, on_torch, backend, "conv")
-    batched_epilogue = epilogue
-    if epilogue.residual is not None:
-        batched_epilogue = epilogue._replace(residual=epilogue.residual.unsqueeze(0))
-    return _dispatch(
-        op, x.unsqueeze(0), weight, batched_epilogue, geometry, lambda: on_torch().unsqueeze(0), backend, "conv"
-    ).squeeze(0)
+    call = _resolve(op, batched, weight, batched_epilogue, geometry, backend, "conv")
+    if isinstance(call, Prepared) and unbatched:
+        call = call.unbatched()
+    return _first_run(op, call, geometry, "conv", x, weight, epilogue, numbers, backend)
 
 
 def linear(x: Tensor, weight: Tensor, epilogue: Epilogue, backend: Backend | None = None) -> Tensor:
@@ -69,16 +114,15 @@ def linear(x: Tensor, weight: Tensor, epilogue: Epilogue, backend: Backend | Non
         weight: (K, C).
         backend: the layer's own choice.
     """
+    y = replay("matmul", x, weight, epilogue, (), backend)
+    if y is not None:
+        return y
     op = "linear"
     _check_tensors(op, x, weight)
     x, weight, epilogue = _autocast(x, weight, epilogue)
-
-    def on_torch() -> Tensor:
-        return epilogue.torch(torch.nn.functional.linear(x, weight, epilogue.bias))
-
     if x.dim() == 0 or weight.dim() != 2 or 0 in weight.shape:
         decide((x, weight), backend, lambda: op, f"a weight of size {list(weight.shape)} has no kernel")
-        return on_torch()
+        return _on_torch("matmul", x, weight, epilogue, ())
     if x.shape[-1] != weight.shape[1]:
         raise RuntimeError(
             f"linear: input and weight shapes cannot be multiplied: input {list(x.shape)} has {x.shape[-1]} features, but "
@@ -89,16 +133,68 @@ def linear(x: Tensor, weight: Tensor, epilogue: Epilogue, backend: Backend | Non
     row_epilogue = epilogue
     if epilogue.residual is not None:
         row_epilogue = epilogue._replace(residual=epilogue.residual.expand(shape).reshape(-1, weight.shape[0], 1))
-    if _is_traced(x):
-        why_not = decide((x, weight, *epilogue.tensors()), backend, lambda: op, _missing(rows, weight, epilogue))
-        if why_not is not None:
-            return on_torch()
+    if _is_traced(x, weight, epilogue):
+        refused = decide((x, weight, *epilogue.tensors()), backend, lambda: op, _missing(rows, weight, epilogue))
+        if refused is not None:
+            return _on_torch("matmul", x, weight, epilogue, ())
         return call_operator(rows, filters, row_epilogue, 1, 0, 1, 1, "matmul").reshape(shape)
     geometry = ConvGeometry.parse(rows.shape, filters.shape, nd=1)
-    y = _dispatch(
-        op, rows, filters, row_epilogue, geometry, lambda: on_torch().reshape(-1, weight.shape[0], 1), backend, "matmul"
+    call = _resolve(op, rows, filters, row_epilogue, geometry, backend, "matmul")
+    if isinstance(call, Prepared):
+        call = call.of_rows(x, weight, epilogue, shape, rows.data_ptr() != x.data_ptr())
+    return _first_run(op, call, geometry, "matmul", x, weight, epilogue, (), backend)
+
+
+def _resolve(
+    op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, backend: Backend | None, kind: Kind
+) -> Prepared | OnTorch:  # fmt: skip
+    """Check a batched call and decide who runs it and how; all of it holds for every call of its signature."""
+    check_convolution(op, x, weight, epilogue, geometry)
+    refused = decide(
+        (x, weight, *epilogue.tensors()),
+        backend,
+        lambda: str(geometry) if str(geometry).startswith(f"{op} ") else f"{op} of {geometry}",
+        _missing(x, weight, epilogue),
     )
-    return y.reshape(shape)
+    if refused is not None:
+        return refused
+    call = prepare(x, weight, epilogue, geometry, kind)
+    if current_backend(backend) == "auto" and call.recipe is not None:
+        verdict = judge(call.recipe.problem, epilogue.describe())
+        if verdict.torch:
+            return OnTorch(verdict.reason, able=True)
+    return call
+
+
+def _first_run(
+    op: str, call: Prepared | OnTorch, geometry: ConvGeometry, kind: Kind, x: Tensor, weight: Tensor, epilogue: Epilogue,
+    numbers: Numbers, backend: Backend | None,
+) -> Tensor:  # fmt: skip
+    """Remember who runs calls of this signature, tell the observer, and run this one."""
+    if not is_watched():
+        remember(signature(kind, x, weight, epilogue, numbers, backend), call)
+
+    def seen() -> Call:
+        if isinstance(call, OnTorch):
+            decision, able = Decision("torch", call.reason), call.able
+        else:
+            measured = judge(call.recipe.problem, epilogue.describe()).reason if call.recipe is not None else ""
+            decision, able = Decision("triton", f"{call.kernel}{measured and ', '}{measured}", call.copies), True
+        size = geometry.bytes(x.element_size(), residual=epilogue.residual is not None)
+        example = Example(kind, x, weight, epilogue, numbers).on_meta() if able and 0 not in geometry.elements() else None
+        return Call(op, decision, geometry, geometry.macs, size, x.dtype, x.device, example)
+
+    observed = notify(seen)
+    if isinstance(call, OnTorch):
+        return _on_torch(kind, x, weight, epilogue, numbers)
+    if observed:
+        # An observed run takes the format that the kernel would give, so that copies further on are counted right.
+        return call.output.like(_on_torch(kind, x, weight, epilogue, numbers))
+    return call.run(x, weight, epilogue)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if type(value) is list else value
 
 
 def _check_tensors(op: str, x: object, weight: object) -> None:
@@ -108,46 +204,15 @@ def _check_tensors(op: str, x: object, weight: object) -> None:
             raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
-def _is_traced(x: Tensor) -> bool:
+def _is_traced(x: Tensor, weight: Tensor, epilogue: Epilogue) -> bool:
     """Whether a call must go through the registered operator: someone traces, fakes or intercepts operators.
 
     Otherwise it goes straight to the launcher; a Python operator costs tens of microseconds.
     """
     if torch.compiler.is_compiling():
         return True
-    return type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
-
-
-def _dispatch(
-    op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, on_torch: Callable[[], Tensor],
-    backend: Backend | None, kind: Literal["conv", "matmul"],
-) -> Tensor:  # fmt: skip
-    """Check, decide, tell the observer, and run a batched call."""
-    check_convolution(op, x, weight, epilogue, geometry)
-    why_not = decide(
-        (x, weight, *epilogue.tensors()),
-        backend,
-        lambda: str(geometry) if str(geometry).startswith(f"{op} ") else f"{op} of {geometry}",
-        _missing(x, weight, epilogue),
-    )
-    channels_last = output_format(x, weight)
-
-    def call() -> Call:
-        decision = Decision("torch", why_not or "")
-        if why_not is None:
-            plan = plan_for(x, weight, geometry)
-            copy_residual = epilogue.residual is not None and not is_dense(epilogue.residual, channels_last)
-            decision = Decision("triton", plan.kernel, plan.copies + copy_residual)
-        size = geometry.bytes(x.element_size(), residual=epilogue.residual is not None)
-        return Call(op, decision, geometry, geometry.macs, size, x.dtype, x.device)
-
-    observed = notify(call)
-    if why_not is not None:
-        return on_torch()
-    if observed:
-        # An observed run takes the format that the kernel would give, so that copies further on are counted right.
-        return as_format(on_torch(), channels_last)
-    return conv_forward(x, weight, epilogue, geometry, kind)
+    plain = (Tensor, torch.nn.Parameter)
+    return torch._C._len_torch_dispatch_stack() > 0 or any(type(t) not in plain for t in (x, weight, *epilogue.tensors()))
 
 
 def _missing(x: Tensor, weight: Tensor, epilogue: Epilogue) -> str | None:

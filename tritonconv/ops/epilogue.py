@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,23 @@ class Epilogue(NamedTuple):
         """All tensors that the kernel would read."""
         norm = self.batch_norm[:4] if self.batch_norm else ()
         return tuple(t for t in (self.bias, *norm, self.residual) if t is not None)
+
+    def describe(self) -> str:
+        """Its parts in order, such as "batch norm+residual+relu"; "" for none."""
+        parts = {"bias": self.bias, "batch norm": self.batch_norm, "residual": self.residual}
+        names = [name for name, part in parts.items() if part is not None]
+        return "+".join(names + ([self.activation.name] if self.activation else []))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Epilogue:
+        """The same with every tensor mapped."""
+
+        def each(t: Tensor | None) -> Tensor | None:
+            return None if t is None else function(t)
+
+        norm = self.batch_norm
+        if norm is not None:
+            norm = BatchNorm(function(norm.mean), function(norm.var), each(norm.weight), each(norm.bias), norm.eps)
+        return Epilogue(each(self.bias), norm, each(self.residual), self.activation)
 
     def torch(self, y: Tensor) -> Tensor:
         """What torch computes behind a convolution that has added its bias already."""

@@ -1,23 +1,24 @@
-"""A kernel launch as a value: built by an operator, run here, compiled offline by benchmarks/codegen.py."""
+"""A kernel launch: a recipe of everything but its tensors, run here, or captured as a value for benchmarks/codegen.py."""
 
 from __future__ import annotations
 
-import functools
+import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tritonconv.ops.backend import capability, interpreting
+from tritonconv.ops.backend import capability, capture, interpreting
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.tuning import INTERPRETER, Device, like
+from tritonconv.tuning import INTERPRETER, Device, Problem, like
 
 __all__ = [
-    "Launch", "descriptor", "device_of", "epilogue_arguments", "forced", "forced_config", "precision", "record_launches",
+    "Box", "Launch", "Recipe", "captured", "device_of", "epilogue_constants", "forced", "forcing", "precision",
+    "record_launches",
 ]  # fmt: skip
 
 
@@ -30,6 +31,9 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    problem: Problem | None = None
+    config: Any = None
+    """The triton.Config that was chosen for the problem, or forced."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -37,19 +41,100 @@ class Launch:
         # Said aloud: Triton 3.10 will fuse multiply and add only where asked.
         return dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
 
-    def run(self, device: torch.device) -> None:
-        """Launch on the current stream of `device`."""
+
+class Box:
+    """A TMA descriptor to be made of an operand: rows, columns and row stride in elements, and the box read at once."""
+
+    def __init__(self, rows: int, columns: int, row_stride: int, shape: tuple[int, int]) -> None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        self.kind: Any = TensorDescriptor
+        self.arguments = ([rows, columns], [row_stride, 1], list(shape))
+        self.checked: dict[str, Any] | None = None
+
+    def descriptor(self, matrix: Tensor) -> Any:
+        """The descriptor of a matrix that starts on 16 bytes. Triton checks the first; all others are like it."""
+        if self.checked is None:
+            result = self.kind(matrix, *self.arguments)
+            self.checked = {**vars(result), "base": None}
+            return result
+        result = object.__new__(self.kind)
+        result.__dict__.update(self.checked, base=matrix)
+        return result
+
+
+# The tensors behind image and weight, side by side in every kernel.
+RESULT_AND_EPILOGUE = ("y_ptr", "residual_ptr", "bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr")
+NO_NORM = (None,) * 4
+
+
+class Recipe:
+    """All of a launch but its tensors.
+
+    Args:
+        kernel: a jit function with parameters in this order: an image, ..., `w`, ..., `RESULT_AND_EPILOGUE`, ...
+        constants: every other argument by name.
+        x_box, w_box: where the operand goes by descriptor.
+        config: tiles, warps and stages.
+        problem: what the config was chosen for.
+    """
+
+    def __init__(
+        self, kernel: Any, programs: int, constants: dict[str, Any], x_box: Box | None, w_box: Box | None, config: Any,
+        problem: Problem,
+    ) -> None:  # fmt: skip
+        names = tuple(inspect.signature(kernel.fn).parameters)
+        w, y = names.index("w"), names.index("y_ptr")
+        end = y + len(RESULT_AND_EPILOGUE)
+        assert names[y:end] == RESULT_AND_EPILOGUE, names
+        # By position, which costs Triton's launcher less than by name.
+        self.behind_x = tuple(constants[name] for name in names[1:w])
+        self.behind_w = tuple(constants[name] for name in names[w + 1 : y])
+        self.behind_all = tuple(constants[name] for name in names[end:])
+        self.x_box, self.w_box, self.names, self.problem = x_box, w_box, names, problem
+        self.empty = Launch(kernel, programs, {}, config.num_warps, config.num_stages, problem, config)
+        self.name, self.options = kernel.__name__, self.empty.options
+        self.launcher: Callable[..., Any] = kernel[(programs,)]
+        self.interpreted = interpreting()
+
+    def arguments(self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue) -> tuple[Any, ...]:
+        """The kernel's arguments in order."""
+        bias, norm, residual, _ = epilogue
+        return (
+            x if self.x_box is None else self.x_box.descriptor(x), *self.behind_x,
+            weight if self.w_box is None else self.w_box.descriptor(weight), *self.behind_w,
+            y, residual, bias, *(NO_NORM if norm is None else norm[:4]), *self.behind_all,
+        )  # fmt: skip
+
+    def run(self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, device: torch.device) -> None:
+        """Launch on the current stream of `device`, or keep the launch where `captured` asks for it."""
+        arguments = self.arguments(x, weight, y, epilogue)
         if _state.log is not None:
-            _state.log.append(self.kernel.__name__)
-        with _interpreter if interpreting() else torch.cuda.device(device):
-            self.kernel[(self.programs,)](**self.arguments, **self.options)
+            _state.log.append(self.name)
+        if _state.captured is not None:
+            _state.captured.append(replace(self.empty, arguments=dict(zip(self.names, arguments, strict=True))))
+        elif self.interpreted:
+            with _interpreter:
+                self.launcher(*arguments, **self.options)
+        elif torch.cuda.current_device() == device.index:
+            self.launcher(*arguments, **self.options)
+        else:
+            with torch.cuda.device(device):
+                self.launcher(*arguments, **self.options)
+
+
+class Forced(NamedTuple):
+    """What `forced` asks for; hashable, so that it can be part of a call's signature."""
+
+    config: Any = None
+    device: Device | None = None
+    tf32: bool | None = None
 
 
 class _State(threading.local):
     log: list[str] | None = None
-    config: Any = None
-    device: Device | None = None
-    tf32: bool | None = None
+    forced: Forced | None = None
+    captured: list[Launch] | None = None
 
 
 _state = _State()
@@ -71,29 +156,41 @@ def record_launches() -> Iterator[list[str]]:
 
 
 @contextmanager
+def captured(device: Device) -> Iterator[list[Launch]]:
+    """The launches that calls on this thread would make on this GPU; nothing runs, and meta tensors will do."""
+    launches: list[Launch] = []
+    outer, _state.captured, capture.active = _state.captured, launches, True
+    try:
+        with forced(device=device):
+            yield launches
+    finally:
+        _state.captured, capture.active = outer, outer is not None
+
+
+@contextmanager
 def forced(*, config: Any = None, device: Device | None = None, tf32: bool | None = None) -> Iterator[None]:
     """Build every launch on this thread with this triton.Config, as for this GPU, or with or without TF32 products."""
-    outer = _state.config, _state.device, _state.tf32
-    _state.config, _state.device = config or outer[0], device or outer[1]
-    _state.tf32 = outer[2] if tf32 is None else tf32
+    outer = _state.forced
+    before = outer or Forced()
+    _state.forced = Forced(config or before.config, device or before.device, before.tf32 if tf32 is None else tf32)
     try:
         yield
     finally:
-        _state.config, _state.device, _state.tf32 = outer
+        _state.forced = outer
 
 
-def forced_config() -> Any:
-    """The config that `forced` asks for, or None."""
-    return _state.config
+def forcing() -> Forced | None:
+    """What `forced` asks for on this thread."""
+    return _state.forced
 
 
 def device_of(device: torch.device) -> Device:
     """What is known of a device, or the forced one."""
-    return _state.device or _device_of(device)
+    return (_state.forced and _state.forced.device) or described(device)
 
 
-@functools.cache
-def _device_of(device: torch.device) -> Device:
+def described(device: torch.device) -> Device:
+    """What is known of a device."""
     if interpreting() or device.type != "cuda":
         return INTERPRETER
     properties: Any = torch.cuda.get_device_properties(device)
@@ -105,32 +202,23 @@ def _device_of(device: torch.device) -> Device:
     return like(properties.name, arch, properties.multi_processor_count, shared)
 
 
-def descriptor(matrix: Tensor, rows: int, columns: int, row_stride: int, box: tuple[int, int]) -> Any:
-    """A TMA descriptor of `rows` x `columns` elements from the start of `matrix`, read in boxes."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(matrix, [rows, columns], [row_stride, 1], list(box))
-
-
 def precision(dtype: torch.dtype, kind: Literal["conv", "matmul"]) -> str:
     """How fp32 products are computed, by torch's switches: cudnn's for convolutions, cuda.matmul's for linear layers."""
-    if _state.tf32 is not None and dtype == torch.float32:
-        return "tf32" if _state.tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    if _state.forced is not None and _state.forced.tf32 is not None:
+        return "tf32" if _state.forced.tf32 else "ieee"
     # Of AMD's GPUs only some have TF32-like products, and torch does not use them unasked.
-    if dtype != torch.float32 or torch.version.hip is not None:
+    if torch.version.hip is not None:
         return "ieee"
     switch: Any = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return "tf32" if switch.fp32_precision == "tf32" else "ieee"
 
 
-def epilogue_arguments(epilogue: Epilogue) -> dict[str, Any]:
-    """The epilogue's arguments, the same for every kernel."""
+def epilogue_constants(epilogue: Epilogue) -> dict[str, Any]:
+    """The epilogue's arguments that are no tensors, the same for every kernel."""
     from tritonconv.kernels import activations
 
     norm, act = epilogue.batch_norm, epilogue.activation
     function = activations.identity if act is None else activations.ACTIVATIONS[act.name].device
-    return dict(
-        residual_ptr=epilogue.residual, bias_ptr=epilogue.bias,
-        mean_ptr=norm and norm.mean, var_ptr=norm and norm.var, gamma_ptr=norm and norm.weight, beta_ptr=norm and norm.bias,
-        EPS=norm.eps if norm else 0.0, ACT=function, ACT_A=act.a if act else 0.0, ACT_B=act.b if act else 0.0,
-    )  # fmt: skip
+    return dict(EPS=norm.eps if norm else 0.0, ACT=function, ACT_A=act.a if act else 0.0, ACT_B=act.b if act else 0.0)

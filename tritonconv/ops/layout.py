@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,20 +13,7 @@ def suggests_channels_last(x: Tensor) -> bool:
 
     Follows c10's is_channels_last_strides, for one to three spatial dimensions.
     """
-    result: bool = _by_sizes(_suggests_channels_last, tuple(x.shape), x.stride())
-    return result
-
-
-def _by_sizes(function: Callable[..., Any], *sizes: Any) -> Any:
-    """A cached function of sizes; symbolic ones, under torch.compile with dynamic shapes, cannot be keys of a cache."""
-    try:
-        return function(*sizes)
-    except TypeError:
-        return function.__wrapped__(*sizes)  # type: ignore[attr-defined]
-
-
-@functools.lru_cache(maxsize=4096)
-def _suggests_channels_last(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    sizes, strides = x.shape, x.stride()
     if strides[1] == 0:
         return False
     least = 0
@@ -43,12 +26,6 @@ def _suggests_channels_last(sizes: tuple[int, ...], strides: tuple[int, ...]) ->
 
 def dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
     """Strides of a dense (N, C, *spatial) tensor in either format."""
-    result: tuple[int, ...] = _by_sizes(_dense_strides, shape, channels_last)
-    return result
-
-
-@functools.lru_cache(maxsize=4096)
-def _dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
     strides = [1] * len(shape)
     order = (1, *range(len(shape) - 1, 1, -1), 0) if channels_last else range(len(shape) - 1, -1, -1)
     step = 1
@@ -60,12 +37,8 @@ def _dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ..
 
 def is_dense(x: Tensor, channels_last: bool) -> bool:
     """Whether `x` has exactly the elements of a dense tensor in that format; strides of unit sizes do not matter."""
-    return _is_dense(tuple(x.shape), x.stride(), channels_last)
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_dense(sizes: tuple[int, ...], strides: tuple[int, ...], channels_last: bool) -> bool:
-    expected = _dense_strides(sizes, channels_last)
+    sizes, strides = x.shape, x.stride()
+    expected = dense_strides(sizes, channels_last)
     return all(n <= 1 or s == e for n, s, e in zip(sizes, strides, expected, strict=True))
 
 

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.activation import ActivationSpec
-from tritonconv.ops.convolution import check_convolution, conv_forward, output_format
+from tritonconv.ops.calls import Prepared, find, remember, signature
+from tritonconv.ops.convolution import check_convolution, output_format, prepare
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.layout import dense_strides
 
@@ -54,13 +55,21 @@ def conv(
     `padding_name` is "same", "valid" or "" (then `padding` counts); `activation` is a name or ""; `kind` "matmul" takes the
     TF32 switch of matrix products.
     """
-    geometry = _geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
     norm = None
     if running_mean is not None and running_var is not None:
         norm = BatchNorm(running_mean, running_var, bn_weight, bn_bias, eps)
     epilogue = Epilogue(bias, norm, residual, ActivationSpec(activation, a, b) if activation else None)
-    check_convolution("tritonconv::conv", x, weight, epilogue, geometry)
-    return conv_forward(x, weight, epilogue, geometry, "matmul" if kind == "matmul" else "conv")
+    switch: Literal["conv", "matmul"] = "matmul" if kind == "matmul" else "conv"
+    # These numbers are the operator's alone: no one asks here who runs a call.
+    numbers = (tuple(stride), tuple(padding), padding_name, tuple(dilation), groups)
+    key = signature(switch, x, weight, epilogue, numbers, None)
+    call = find(key)
+    if not isinstance(call, Prepared):
+        geometry = _geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
+        check_convolution("tritonconv::conv", x, weight, epilogue, geometry)
+        call = prepare(x, weight, epilogue, geometry, switch)
+        remember(key, call)
+    return call.run(x, weight, epilogue)
 
 
 def _geometry(

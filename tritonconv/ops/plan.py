@@ -5,7 +5,6 @@ Pure arithmetic on sizes and strides: a plan is known before any memory is touch
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -25,9 +24,9 @@ CHANNEL_BLOCK = 64
 FEW_FILTERS = 64
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ConvPlan:
-    """How a convolution will run. One object per problem, so that what depends on it is cached by identity."""
+    """How a convolution will run."""
 
     kernel: str
     """conv_fprop, conv_flat or matmul."""
@@ -74,16 +73,11 @@ def plan_convolution(
     geometry: ConvGeometry, strides: tuple[int, ...], *, weight_contiguous: bool, weight_channels_last: bool
 ) -> ConvPlan:
     """Plan for an image (N, C, *spatial) with these strides and a weight that is dense in these formats, or neither."""
-    return _plan(geometry, strides, weight_contiguous, weight_channels_last)
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(geometry: ConvGeometry, strides: tuple[int, ...], w_contiguous: bool, w_channels_last: bool) -> ConvPlan:
     channels = geometry.in_channels // geometry.groups
     x_channels_last = strides[1] == 1 or geometry.in_channels == 1
     patches = _is_patches(geometry)
     if not x_channels_last and (channels <= FEW_CHANNELS or patches):
-        return _plan_in_place(geometry, strides, patches, w_contiguous, w_channels_last)
+        return _plan_in_place(geometry, strides, patches, weight_contiguous, weight_channels_last)
     copy_input = not x_channels_last
     lifted = _lift(geometry, dense_strides(geometry.input_shape, True) if copy_input else strides)
     seen, lifted = _fold_patches(geometry, lifted) if patches else (geometry, lifted)
@@ -92,7 +86,7 @@ def _plan(geometry: ConvGeometry, strides: tuple[int, ...], w_contiguous: bool, 
     if row_stride is None:
         block = CHANNEL_BLOCK if seen.out_channels // seen.groups > FEW_FILTERS else 2 * CHANNEL_BLOCK
         kernel = "conv_flat" if seen.in_channels // seen.groups % block else "conv_fprop"
-    return ConvPlan(kernel, seen, lifted, row_stride or 0, copy_input, not w_channels_last, True)
+    return ConvPlan(kernel, seen, lifted, row_stride or 0, copy_input, not weight_channels_last, True)
 
 
 def _plan_in_place(

@@ -66,7 +66,7 @@ def device_named(text: str) -> Device:
     """The described GPU that `text` names: its whole name, a word of it such as "H200", or its code such as "sm_90".
 
     Raises:
-        ValueError: no GPU or several fit.
+        ValueError: none fits, or several do.
 
     >>> device_named("h200").name, device_named("sm_80").multiprocessors
     ('NVIDIA H200', 108)
@@ -74,10 +74,11 @@ def device_named(text: str) -> Device:
     devices = known_devices()
     if text in devices:
         return devices[text]
-    found = [d for d in devices.values() if text.lower() in d.name.lower().replace("-", " ").split() or text == d.arch]
-    # Of GPUs with the same code the measured one stands for all.
-    found = [d for d in found if d.measured] or found
-    if not found or (len(found) > 1 and text != found[0].arch):
+    found = [d for d in devices.values() if text.lower() in d.name.lower().replace("-", " ").split()]
+    if not found:
+        # Of GPUs with the same code the measured one stands for all.
+        found = sorted((d for d in devices.values() if text == d.arch), key=lambda d: not d.measured)[:1]
+    if len(found) != 1:
         raise ValueError(f"{text!r} names no described GPU: expected one of {', '.join(devices)}")
     return found[0]
 

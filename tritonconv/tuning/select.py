@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from typing import Any
 
+from tritonconv.tuning.cost import predict
+from tritonconv.tuning.devices import INTERPRETER
+from tritonconv.tuning.measured import measured_config
 from tritonconv.tuning.problem import Problem
 
-__all__ = ["candidates", "choose", "interpreter_tile"]
-
-
-# What a block costs beside its products, in units of a 64 x 64 x 16 product: filling the pipeline, and the epilogue.
-OVERHEAD = 24.0
-# Products per block below which the loop's other instructions outweigh them (benchmarks/codegen.json's issue ratios).
-SMALL_TILE = 64 * 128
+__all__ = ["candidates", "choose", "interpreter_tile", "possible"]
 
 
 def candidates(problem: Problem) -> list[Any]:
-    """Every triton.Config of the problem's kernel that its sizes, its dtype and its device allow."""
+    """Every triton.Config of the problem's kernel that suits its sizes, its type and its device."""
+    m, n, _ = problem.gemm
+    return _fitting(problem, m, n)
+
+
+def possible(problem: Problem) -> list[Any]:
+    """Every triton.Config that computes the problem rightly on its device, also those much larger than it."""
+    return _fitting(problem, 10**9, 10**9)
+
+
+def _fitting(problem: Problem, m: int, n: int) -> list[Any]:
     from tritonconv.kernels.tiles import fitting
 
-    m, n, _ = problem.gemm
     return fitting(
         importlib.import_module(f"tritonconv.kernels.{problem.kernel}").configs(),
         m=m, n=n, k=problem.run, itemsize=problem.itemsize, tensor_cores=problem.tensor_cores,
@@ -31,31 +36,18 @@ def candidates(problem: Problem) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, interpreting: bool) -> Any:
-    """The triton.Config to launch this problem with, found without benchmarking.
+def choose(problem: Problem) -> Any:
+    """The triton.Config to launch this problem with: the one that was measured as the best, else the cost model's.
 
-    Counts waves of tiles over the multiprocessors, weighs each by its padded work, and prefers large tiles, whose loops
-    issue fewer instructions per product. These are estimates; none was measured on a GPU.
+    The model's times are predictions (tuning/cost.py); none was measured on a GPU.
     """
-    if interpreting:
+    if problem.device.arch == INTERPRETER.arch:
         return interpreter_tile(problem)
-
-    rows, filters, depth_of_all = problem.gemm
-    device = problem.device
-
-    def cost(config: Any) -> float:
-        m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        tiles = math.ceil(rows / m) * math.ceil(filters / n) * problem.geometry.groups
-        # Programs with small buffers share a multiprocessor.
-        buffers = (m + n) * k * problem.itemsize * config.num_stages
-        slots = device.multiprocessors * max(1, min(4, device.shared_memory // buffers))
-        depth = (depth_of_all // problem.run) * math.ceil(problem.run / k) * k
-        work = (m / 64) * (n / 64) * (depth / 16)
-        instructions = 1.0 + SMALL_TILE / (2 * m * n)
-        concurrency = min(slots, tiles) / device.multiprocessors if tiles > device.multiprocessors else 1.0
-        return math.ceil(tiles / slots) * (work * instructions * max(1.0, concurrency) + OVERHEAD)
-
-    return min(candidates(problem), key=cost)
+    allowed = candidates(problem)
+    measured = measured_config(problem, allowed)
+    if measured is not None:
+        return measured
+    return min(allowed, key=lambda config: predict(problem, config).seconds)
 
 
 def interpreter_tile(problem: Problem) -> Any:

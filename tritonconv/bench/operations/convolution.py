@@ -11,13 +11,7 @@ import tritonconv.functional as ours
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.ops.activation import make_spec
-from tritonconv.ops.convolution import build_launch, output_format, plan_for, problem_of
-from tritonconv.ops.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.launch import Launch, forced
-from tritonconv.ops.layout import as_format, empty_output
-from tritonconv.ops.plan import ConvPlan
-from tritonconv.tuning import Device, Problem
+from tritonconv.ops.layout import empty_output, suggests_channels_last
 
 __all__ = ["Convolution"]
 
@@ -54,61 +48,53 @@ class Convolution(Operation):
     def depth(self, case: Case) -> int:
         return self.geometry(case).gemm()[2]
 
-    def tensors(
-        self, case: Case, device: str | torch.device, dtype: torch.dtype, channels_last: bool
-    ) -> tuple[Tensor, ...]:
-        x = empty_output(torch.empty(0, device=device), case.input_shape, channels_last, dtype)
-        w = empty_output(x, self.weight_shape(case), channels_last, dtype)
-        # Results of size one, so that errors compare across layers.
-        return x.normal_(), w.normal_().mul_(self.depth(case) ** -0.5)
+    def tensors(self, case: Case, device: str, dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, ...]:
+        geometry = self.geometry(case)
+
+        def random(shape: tuple[int, ...], channels_last: bool) -> Tensor:
+            return empty_output(torch.empty(0, device=device), shape, channels_last, dtype).normal_()
+
+        x = random(case.input_shape, channels_last)
+        # A converted model's weights are channels-last, also under images that are not.
+        w = random(geometry.weight_shape, channels_last or not case.channels_last).mul_(self.depth(case) ** -0.5)
+        if not case.fused:
+            return x, w
+        norm = [torch.randn(4, case.filters, device=device)[i] for i in range(4)]
+        residual = random(geometry.output_shape, suggests_channels_last(x) or suggests_channels_last(w))
+        return x, w, norm[0], norm[1].square().add_(0.5), norm[2], norm[3], residual
 
     def ours(self, case: Case, *tensors: Tensor) -> Tensor:
-        return self._call(getattr(ours, f"conv{case.nd}d"), case, *tensors)
+        x, w, *rest = tensors
+        x, arguments = self._arguments(case, x)
+        if not rest:
+            return getattr(ours, f"conv{case.nd}d")(x, w, None, **arguments)
+        mean, var, gamma, beta, residual = rest
+        function = getattr(ours, f"conv{case.nd}d_bn_act")
+        return function(x, w, None, mean, var, gamma, beta, **arguments, activation="relu", residual=residual)
 
     def torch(self, case: Case, *tensors: Tensor) -> Tensor:
-        return self._call(getattr(torch.nn.functional, f"conv{case.nd}d"), case, *tensors)
+        x, w, *rest = tensors
+        x, arguments = self._arguments(case, x)
+        y: Tensor = getattr(torch.nn.functional, f"conv{case.nd}d")(x, w, None, **arguments)
+        if rest:
+            mean, var, gamma, beta, residual = rest
+            y = torch.nn.functional.batch_norm(y, mean, var, gamma, beta)
+            y = torch.relu(y + residual)
+        return y
 
-    def _call(self, function: Any, case: Case, x: Tensor, weight: Tensor) -> Tensor:
+    def _arguments(self, case: Case, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         padding = case.padding
         if padding == "causal":
             # Neither library has causal padding in its convolution.
             x, padding = torch.nn.functional.pad(x, (self.halo(case), 0)), (0,)
-        result: Tensor = function(x, weight, None, case.stride, padding, case.dilation, case.groups)
-        return result
-
-    def problem(self, case: Case, device: Device, pass_: Pass = "fprop") -> Problem:  # noqa: ARG002 - one pass so far
-        return problem_of(self._planned(case)[2], dtype_of(case), case.tf32, device)
-
-    def launch(self, case: Case, device: Device, config: Any = None, *, fused: bool = False) -> Launch:
-        x, w, plan = self._planned(case)
-        geometry = self.geometry(case)
-        channels_last = output_format(x, w)
-        y = empty_output(x, geometry.output_shape, channels_last, x.dtype)
-        if plan.copy_input:
-            x = as_format(x, True)
-        if plan.copy_weight:
-            w = as_format(w, plan.weight_channels_last)
-        epilogue = Epilogue()
-        if fused:
-            k = torch.empty(geometry.out_channels, device="meta")
-            epilogue = Epilogue(None, BatchNorm(k, k, k, k, 1e-5), y, make_spec("relu"))
-        with forced(config=config, device=device, tf32=case.tf32):
-            return build_launch(x, w, y, epilogue, plan, channels_last, "conv")
-
-    def _planned(self, case: Case) -> tuple[Tensor, Tensor, ConvPlan]:
-        """Meta tensors and their plan, with the weight as convert() stores it."""
-        geometry = self.geometry(case)
-        empty = torch.empty(0, device="meta")
-        x = empty_output(empty, geometry.input_shape, case.channels_last, dtype_of(case))
-        w = empty_output(empty, geometry.weight_shape, True, dtype_of(case))
-        return x, w, plan_for(x, w, geometry)
+        return x, dict(stride=case.stride, padding=padding, dilation=case.dilation, groups=case.groups)
 
     def checks(self) -> list[Case]:
         """Sizes that no tile divides, so that every edge is crossed; 128 channels take every BLOCK_K of conv_fprop."""
         return [
-            _layer("3x3 of 128", (1, 128, 9, 8), (40, 128, 3, 3), padding=1),
-            _layer("3x3 of 24", (1, 24, 9, 8), (40, 24, 3, 3), padding=1),
-            _layer("1x1 of 72", (1, 72, 13, 11), (72, 72, 1, 1)),
+            _layer("3x3 of 128", (1, 128, 9, 8), (40, 128, 3, 3), padding=1, fused=True),
+            _layer("3x3 of 24", (1, 24, 9, 8), (40, 24, 3, 3), padding=1, fused=True),
+            _layer("1x1 of 72", (1, 72, 13, 11), (72, 72, 1, 1), fused=True),
             _layer("stem 5x5 stride 2", (1, 3, 17, 15), (20, 3, 5, 5), padding=2, stride=2),
             _layer("3x3 stride 2, groups of 128", (2, 256, 7, 9), (36, 128, 3, 3), padding=1, stride=2, groups=2),
             _layer("3x3 dilated", (1, 128, 11, 9), (17, 128, 3, 3), padding=2, dilation=2),
@@ -120,7 +106,7 @@ class Convolution(Operation):
 
     def specimens(self) -> list[Specimen]:
         def seen(kernel: str, name: str, *layer: Any, configs: int | None = None, **more: Any) -> Specimen:
-            return Specimen(kernel, _layer(name, *layer, **more), configs)
+            return Specimen(kernel, _layer(name, *layer, fused=True, **more), configs)
 
         return [
             # The layer that decides for ResNets.

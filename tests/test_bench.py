@@ -1,0 +1,366 @@
+"""The measuring code, in all but the clock: results, workers, budgets, checks, dry runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from tritonconv.bench import check, clock, layers, networks, registry, suites
+from tritonconv.bench.cases import Case, load_cases
+from tritonconv.bench.clock import Timing, copies_for_cold_cache
+from tritonconv.bench.dry import dry_records, verdict
+from tritonconv.bench.results import Results, read_records
+from tritonconv.bench.run import columns_of, measure, summary
+from tritonconv.bench.session import Job, Session
+from tritonconv.bench.worker import Worker, WorkerError
+from tritonconv.tuning import device_named
+
+ROOT = Path(__file__).parents[1]
+H200 = device_named("H200")
+QUIET = Console(quiet=True)
+
+
+def without_interpreter() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+# Results
+
+
+def test_a_run_that_was_stopped_continues_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    first = Results.open(path, resume=False)
+    first.add(dict(stage="layer", id="a", column="x", status="ok"))
+    first.add(dict(stage="layer", id="b", column="x", status="stopped"))
+    with path.open("a") as file:
+        file.write('{"stage": "layer", "id": "c", "col')
+    again = Results.open(path, resume=True)
+    assert [key[:2] for key in again.done] == [("layer", "a")], "what found no time is tried again"
+    again.add(dict(stage="layer", id="c", column="x", status="ok"))
+    assert [r["id"] for r in read_records(path)] == ["a", "b", "c"]
+    assert all(r["run"]["torch"] == torch.__version__ for r in read_records(path))
+
+
+def test_results_are_not_written_over(tmp_path: Path) -> None:
+    Results.open(tmp_path / "results.jsonl", resume=False)
+    with pytest.raises(FileExistsError, match="--resume"):
+        Results.open(tmp_path / "results.jsonl", resume=False)
+
+
+@pytest.mark.parametrize("what", ["gpu", "torch", "triton", "driver", "sources"])
+def test_a_run_of_another_version_is_not_continued(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "results.jsonl"
+    Results.open(path, resume=False).add(dict(stage="layer", id="a", status="ok"))
+    header, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(header) | {what: "another"}), *rest]) + "\n")
+    assert not Results.open(path, resume=True).done
+
+
+def test_a_run_says_what_it_ran_on(tmp_path: Path) -> None:
+    header = Results.open(tmp_path / "results.jsonl", resume=False).header
+    assert {"gpu", "driver", "cuda", "torch", "triton", "cudnn", "commit", "date", "sources"} <= set(header)
+    assert set(header["sources"]) >= {"conv_fprop", "conv_flat", "matmul"}
+
+
+# Workers and sessions
+
+
+def worker_raises() -> None:
+    raise ValueError("three is not four")
+
+
+def worker_dies() -> None:
+    os._exit(7)
+
+
+def worker_answers(value: int) -> dict[str, Any]:
+    return dict(status="ok", value=value, pid=os.getpid(), interpreted=os.environ.get("TRITON_INTERPRET"))
+
+
+def test_a_worker_that_raises_goes_on() -> None:
+    with Worker() as worker:
+        pid = worker.call(worker_answers, 1, timeout=60)["pid"]
+        with pytest.raises(WorkerError, match=r"ValueError: three is not four \(test_bench.py, line \d+\)"):
+            worker.call(worker_raises, timeout=60)
+        assert worker.call(worker_answers, 2, timeout=60)["pid"] == pid
+
+
+def test_a_worker_that_dies_or_hangs_is_replaced() -> None:
+    with Worker({"TRITON_INTERPRET": "1"}) as worker:
+        with pytest.raises(WorkerError, match="exit code 7"):
+            worker.call(worker_dies, timeout=60)
+        begin = time.monotonic()
+        with pytest.raises(WorkerError, match="stopped after 1 s"):
+            worker.call(time.sleep, 100, timeout=1)
+        assert time.monotonic() - begin < 30
+        found = worker.call(worker_answers, 3, timeout=60)
+        assert (found["value"], found["interpreted"]) == (3, "1")
+
+
+def test_a_session_ends_in_time_and_says_what_it_left_out(tmp_path: Path) -> None:
+    jobs = [Job(dict(stage="layer", id=str(i)), worker_answers, (i,)) for i in range(3)]
+    slow = Job(dict(stage="layer", id="slow"), time.sleep, (100,))
+    results = Results.open(tmp_path / "results.jsonl", resume=False)
+    begin = time.monotonic()
+    with Session(results, QUIET, seconds=12) as session:
+        records = session.run("some", [*jobs, slow, Job(dict(stage="layer", id="late"), worker_answers, (9,))])
+    assert time.monotonic() - begin < 30
+    assert [r["status"] for r in records] == ["ok", "ok", "ok", "stopped"]
+    assert session.left_out == 1
+    # Continued, the rest is done and nothing twice.
+    with Session(Results.open(results.path, resume=True), QUIET) as session:
+        records = session.run("the rest", [*jobs, Job(dict(stage="layer", id="late"), worker_answers, (9,))])
+    assert [r["id"] for r in records] == ["late"]
+
+
+# Right or wrong
+
+
+SMALL = Case("small", "conv", 1, 8, (5, 5), 8, (3, 3), (1, 1), (1, 1), (1, 1))
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    """As they were: a worker sets what it likes, and here it is this very process."""
+    switches: Any = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches], torch.backends.cudnn.benchmark, torch.get_num_threads()
+    with torch.no_grad():
+        yield
+    for switch, value in zip(switches, before[0], strict=True):
+        switch.fp32_precision = value
+    torch.backends.cudnn.benchmark = before[1]
+    torch.set_num_threads(before[2])
+
+
+def test_a_layer_that_is_right_is_not_timed_without_a_gpu() -> None:
+    record = layers.measure_layer(SMALL, layers.OURS, None)
+    assert record["status"] == "ok" and not record["timed"] and "ms" not in record
+    assert record["error"] < 1e-2 and record["kernels"] == ["conv_flat_kernel"]
+
+
+def test_a_layer_that_is_wrong_is_reported_and_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    operation = registry.operations()["conv"]
+    right = operation.ours
+
+    def off_by_one_pixel(case: Case, *tensors: torch.Tensor) -> torch.Tensor:
+        y = right(case, *tensors).clone()
+        y[0, 3, 2, 2] += 1.0
+        return y
+
+    monkeypatch.setattr(operation, "ours", off_by_one_pixel)
+    monkeypatch.setattr(layers, "time_layer", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(layers, "ready", lambda: "cpu")
+    record = layers.measure_layer(SMALL, layers.OURS, None)
+    assert record["status"] == "wrong" and "relative error" in record["reason"] and not record["timed"]
+    assert layers.check_layer(SMALL, None, True)["status"] == "wrong"
+
+
+def test_numbers_of_a_timed_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TFLOP/s, GB/s and the share of the roofline follow from the median."""
+    monkeypatch.setattr(layers, "time_calls", lambda *_, **__: Timing(0.5, 0.4, 0.6, 9, "graph"))
+    monkeypatch.setattr(layers, "peak_memory", lambda _: 1000)
+    operation = registry.operations()["conv"]
+    case = next(case for case in load_cases() if case.id == "r50_l3_3x3_b1")
+    tensors = operation.tensors(case, "cpu", torch.bfloat16, True)
+    ceilings = {"bandwidth": 4e12, "16": 800e12}
+    record = layers.time_layer(operation, case, lambda *_: None, tensors, ceilings, 0.1)  # type: ignore[arg-type, return-value]
+    assert record["tflops"] == pytest.approx(2 * case.macs / 0.5e-3 / 1e12)
+    assert record["gbps"] == pytest.approx(case.bytes / 0.5e-3 / 1e9)
+    floor = max(2 * case.macs / 800e12, case.bytes / 4e12)
+    assert record["percent"] == pytest.approx(100 * floor / 0.5e-3)
+    assert record["memory"] == 1000 and record["timed"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_one_wrong_pixel_cannot_hide(dtype: torch.dtype) -> None:
+    reference = torch.randn(4, 64, 32, 32, dtype=torch.float64)
+    out = reference.to(dtype).clone()
+    assert check.compare(out, reference, depth=576).complaint is None
+    out[1, 2, 3, 4] += 0.5
+    complaint = check.compare(out, reference, depth=576).complaint
+    # The norm sees it where rounding is small, the element's own bound everywhere.
+    assert complaint is not None and ("relative error" in complaint or "element [1, 2, 3, 4]" in complaint)
+    out[1, 2, 3, 4] = float("nan")
+    assert "differ in being finite, first at [1, 2, 3, 4]" in str(check.compare(out, reference).complaint)
+
+
+def test_tf32_may_round_its_operands_and_ieee_may_not() -> None:
+    reference = torch.randn(2, 8, 16, 16, dtype=torch.float64)
+    rounded = (reference * (1 + 2**-12 * torch.randn(reference.shape, dtype=torch.float64))).float()
+    assert check.compare(rounded, reference, tf32=True).complaint is None
+    assert check.compare(rounded, reference, depth=1).complaint is not None
+
+
+def test_inputs_rotate_until_the_cache_is_cold() -> None:
+    small, large = torch.empty(1000, device="meta"), torch.empty(10**9, device="meta")
+    assert copies_for_cold_cache([small], H200.l2_bytes) == 64
+    assert copies_for_cold_cache([large], H200.l2_bytes) == 1
+    megabytes = torch.empty(10 * 2**20, dtype=torch.float32, device="meta")
+    assert copies_for_cold_cache([megabytes], H200.l2_bytes) * 40 * 2**20 >= 3 * H200.l2_bytes
+
+
+def test_nothing_is_timed_without_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="no GPU"):
+        clock.time_calls([lambda: None])
+    with pytest.raises(RuntimeError, match="--dry-run"):
+        measure(load_cases(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# What there is to measure
+
+
+def test_every_possible_config_of_every_kernel_is_checked() -> None:
+    seen: dict[str, set[str]] = {}
+    for case, config, _ in suites.check_layers(H200):
+        (launch,) = registry.operations()[case.kind].launches(case, H200, config)
+        assert launch.problem is not None
+        seen.setdefault(launch.problem.kernel, set()).add(str(config))
+    for operation in registry.operations().values():
+        for kernel in operation.kernels:
+            module = __import__(f"tritonconv.kernels.{kernel}", fromlist=["configs"])
+            assert seen[kernel] == {str(config) for config in module.configs()}, kernel
+
+
+def test_jobs_have_names_of_their_own() -> None:
+    jobs = suites.check_jobs(H200) + suites.layer_jobs(load_cases())
+    jobs += suites.module_jobs("models") + suites.module_jobs("blocks")
+    from tritonconv.bench.results import key_of
+
+    assert len({key_of(job.identity) for job in jobs}) == len(jobs)
+
+
+def test_an_operation_that_registers_itself_is_measured_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = load_cases()
+    before = {case.id for case in cases if registry.operation_for(case) is None}
+    monkeypatch.setattr(registry, "_registered", dict(registry.operations()))
+    monkeypatch.setattr(registry, "operations", lambda: registry._registered)
+
+    @registry.register
+    class Pool(type(registry.operations()["conv"])):  # type: ignore[misc]
+        kind = "pool"
+
+    assert before - {case.id for case in cases if registry.operation_for(case) is None} == {
+        case.id for case in cases if case.kind == "pool"
+    }
+    with pytest.raises(ValueError, match="'pool' is registered already"):
+        registry.register(Pool)
+
+
+def test_columns_by_word() -> None:
+    assert columns_of(()) == layers.COLUMNS
+    assert columns_of(("cudnn",)) == ("cudnn contiguous", "cudnn channels_last", "tritonconv")
+    with pytest.raises(ValueError, match="'xla' is unknown"):
+        columns_of(("xla",))
+
+
+def test_the_summary_counts_wins_and_losses() -> None:
+    def timed(id: str, column: str, ms: float) -> dict[str, Any]:
+        return dict(stage="layer", id=id, family="f", column=column, ms=ms, timed=True, status="ok", mode="graph") | {
+            "pass": "fprop"
+        }
+
+    records = [
+        timed("a", "tritonconv", 1.0), timed("a", "cudnn contiguous", 3.0), timed("a", "cudnn channels_last", 2.0),
+        timed("b", "tritonconv", 1.0), timed("b", "compile", 0.5), dict(stage="check", status="wrong"),
+    ]  # fmt: skip
+    table = summary(records)
+    cells = [list(column.cells) for column in table.columns]
+    assert [column[1] for column in cells] == ["f", "5", "0", "1", "1", "1.00x"]
+    assert cells[2][0] == "1", "a wrong check"
+
+
+@pytest.mark.parametrize("column", ["tritonconv", "cudnn channels_last", "cudnn contiguous"])
+def test_a_block_is_compared_before_it_would_be_timed(column: str) -> None:
+    record = networks.measure_module("conv_bn_relu", "inference", 1, column, "graph")
+    assert record["status"] == "ok" and not record["timed"] and record["provider"] == "own definition"
+    assert 0 < record["error"] < 0.05
+
+
+def test_training_of_our_own_is_not_built() -> None:
+    assert networks.measure_module("separable", "training", 1, "tritonconv", "eager")["status"] == "not built"
+
+
+# Without a GPU
+
+
+def test_a_layer_that_cannot_be_compiled_fails_and_says_why() -> None:
+    case = replace(SMALL, id="odd", macs=1)
+    (record,) = dry_records([case], "NVIDIA H200", QUIET)
+    assert record["status"] == "failed" and "expected 1 and 0" in record["reason"]
+    assert verdict([record]) == "1 cases: 0 ok, 0 not built, 1 failed"
+
+
+@pytest.mark.codegen
+def test_a_dry_run_goes_through_all_cases_and_its_results_make_a_page(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=without_interpreter(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.strip().splitlines()
+    missing = sum(registry.operation_for(case) is None for case in load_cases())
+    assert lines[-1] == f"90 cases: {90 - missing} ok, {missing} not built, 0 failed"
+    assert "Predictions of the cost model for NVIDIA H200; no time was measured." in done.stdout
+    results = tmp_path / "results.jsonl"
+    records = list(read_records(results))
+    assert sum(r["stage"] == "layer" and r["status"] == "ok" for r in records) == 2 * len(
+        registry.operations()["conv"].checks()
+    )
+    page = tmp_path / "page.md"
+    report = [sys.executable, "-m", "benchmarks.report", str(results), "--out", str(page)]
+    subprocess.run(report, cwd=ROOT, check=True, capture_output=True)
+    assert "No time was measured" in page.read_text() and "r50_l1_3x3" in page.read_text()
+
+
+AHEAD = """
+import functools, sys
+from pathlib import Path
+import torch, triton
+from rich.console import Console
+from tritonconv.bench.ahead import case_launches, compile_ahead
+from tritonconv.bench.offline import IdleDriver
+from tritonconv.bench.registry import operations
+from tritonconv.ops.launch import captured, forced
+from tritonconv.tuning import device_named
+if __name__ == "__main__":
+    device, operation = device_named("H200"), operations()["conv"]
+    cases = [case for case in operation.checks() if case.id in ("3x3 of 128", "stem 5x5 stride 2", "1x1 of 72")]
+    tasks = [(case.id, functools.partial(case_launches, case, None, cl, device)) for case in cases for cl in (True, False)]
+    assert not compile_ahead(tasks, device, Console(quiet=True))
+    cache = Path(sys.argv[1])
+    compiled = sorted(cache.iterdir())
+    # What a process with the GPU does, but for the driver: real tensors, Triton's own launcher.
+    triton.runtime.driver.set_active(IdleDriver(device, 0))
+    for case in cases:
+        for channels_last in (True, False):
+            tensors = operation.tensors(case, "cpu", torch.bfloat16, channels_last)
+            with torch.no_grad(), captured(device) as launches:
+                operation.ours(case, *tensors)
+            for launch in launches:
+                launch.kernel[(launch.programs,)](*launch.arguments.values(), **launch.options)
+    assert sorted(cache.iterdir()) == compiled, "the JIT compiled again"
+    print(len(compiled))
+"""
+
+
+@pytest.mark.codegen
+def test_the_jit_finds_what_was_compiled_ahead(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(AHEAD)
+    cache = tmp_path / "cache"
+    environment = without_interpreter() | {"TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, script, cache], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) >= 6

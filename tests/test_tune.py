@@ -1,0 +1,213 @@
+"""Tuning and its effect: what is measured decides configs and backends of later calls, and explain tells.
+
+Kernels run in the interpreter with the configs of an H200, and the clock is a table of times.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tritonconv
+from tritonconv.bench import tune as tune_module
+from tritonconv.bench.clock import Timing
+from tritonconv.ops.calls import clear_caches
+from tritonconv.ops.launch import captured, forced, forcing, record_launches
+from tritonconv.tuning import choose, device_named
+from tritonconv.tuning.cache import cached_table, forget
+from tritonconv.tuning.configs import as_dict, config_name
+from tritonconv.tuning.tables import Table
+
+H200 = device_named("H200")
+BEST = "64x64x32 w4 s2"
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the clock is a stub, and kernels run interpreted")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("TRITONCONV_CACHE_DIR", str(tmp_path))
+    reset()
+    yield tmp_path
+    reset()
+
+
+def reset() -> None:
+    forget()
+    choose.cache_clear()
+    clear_caches()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set the milliseconds of our configs by their name, and of torch."""
+
+    def set_times(ours: dict[str, float], torch_ms: float) -> None:
+        def time_calls(calls: list[Callable[[], object]], **_: object) -> Timing:
+            # The call must work as it would be timed.
+            calls[0]()
+            config = forcing() and forcing().config  # type: ignore[union-attr]
+            ms = torch_ms if not config else ours.get(config_name(as_dict(config)), 1.0)
+            return Timing(ms, ms, ms, 9, "graph")
+
+        monkeypatch.setattr(tune_module, "time_calls", time_calls)
+
+    return set_times
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(24, 64, 3, padding=1), torch.nn.BatchNorm2d(64), torch.nn.ReLU()).eval()
+    return tritonconv.convert(model.half())
+
+
+def image(batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 24, 8, 8).half().to(memory_format=torch.channels_last)
+
+
+def row(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Any]:
+    with forced(device=H200):
+        found: dict[str, Any] = tritonconv.explain(model, x).to_dict()["layers"][0]
+    return found
+
+
+def chosen(model: torch.nn.Module, x: torch.Tensor) -> str:
+    with torch.no_grad(), captured(H200) as launches, tritonconv.set_backend("triton"):
+        model(x)
+    return config_name(as_dict(launches[0].config))
+
+
+def test_without_a_measurement_ours_runs_and_says_so() -> None:
+    found = row(make_model(), image())
+    assert found["backend"] == "triton"
+    assert found["reason"] == "conv_flat, not measured, fused by fx"
+
+
+def test_what_was_the_fastest_is_chosen_from_then_on(clock: Callable[..., None], folder: Path) -> None:
+    clock({BEST: 0.1}, torch_ms=0.2)
+    model, x = make_model(), image()
+    assert chosen(model, x) != BEST
+    with forced(device=H200):
+        report = tritonconv.tune(model, x)
+    assert [layer.entry and layer.entry.ms for layer in report.layers] == [0.1]
+    assert report.layers[0].before_ms == 1.0 and not report.layers[0].wrong
+    assert BEST in str(report) and str(folder) in str(report)
+    assert chosen(model, x) == BEST
+    found = row(model, x)
+    assert found["backend"] == "triton"
+    assert found["reason"] == "conv_flat, 0.1000 ms, torch 0.2000 ms, fused by fx"
+    # A process that starts anew finds it; here all that remembers is emptied.
+    reset()
+    assert chosen(model, x) == BEST
+    assert chosen(model, image(batch=3)) == BEST, "three times as many pixels are near enough for a config"
+
+
+def test_torch_takes_what_it_was_faster_at(clock: Callable[..., None]) -> None:
+    clock({BEST: 0.1}, torch_ms=0.05)
+    model, x = make_model(), image()
+    with forced(device=H200):
+        tritonconv.tune(model, x)
+        with torch.no_grad(), record_launches() as launches, warnings.catch_warnings():
+            # That is no fallback: nothing is missing.
+            warnings.simplefilter("error")
+            y = model(x)
+        assert not launches
+    torch.testing.assert_close(y, tritonconv.revert(model)(x), rtol=1e-3, atol=1e-3)
+    model = make_model()
+    found = row(model, x)
+    assert found["backend"] == "torch"
+    assert found["reason"].startswith("torch was faster: 0.0500 ms, conv_flat 0.1000 ms")
+    with tritonconv.set_backend("triton"):
+        assert row(model, x)["backend"] == "triton", "who asks for Triton gets it"
+    assert row(model, image(batch=3))["backend"] == "triton", "another layer was not measured"
+
+
+def test_the_layer_alone_was_not_measured(clock: Callable[..., None]) -> None:
+    clock({}, torch_ms=0.05)
+    model, x = make_model(), image()
+    with forced(device=H200):
+        tritonconv.tune(model, x)
+    with forced(device=H200), torch.no_grad(), record_launches() as launches:
+        tritonconv.functional.conv2d(x, model[0].weight, padding=1)
+    assert launches == ["conv_flat_kernel"], "without batch norm and ReLU torch may be slower or faster than it was"
+
+
+def test_a_candidate_that_is_wrong_is_never_timed(clock: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock({BEST: 0.1}, torch_ms=0.2)
+    right = tune_module.run
+
+    def wrong(example: Any) -> torch.Tensor:
+        y = right(example)
+        config = forcing() and forcing().config  # type: ignore[union-attr]
+        return y + 1 if config and config_name(as_dict(config)) == BEST else y
+
+    monkeypatch.setattr(tune_module, "run", wrong)
+    with forced(device=H200):
+        report = tritonconv.tune(make_model(), image())
+    (layer,) = report.layers
+    assert layer.entry is not None and config_name(layer.entry.config) != BEST
+    assert len(layer.wrong) == 1 and "relative error" in layer.wrong[0]
+
+
+def test_equal_layers_are_measured_once(clock: Callable[..., None]) -> None:
+    clock({}, torch_ms=0.2)
+    model = torch.nn.Sequential(*(torch.nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)), torch.nn.Conv2d(8, 8, 1)).half()
+    with forced(device=H200):
+        report = tritonconv.tune(tritonconv.convert(model.eval()), torch.randn(1, 8, 6, 6).half())
+    assert len(report.layers) == 3, "the first gets a contiguous image, three are alike, one is 1x1"
+
+
+def test_linear_layers_and_residuals_are_measured(clock: Callable[..., None]) -> None:
+    clock({}, torch_ms=0.2)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(8, 8, 3, padding=1)
+            self.linear = torch.nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(self.conv(x) + x)
+            return self.linear(y.mean((2, 3)))
+
+    with forced(device=H200):
+        report = tritonconv.tune(tritonconv.convert(Model().eval()), torch.randn(2, 8, 6, 6))
+    assert [layer.epilogue for layer in report.layers] == ["bias+residual+relu", "bias"]
+    assert all(layer.entry is not None for layer in report.layers)
+
+
+def test_a_table_can_be_exported(clock: Callable[..., None], tmp_path: Path) -> None:
+    clock({BEST: 0.1}, torch_ms=0.2)
+    path = tmp_path / "exported.json"
+    with forced(device=H200):
+        tritonconv.tune(make_model(), image(), export=path)
+    table, kept = Table.from_json(path.read_text(), str(path)), cached_table(H200.name)
+    assert kept is not None and table.entries == kept.entries and table.gpu == "NVIDIA H200"
+
+
+def test_depthwise_layers_go_to_torch_until_they_are_measured(clock: Callable[..., None]) -> None:
+    model = tritonconv.convert(torch.nn.Conv2d(16, 16, 3, padding=1, groups=16).half().eval())
+    x = torch.randn(1, 16, 8, 8).half()
+    found = row(model, x)
+    assert found["backend"] == "torch" and found["reason"].startswith("not measured, and ")
+    clock({}, torch_ms=2.0)
+    with forced(device=H200):
+        tritonconv.tune(model, x)
+    assert row(model, x)["backend"] == "triton", "it was faster after all"
+
+
+def test_the_interpreter_runs_everything() -> None:
+    model = tritonconv.convert(torch.nn.Conv2d(16, 16, 3, padding=1, groups=16).eval())
+    assert tritonconv.explain(model, torch.randn(1, 16, 8, 8)).to_dict()["layers"][0]["reason"] == "conv_flat"
+
+
+def test_tune_needs_a_module_and_a_clock() -> None:
+    with pytest.raises(TypeError, match=r"tune\(\): argument 'model' must be torch.nn.Module, not str"):
+        tritonconv.tune("model")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="torch sees no GPU"):
+        tritonconv.tune(make_model(), image())

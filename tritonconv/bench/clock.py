@@ -1,0 +1,112 @@
+"""Time on the device: medians with quantiles, the L2 cache cold, the clock settled."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Timing", "copies_for_cold_cache", "peak_memory", "time_calls"]
+
+Mode = Literal["graph", "eager"]
+
+# Medians of windows in a row that agree within this are a settled clock.
+SETTLED = 0.02
+SETTLE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call."""
+
+    ms: float
+    """Median."""
+    low: float
+    """20 % of the samples are below; 80 % are below `high`."""
+    high: float
+    samples: int
+    mode: Mode
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(ms=self.ms, ms_20=self.low, ms_80=self.high, samples=self.samples, mode=self.mode)
+
+
+def copies_for_cold_cache(tensors: Sequence[Tensor], l2_bytes: int, limit: int = 64) -> int:
+    """How many sets of inputs to rotate, so that the one that comes next has left the L2 cache since its last turn."""
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    return max(1, min(limit, -(-3 * l2_bytes // max(1, size))))
+
+
+def time_calls(calls: Sequence[Callable[[], Any]], *, mode: Mode = "graph", seconds: float = 0.2) -> Timing:
+    """Time of one of these calls, which do the same on different memory and take turns.
+
+    Args:
+        calls: already warm: compiled, and cuDNN's benchmark done.
+        mode: "graph": the turns are captured in a CUDA graph, and its replays timed, so that what the host does between
+            launches does not count; "eager": as a user's program calls them, host and all.
+        seconds: how long to sample.
+
+    Raises:
+        RuntimeError: there is no GPU, or a call cannot be captured in a graph.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU: nothing can be timed")
+    turn = _captured(calls) if mode == "graph" else lambda: [call() for call in calls]
+    samples: list[float] = []
+    _settle(turn)
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds or len(samples) < 5:
+        samples.append(_elapsed(turn) / len(calls))
+    low, high = statistics.quantiles(samples, n=5)[0], statistics.quantiles(samples, n=5)[3]
+    return Timing(statistics.median(samples), low, high, len(samples), mode)
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Bytes that a call allocates at its peak, its result included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    # Libraries allocate workspaces for each stream: the warm-up must run on the one that captures.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Replays long enough that the clock's resolution does not count.
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def _elapsed(turn: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    turn()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def _settle(turn: Callable[[], Any]) -> None:
+    """Run until the clock has risen, and no longer than half a second."""
+    begin, last = time.perf_counter(), 0.0
+    while time.perf_counter() - begin < SETTLE_SECONDS:
+        now = statistics.median(_elapsed(turn) for _ in range(5))
+        if last and abs(now - last) <= SETTLED * last:
+            return
+        last = now

@@ -1,0 +1,217 @@
+"""A whole run, in order of priority: checks, layers, tuning, models. `tritonconv bench` and benchmarks/gpu.py call it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tritonconv.bench.ahead import compile_ahead
+from tritonconv.bench.cases import Case
+from tritonconv.bench.dry import dry_records, prediction_table, small_jobs, verdict
+from tritonconv.bench.layers import COLUMNS, OURS, Ceilings, measure_ceilings
+from tritonconv.bench.results import Results, read_records
+from tritonconv.bench.session import Job, Session
+from tritonconv.bench.suites import (
+    check_compilations,
+    check_jobs,
+    layer_compilations,
+    layer_jobs,
+    module_jobs,
+    not_built,
+)
+from tritonconv.ops.launch import device_of
+from tritonconv.tuning import device_named
+
+__all__ = ["STAGES", "columns_of", "dry_run", "measure", "summary"]
+
+STAGES = ("check", "layers", "tune", "blocks", "models")
+# Peers that are there at once, and those that torch.compile makes in minutes.
+QUICK, SLOW = COLUMNS[:3], COLUMNS[3:]
+# How far into the budget each stage may go.
+SHARES = {"check": 0.35, "layers": 0.65, "tune": 0.8, "blocks": 0.85, "models": 1.0}
+
+
+def measure(
+    cases: Sequence[Case], out: Path, *, stages: Sequence[str] = STAGES, columns: Sequence[str] = COLUMNS,
+    budget: float | None = None, resume: bool = False, console: Console | None = None,
+) -> int:  # fmt: skip
+    """Measure on the GPU that is here, into OUT/results.jsonl; returns how many records are wrong or failed.
+
+    Args:
+        cases: the layers of the stages "layers" and "tune".
+        budget: seconds in all; what finds no time is done when the run is continued with `resume`.
+
+    Raises:
+        RuntimeError: there is no GPU.
+        FileExistsError: there are results, and `resume` was not asked for.
+    """
+    console = console or Console(stderr=True)
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU: nothing can be measured (--dry-run does everything but the clock)")
+    device = device_of(torch.device("cuda", torch.cuda.current_device()))
+    results = Results.open(out / "results.jsonl", resume=resume)
+    share = SHARES if set(stages) == set(STAGES) else dict.fromkeys(STAGES, 1.0)
+    with Session(results, console, budget) as session:
+        ceilings = ceilings_of(session)
+        if "check" in stages:
+            failed = compile_ahead(check_compilations(device), device, console, seconds=session.left(0.2))
+            for what, why in failed.items():
+                results.add(
+                    dict(stage="check", id=what, column="compiler", status="failed", reason=why) | {"pass": "fprop"}
+                )
+            session.run("checking", check_jobs(device), share["check"])
+        if "layers" in stages:
+            for record in not_built(cases):
+                results.add(record)
+            compile_ahead(layer_compilations(cases, device), device, console, seconds=session.left(share["layers"]))
+            quick = [column for column in columns if column in QUICK]
+            session.run("layers", layer_jobs(cases, quick, ceilings), share["layers"])
+        if "tune" in stages:
+            tune_layers(session, cases, device.name, out, share["tune"])
+        for suite in ("blocks", "models"):
+            if suite in stages:
+                session.run(suite, module_jobs(suite, [c for c in columns if c in QUICK]), share[suite])
+        if "layers" in stages:
+            session.run("torch.compile", layer_jobs(cases, [c for c in columns if c in SLOW], ceilings))
+        for suite in ("blocks", "models"):
+            if suite in stages:
+                session.run(f"{suite}, torch.compile", module_jobs(suite, [c for c in columns if c in SLOW]))
+        if session.left_out:
+            console.print(f"{session.left_out} measurements found no time: continue with --resume")
+    records = [r for r in read_records(results.path) if r["run"].get("gpu") == device.name]
+    Console().print(summary(records))
+    return sum(r.get("status") in ("wrong", "failed") for r in records)
+
+
+def ceilings_of(session: Session) -> Ceilings | None:
+    """What this device sustains, measured in this run."""
+    job = Job(dict(stage="ceilings", id="device"), measure_ceilings_record, ())
+    found = session.run("ceilings", [job])
+    if not found:
+        found = [r for r in read_records(session.results.path) if r["stage"] == "ceilings"][-1:]
+    if not found or found[0]["status"] != "ok":
+        return None
+    return {name: found[0][name] for name in ("bandwidth", "16", "tf32", "fp32", "fp64")}
+
+
+def measure_ceilings_record() -> dict[str, Any]:
+    return dict(status="ok", **measure_ceilings())
+
+
+def tune_layers(session: Session, cases: Sequence[Case], gpu: str, out: Path, share: float) -> None:
+    """Tune the layers that are furthest from their roofline first, and write the table for this GPU."""
+    from tritonconv.bench.tune import tune_case
+    from tritonconv.tuning.cache import write
+    from tritonconv.tuning.tables import Entry, Table
+
+    layers = [r for r in read_records(session.results.path) if r["stage"] == "layer" and r.get("timed")]
+    ours = {r["id"]: r for r in layers if r["column"] == OURS}
+    peers: dict[str, tuple[float, str]] = {}
+    for r in layers:
+        if r["column"] != OURS:
+            peers[r["id"]] = min(peers.get(r["id"], (math.inf, "")), (r["ms"], r["column"]))
+    order = sorted((case for case in cases if case.id in ours), key=lambda case: ours[case.id]["percent"])
+    jobs = [
+        Job(dict(stage="tune", id=case.id, column=OURS, batch=case.batch) | {"pass": "fprop"}, tune_case,
+            (case, *peers.get(case.id, (None, None))), 120.0)
+        for case in order
+    ]  # fmt: skip
+    session.run("tuning", jobs, share)
+    table = Table(gpu, session.results.header["triton"])
+    for record in read_records(session.results.path):
+        for row in record.get("entries", ()):
+            table.add(Entry(**row | dict(input=tuple(row["input"]))))
+    if table.entries:
+        write(out / "table.json", table)
+
+
+def columns_of(peers: Sequence[str]) -> tuple[str, ...]:
+    """The columns that these words name, ours among them; all where there are none.
+
+    >>> columns_of(["compile"])
+    ('tritonconv', 'compile')
+
+    Raises:
+        ValueError: a word is none of cudnn, compile and max-autotune.
+    """
+    words = {"cudnn": COLUMNS[:2], "compile": COLUMNS[3:4], "max-autotune": COLUMNS[4:]}
+    for word in peers:
+        if word not in words:
+            raise ValueError(f"--peer {word!r} is unknown: expected {', '.join(words)}")
+    return tuple(c for c in COLUMNS if not peers or c == OURS or any(c in words[word] for word in peers))
+
+
+def dry_run(
+    cases: Sequence[Case], target: str, out: Path | None, *, resume: bool = False, console: Console | None = None
+) -> int:
+    """Geometry, offline compilation and predictions of all cases, and the measuring code itself in the interpreter.
+
+    Returns:
+        How many cases failed.
+    """
+    console = console or Console(stderr=True)
+    target = device_named(target).name
+    with contextlib.ExitStack() as stack:
+        # Without a place to keep them results go the same way, and are gone with it.
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        results = Results.open(folder / "results.jsonl", resume=resume)
+        records = dry_records(cases, target, console)
+        for record in records:
+            results.add(record)
+        with Session(results, console, environment={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}) as session:
+            small = session.run("small layers in the interpreter", small_jobs())
+    shown = Console(width=160) if not Console().is_terminal else Console()
+    shown.print(prediction_table(records, target))
+    wrong = [r for r in small if r["status"] != "ok"]
+    right = len(small) - len(wrong)
+    print(f"{len(small)} small layers in Triton's interpreter, not timed: {right} right, {len(wrong)} wrong")
+    for r in wrong:
+        print(f"  {r['id']}, {r['column']}: {r.get('reason')}")
+    for record in records:
+        if record["status"] == "failed":
+            print(f"  {record['id']}: {record['reason']}")
+    print(verdict(records))
+    return sum(record["status"] == "failed" for record in records) + len(wrong)
+
+
+def summary(records: Sequence[dict[str, Any]]) -> Table:
+    """One screen: what was right, and how ours compares, by family."""
+    table = Table(title="summary", title_justify="left", box=None, pad_edge=False)
+    for name in ("what", "right", "wrong or failed", "wins", "losses", "ours / best peer"):
+        table.add_column(name, justify="left" if name == "what" else "right")
+
+    def add(what: str, rows: Sequence[dict[str, Any]]) -> None:
+        good = sum(r.get("status") == "ok" for r in rows)
+        bad = sum(r.get("status") in ("wrong", "failed") for r in rows)
+        best: dict[tuple[Any, ...], dict[str, float]] = {}
+        for r in rows:
+            if r.get("timed"):
+                key = (r["id"], r["pass"], r.get("batch"), r.get("mode"))
+                side = "ours" if r["column"] == OURS else "peer"
+                times = best.setdefault(key, {})
+                times[side] = min(times.get(side, math.inf), r["ms"])
+        ratios = [t["peer"] / t["ours"] for t in best.values() if len(t) == 2]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+        table.add_row(
+            what, str(good), str(bad), str(sum(r > 1.03 for r in ratios)), str(sum(r < 0.97 for r in ratios)),
+            f"{mean:.2f}x" if mean else "not measured",
+        )  # fmt: skip
+
+    add("checks of candidates", [r for r in records if r["stage"] == "check"])
+    layers = [r for r in records if r["stage"] == "layer"]
+    for family in dict.fromkeys(r["family"] for r in layers):
+        add(family, [r for r in layers if r["family"] == family])
+    for suite in ("blocks", "models"):
+        for pass_ in ("inference", "training"):
+            rows = [r for r in records if r["stage"] == "module" and r["suite"] == suite and r["pass"] == pass_]
+            if rows:
+                add(f"{suite}, {pass_}", rows)
+    return table

@@ -1,0 +1,124 @@
+"""What there is to measure, as jobs: checks of every candidate config, layers, blocks and models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tritonconv.bench.ahead import Compilation, case_launches
+from tritonconv.bench.cases import Case, load_cases
+from tritonconv.bench.layers import COLUMNS, OURS, Ceilings, check_layer, measure_layer
+from tritonconv.bench.modules import module_cases
+from tritonconv.bench.networks import measure_module
+from tritonconv.bench.registry import operation_for, operations
+from tritonconv.bench.session import Job
+from tritonconv.tuning import Device
+from tritonconv.tuning.configs import as_dict, config_name
+from tritonconv.tuning.select import possible
+
+__all__ = [
+    "check_compilations", "check_jobs", "check_layers", "layer_compilations", "layer_jobs", "module_jobs",
+    "not_built", "selected",
+]  # fmt: skip
+
+# torch.compile searches long, and its searches must not take the whole budget.
+TIMEOUTS = {"compile": 90.0, "compile max-autotune": 180.0}
+
+KINDS = (("bf16", False), ("fp16", False), ("fp32", False), ("fp32", True))
+
+
+def check_layers(device: Device) -> Iterator[tuple[Case, Any, bool]]:
+    """Every operation's small layers, in every type, layout and possible config of the kernel that they take."""
+    for operation in operations().values():
+        for small in operation.checks():
+            for dtype, tf32 in KINDS:
+                case = replace(small, dtype=dtype, tf32=tf32)
+                for channels_last in (True, False):
+                    for launch in operation.launches(case, device, None, channels_last):
+                        for config in possible(launch.problem) if launch.problem else [None]:
+                            yield case, config, channels_last
+
+
+def check_jobs(device: Device) -> list[Job]:
+    """A job for each; the candidates of large tiles first, in which miscompilations were seen."""
+    jobs = []
+    for case, config, channels_last in check_layers(device):
+        layout = "channels_last" if channels_last else "contiguous"
+        column = f"{case.dtype}{' tf32' if case.tf32 else ''} {layout}"
+        identity = dict(stage="check", id=check_name(case, config), column=column) | {"pass": "fprop"}
+        jobs.append(Job(identity, check_layer, (case, config, channels_last), timeout=60.0))
+    return jobs
+
+
+def layer_jobs(
+    cases: Sequence[Case], columns: Sequence[str] = COLUMNS, ceilings: Ceilings | None = None, seconds: float = 0.2
+) -> list[Job]:
+    """Layers that have kernels, each in these ways."""
+    jobs = []
+    for case in cases:
+        operation = operation_for(case)
+        for pass_ in operation.passes if operation else ():
+            for column in columns:
+                identity = layer_identity(case, column, pass_)
+                jobs.append(Job(identity, measure_layer, (case, column, ceilings, seconds), TIMEOUTS.get(column, 60.0)))
+    return jobs
+
+
+def layer_identity(case: Case, column: str, pass_: str = "fprop") -> dict[str, Any]:
+    return dict(
+        stage="layer", id=case.id, family=case.family, dtype=case.dtype, column=column, mode="graph", batch=case.batch
+    ) | {"pass": pass_}
+
+
+def not_built(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Records of layers that no kernel computes yet."""
+    return [layer_identity(case, OURS) | dict(status="not built") for case in cases if operation_for(case) is None]
+
+
+def layer_compilations(cases: Sequence[Case], device: Device) -> list[Compilation]:
+    """What `layer_jobs` will launch of our own."""
+    built = [case for case in cases if operation_for(case) is not None]
+    return [(case.id, functools.partial(case_launches, case, None, True, device)) for case in built]
+
+
+def check_name(case: Case, config: Any) -> str:
+    return f"{case.id}, {config_name(as_dict(config)) if config is not None else 'its only config'}"
+
+
+def check_compilations(device: Device) -> list[Compilation]:
+    """What `check_jobs` will launch."""
+    return [
+        (
+            f"{case.id}, {case.dtype}, {config_name(as_dict(config))}",
+            functools.partial(case_launches, case, config, channels_last, device),
+        )
+        for case, config, channels_last in check_layers(device)
+    ]
+
+
+def module_jobs(suite: Any, columns: Sequence[str] = COLUMNS, seconds: float = 0.3) -> list[Job]:
+    """Blocks or models: inference of one image and of many, training; as called, and in a CUDA graph."""
+    jobs = []
+    for case in module_cases(suite):
+        for pass_, batch in (
+            ("inference", case.batches[1]),
+            ("inference", case.batches[0]),
+            ("training", case.train_batch),
+        ):
+            for mode in ("eager", "graph") if pass_ == "inference" else ("eager",):
+                for column in columns:
+                    identity = dict(stage="module", suite=suite, id=case.name, column=column, mode=mode, batch=batch)
+                    jobs.append(
+                        Job(
+                            identity | {"pass": pass_}, measure_module, (case.name, pass_, batch, column, mode, seconds),
+                            TIMEOUTS.get(column, 60.0) * 2,
+                        )
+                    )  # fmt: skip
+    return jobs
+
+
+def selected(only: str | None) -> list[Case]:
+    """Rows of cases.csv whose id or family has this text."""
+    return [case for case in load_cases() if only is None or only in case.id or only in case.family]

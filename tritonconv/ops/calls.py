@@ -1,0 +1,187 @@
+"""Calls seen before: one key, one look-up, the result's memory, and the launch.
+
+A call's signature is everything that checks, backend, plan, config and constants depend on, but no tensor. Whoever looks
+at single calls (tracing, transforms, dispatch modes, observers) keeps them away from here: `backend.is_watched`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonconv.ops.backend import Backend, OnTorch, current_backend, needs_gradients
+from tritonconv.ops.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.launch import Recipe, forcing, precision
+from tritonconv.ops.layout import dense_strides
+
+__all__ = ["Dense", "Prepared", "clear_caches", "find", "remember", "signature"]
+
+# A model has at most a few hundred; the bound only stops a service with endless input sizes from growing.
+MOST_CALLS = 4096
+
+
+class Dense(NamedTuple):
+    """A tensor to be allocated."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], channels_last: bool = False) -> Dense:
+        return cls(tuple(shape), dense_strides(shape, channels_last))
+
+    def copy(self, t: Tensor) -> Tensor:
+        """A copy of `t`, broadcast if need be."""
+        return torch.empty_strided(self.shape, self.strides, dtype=t.dtype, device=t.device).copy_(t)
+
+    def like(self, t: Tensor) -> Tensor:
+        """`t` itself if it has these strides, else a copy that has."""
+        return t if t.stride() == self.strides else self.copy(t)
+
+    def unbatched(self) -> Dense:
+        return Dense(self.shape[1:], self.strides[1:])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call for a kernel, resolved but for its tensors."""
+
+    kernel: str
+    recipe: Recipe | None
+    """None where the result has no elements."""
+    output: Dense
+    dtype: torch.dtype
+    device: torch.device
+    copy_x: Dense | None
+    copy_weight: Dense | None
+    copy_residual: Dense | None
+    copy_vectors: bool
+
+    @property
+    def copies(self) -> int:
+        """Hidden layout copies."""
+        return sum(copy is not None for copy in (self.copy_x, self.copy_weight, self.copy_residual))
+
+    @functools.cached_property
+    def rearranges(self) -> bool:
+        """Whether any tensor is copied."""
+        return self.copies > 0 or self.copy_vectors
+
+    def unbatched(self) -> Prepared:
+        """The same for an image (C, *spatial); this one is for a batch of one."""
+        copy_x, residual = self.copy_x, self.copy_residual
+        return replace(
+            self, output=self.output.unbatched(), copy_x=copy_x and copy_x.unbatched(),
+            copy_residual=residual and residual.unbatched(),
+        )  # fmt: skip
+
+    def of_rows(self, x: Tensor, weight: Tensor, epilogue: Epilogue, shape: tuple[int, ...], copied: bool) -> Prepared:
+        """The same for a linear layer's own tensors; this one is for its rows (R, C, 1), `copied` to be so."""
+        residual, output = epilogue.residual, Dense.of(shape)
+        plain = residual is None or (tuple(residual.shape) == shape and residual.is_contiguous())
+        return replace(
+            self, output=output, copy_x=Dense.of(x.shape) if copied or self.copy_x else None,
+            copy_weight=Dense.of(weight.shape) if self.copy_weight else None, copy_residual=None if plain else output,
+        )  # fmt: skip
+
+    def run(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
+        """Launch the kernel for tensors of this call's signature."""
+        y = torch.empty_strided(self.output.shape, self.output.strides, dtype=self.dtype, device=self.device)
+        if self.recipe is None:
+            return y
+        if self.rearranges:
+            x, weight, epilogue = self._rearranged(x, weight, epilogue)
+        self.recipe.run(x, weight, y, epilogue, self.device)
+        return y
+
+    def _rearranged(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor, Epilogue]:
+        residual = epilogue.residual
+        if self.copy_x is not None:
+            x = self.copy_x.copy(x)
+        if self.copy_weight is not None:
+            weight = self.copy_weight.copy(weight)
+        if self.copy_vectors:
+            epilogue = epilogue._replace(residual=None).map(Tensor.contiguous)
+        if self.copy_residual is not None and residual is not None:
+            residual = self.copy_residual.copy(residual)
+        return x, weight, epilogue._replace(residual=residual)
+
+
+_calls: dict[Hashable, Prepared | OnTorch] = {}
+
+
+def find(key: Hashable) -> Prepared | OnTorch | None:
+    """Who runs calls of this signature, if one was seen."""
+    try:
+        return _calls.get(key)
+    # Numbers may be anything until they are checked.
+    except TypeError:
+        return None
+
+
+def remember(key: Hashable, call: Prepared | OnTorch) -> None:
+    """Let `find` give this for calls of this signature, unless it is None or can be no key."""
+    if len(_calls) >= MOST_CALLS:
+        _calls.clear()
+    if key is not None:
+        with suppress(TypeError):
+            _calls[key] = call
+
+
+def clear_caches() -> None:
+    """Resolve every call anew, as after a change of what configs and backends are chosen by."""
+    _calls.clear()
+
+
+def signature(
+    kind: Literal["conv", "matmul"], x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...],
+    backend: Backend | None,
+) -> tuple[Any, ...] | None:  # fmt: skip
+    """The key of a call; None where it can have none: unusual tensors, or arguments that are none.
+
+    Args:
+        kind: whose switch fp32 products follow.
+        numbers: what the geometry is parsed from beside the sizes.
+        backend: the layer's own choice.
+    """
+    bias, norm, residual, activation = epilogue
+    try:
+        dtype = x.dtype
+        # Sizes, strides, types and devices settle checks, geometry and plan; addresses whether descriptors can be used.
+        return (
+            kind, numbers, activation, current_backend(backend), forcing(),
+            dtype is torch.float32 and precision(dtype, kind),
+            torch.is_grad_enabled() and needs_gradients((x, weight, *epilogue.tensors())),
+            dtype, x.shape, x.stride(), x.device, type(x), x.is_neg(), x.data_ptr() % 16,
+            weight.dtype, weight.shape, weight.stride(), weight.device, type(weight), weight.is_neg(),
+            weight.data_ptr() % 16,
+            bias if bias is None else _vector(bias),
+            norm if norm is None else _norm(norm),
+            residual if residual is None else (residual.stride(), *_vector(residual)),
+        )  # fmt: skip
+    # Symbolic, sparse and opaque tensors have no such numbers; whatever is no tensor raises what it should elsewhere.
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+
+
+def _norm(norm: BatchNorm) -> tuple[Any, ...]:
+    # Dtypes are Triton's affair alone. Written out, which takes 0.5 us less than a loop.
+    mean, var, weight, bias, eps = norm
+    return (
+        eps,
+        mean.shape, mean.device, type(mean), mean.is_neg(), mean.is_contiguous() or mean.layout,
+        var.shape, var.device, type(var), var.is_neg(), var.is_contiguous() or var.layout,
+        weight if weight is None else (
+            weight.shape, weight.device, type(weight), weight.is_neg(), weight.is_contiguous() or weight.layout),
+        bias if bias is None else (bias.shape, bias.device, type(bias), bias.is_neg(), bias.is_contiguous() or bias.layout),
+    )  # fmt: skip
+
+
+def _vector(t: Tensor) -> tuple[Any, ...]:
+    return t.dtype, t.shape, t.device, type(t), t.is_neg(), t.is_contiguous() or t.layout

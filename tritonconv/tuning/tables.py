@@ -1,0 +1,188 @@
+"""What was measured: the best config of each layer and the best peer's time, by GPU.
+
+A table belongs to one GPU and one Triton. Entries carry the hash of the kernel that was measured, and are ignored once its
+source has changed. The user's own cache goes before the tables that ship with the library.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from typing import Any
+
+from tritonconv.tuning.configs import as_dict
+from tritonconv.tuning.problem import Problem
+from tritonconv.tuning.sources import kernel_hash
+
+__all__ = ["FORMAT", "Entry", "Table", "entry_of", "is_current", "layer_key", "shipped_table", "slug"]
+
+FORMAT = 1
+# A layer of so many times as many or as few pixels lends its config, and its verdict on torch.
+NEAR_CONFIG, NEAR_VERDICT = 4.0, 2.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured layer. Times are medians in milliseconds."""
+
+    layer: str
+    """`layer_key`: all of it but batch and image size."""
+    batch: int
+    input: tuple[int, int, int]
+    epilogue: str
+    """As `Epilogue.describe` gives it; "" for none."""
+    kernel_hash: str
+    config: dict[str, int | bool]
+    ms: float
+    peer: str | None = None
+    """The fastest other way to compute the layer that was measured beside it."""
+    peer_ms: float | None = None
+    torch: str = ""
+    date: str = ""
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * math.prod(self.input)
+
+
+@dataclass
+class Table:
+    """Entries of one GPU under one Triton."""
+
+    gpu: str
+    triton: str
+    source: str = ""
+    """Where it comes from, for messages."""
+    entries: dict[tuple[Any, ...], Entry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._by_layer: dict[str, list[Entry]] = {}
+        for entry in self.entries.values():
+            self._by_layer.setdefault(entry.layer, []).append(entry)
+
+    def add(self, entry: Entry) -> None:
+        """Put an entry in, in place of an older one for the same sizes and epilogue."""
+        key = (entry.layer, entry.batch, entry.input, entry.epilogue)
+        old = self.entries.get(key)
+        self.entries[key] = entry
+        layer = self._by_layer.setdefault(entry.layer, [])
+        if old is not None:
+            layer.remove(old)
+        layer.append(entry)
+
+    def find(self, problem: Problem, epilogue: str | None, reach: float) -> Entry | None:
+        """The entry of the same layer that was measured nearest in pixels, within a factor of `reach`.
+
+        `epilogue` must agree; None: any will do. Entries of another version of the kernel do not count.
+        """
+        g = problem.geometry
+        pixels = g.batch * math.prod(g.input)
+        found = [
+            (abs(math.log(max(1, entry.pixels) / max(1, pixels))), (entry.batch, entry.input) != (g.batch, g.input), entry)
+            for entry in self._by_layer.get(layer_key(problem), ())
+            if epilogue in (None, entry.epilogue) and is_current(entry)
+        ]
+        distance, _, entry = min(found, key=lambda item: item[:2], default=(math.inf, True, None))
+        return entry if distance <= math.log(reach) + 1e-9 else None
+
+    def to_json(self) -> str:
+        rows = sorted(self.entries.values(), key=lambda e: (e.layer, e.batch, e.input, e.epilogue))
+        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+        head = json.dumps(dict(format=FORMAT, gpu=self.gpu, triton=self.triton))
+        return f'{head[:-1]}, "entries": [\n{lines}\n]}}\n'
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Table:
+        """Raises ValueError for anything that is not a table of this format."""
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise ValueError(f"format {data['format']}, expected {FORMAT}")
+            table = cls(str(data["gpu"]), str(data["triton"]), source)
+            for row in data["entries"]:
+                entry = Entry(**row | dict(input=tuple(row["input"])))
+                valid = len(entry.input) == 3 and entry.ms > 0 and (entry.peer_ms is None or entry.peer_ms > 0)
+                if not valid or not all(isinstance(v, int) for v in entry.config.values()):
+                    raise ValueError(f"an entry of {entry.layer} has no sizes, time or config that could be")
+                table.add(entry)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{source} is no tuning table: {error}") from error
+        return table
+
+    def merge(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            self.add(entry)
+
+
+def layer_key(problem: Problem) -> str:
+    """All that changes the best config, but batch and image size.
+
+    >>> from tritonconv.geometry import ConvGeometry
+    >>> from tritonconv.tuning import device_named
+    >>> g = ConvGeometry.parse((8, 64, 56, 56), (128, 64, 3, 3), nd=2, padding=1, stride=2)
+    >>> layer_key(Problem("conv_fprop", g, "bfloat16", False, True, device_named("H200")))
+    'conv_fprop fprop bfloat16 vectors c64 k128 g1 f1x3x3 s1x2x2 p0x1x1+0x1x1 d1x1x1'
+    """
+    g = problem.geometry
+
+    def sizes(values: tuple[int, ...]) -> str:
+        return "x".join(map(str, values))
+
+    flags = [
+        problem.dtype + ("+tf32" if problem.tf32 and problem.dtype == "float32" else ""),
+        *["vectors"] * problem.vectors, *["int64"] * g.needs_int64, *["transposed"] * g.transposed,
+    ]  # fmt: skip
+    extra = f" op{sizes(g.output_padding)}" if any(g.output_padding) else ""
+    return (
+        f"{problem.kernel} {problem.pass_} {' '.join(flags)} c{g.in_channels} k{g.out_channels} g{g.groups} "
+        f"f{sizes(g.kernel)} s{sizes(g.stride)} p{sizes(g.padding)}+{sizes(g.padding_after)} d{sizes(g.dilation)}{extra}"
+    )
+
+
+def entry_of(
+    problem: Problem,
+    epilogue: str,
+    config: Any,
+    ms: float,
+    *,
+    peer: str | None,
+    peer_ms: float | None,
+    torch: str,
+    date: str,
+) -> Entry:
+    """What was measured of a problem; `config` is a triton.Config."""
+    return Entry(
+        layer_key(problem), problem.geometry.batch, problem.geometry.input, epilogue, kernel_hash(problem.kernel),
+        as_dict(config), ms, peer, peer_ms, torch, date,
+    )  # fmt: skip
+
+
+def slug(gpu: str) -> str:
+    """A GPU's name as part of a file's.
+
+    >>> slug("NVIDIA H100 80GB HBM3")
+    'nvidia-h100-80gb-hbm3'
+    """
+    return "-".join("".join(c if c.isalnum() else " " for c in gpu.lower()).split())
+
+
+def is_current(entry: Entry) -> bool:
+    """Whether the kernel is still what was measured."""
+    try:
+        return entry.kernel_hash == kernel_hash(entry.layer.split()[0])
+    except FileNotFoundError:
+        return False
+
+
+@functools.cache
+def shipped_table(gpu: str) -> Table | None:
+    """The table that comes with the library for this GPU, if there is one.
+
+    Its configs serve any Triton: a config that the kernel no longer has is not taken.
+    """
+    path = resources.files(__package__).joinpath("tables").joinpath(f"{slug(gpu)}.json")
+    return Table.from_json(path.read_text(), f"tables/{path.name}") if path.is_file() else None
