@@ -9,7 +9,7 @@ import torch
 
 from tritonconv.bench.layers import COLUMNS, ready
 from tritonconv.bench.modules import ModuleCase, module_cases, settle
-from tritonconv.bench.networks import compare_module, way
+from tritonconv.bench.networks import compare_module, sample, way
 
 CASES = [pytest.param(case, id=case.name) for suite in ("blocks", "models") for case in module_cases(suite)]
 
@@ -20,7 +20,7 @@ def test_module(benchmark: Any, case: ModuleCase, column: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("nothing can be timed without a GPU")
     place = ready()
-    model = settle(case.make().to(place), case.images(2, device=place)).eval()
+    model = settle(case.make().to(place), sample(case, place)).eval()
     found = compare_module(case, model, column, place)
     assert found["status"] == "ok", found["reason"]
     function, layout = way(model.to(torch.bfloat16), column)

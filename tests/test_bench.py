@@ -24,7 +24,9 @@ from tritonconv.bench.results import Results, read_records
 from tritonconv.bench.run import columns_of, measure, summary
 from tritonconv.bench.session import Job, Session
 from tritonconv.bench.worker import Worker, WorkerError
+from tritonconv.ops.launch import forced
 from tritonconv.tuning import device_named
+from tritonconv.tuning.tables import Table
 
 ROOT = Path(__file__).parents[1]
 H200 = device_named("H200")
@@ -294,6 +296,90 @@ def test_training_of_our_own_is_not_built() -> None:
     assert networks.measure_module("separable", "training", 1, "tritonconv", "eager")["status"] == "not built"
 
 
+# A whole run, with a stub for the GPU's clock
+
+
+class Here:
+    """A worker that is this process."""
+
+    def __init__(self, _environment: object) -> None:
+        pass
+
+    def call(self, function: Any, *args: Any, timeout: float) -> Any:  # noqa: ARG002
+        try:
+            return function(*args)
+        except Exception as error:
+            raise WorkerError(f"{type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def stub_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Kernels run in the interpreter with an H200's configs, and every call takes a millisecond."""
+    monkeypatch.setenv("TRITONCONV_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("tritonconv.bench.session.Worker", Here)
+
+    def time_calls(calls: list[Any], **_: object) -> Timing:
+        calls[0]()
+        return Timing(1.0, 0.9, 1.1, 9, "graph")
+
+    for module in ("layers", "networks", "tune"):
+        monkeypatch.setattr(f"tritonconv.bench.{module}.time_calls", time_calls)
+    for module in ("layers", "networks"):
+        monkeypatch.setattr(f"tritonconv.bench.{module}.can_time", lambda: True)
+        monkeypatch.setattr(f"tritonconv.bench.{module}.ready", lambda: "cpu")
+        monkeypatch.setattr(f"tritonconv.bench.{module}.peak_memory", lambda _: 1000)
+        monkeypatch.setattr(f"tritonconv.bench.{module}.copies_for_cold_cache", lambda *_, **__: 2)
+    monkeypatch.setattr("tritonconv.bench.tune.ready", lambda: "cpu")
+    monkeypatch.setattr("tritonconv.bench.tune.copies_for_cold_cache", lambda *_: 1)
+    monkeypatch.setattr("tritonconv.bench.run.can_time", lambda: True)
+    monkeypatch.setattr("tritonconv.bench.run.this_device", lambda: H200)
+    monkeypatch.setattr("tritonconv.bench.run.compile_ahead", lambda *_, **__: {})
+    ceilings = {"bandwidth": 4e12, "16": 8e14, "tf32": 4e14, "fp32": 6e13, "fp64": 6e13}
+    monkeypatch.setattr("tritonconv.bench.run.measure_ceilings", lambda: ceilings)
+    checks = suites.check_jobs(H200)
+    monkeypatch.setattr("tritonconv.bench.run.check_jobs", lambda _: checks[:3])
+    blocks = [
+        job for job in suites.module_jobs("blocks")
+        if job.identity["id"] == "conv_bn_relu" and job.identity["batch"] == 256 and job.identity["mode"] == "eager"
+    ]  # fmt: skip
+    monkeypatch.setattr(
+        "tritonconv.bench.run.module_jobs",
+        lambda suite, columns: [j for j in blocks if suite == "blocks" and j.identity["column"] in columns],
+    )
+    monkeypatch.setattr(
+        "tritonconv.bench.modules.ModuleCase.images", lambda _, n, **options: torch.randn(min(n, 2), 256, 4, 4, **options)
+    )
+    with forced(device=H200):
+        yield
+
+
+@pytest.mark.usefixtures("stub_gpu")
+def test_a_run_does_its_stages_and_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [replace(SMALL, family="f"), replace(SMALL, id="transposed", kind="convT", family="f")]
+    columns = columns_of(("cudnn",))
+    assert measure(cases, tmp_path / "out", columns=columns, console=QUIET) == 0
+    records = list(read_records(tmp_path / "out" / "results.jsonl"))
+    count = {stage: sum(r["stage"] == stage for r in records) for stage in ("ceilings", "check", "layer", "tune", "module")}
+    assert count == {"ceilings": 1, "check": 3 + 5, "layer": 3 + 1, "tune": 1, "module": 6}
+    layers_ = {r["column"]: r for r in records if r["stage"] == "layer" and r["id"] == "small"}
+    assert all(r["timed"] and r["status"] == "ok" for r in layers_.values()) and len(layers_) == 3
+    (tuned,) = (r for r in records if r["stage"] == "tune")
+    assert tuned["status"] == "ok" and tuned["candidates"] > 1 and tuned["ms"] == 1.0 == tuned["peer_ms"]
+    table = Table.from_json((tmp_path / "out" / "table.json").read_text(), "table.json")
+    assert table.gpu == "NVIDIA H200" and [e.ms for e in table.entries.values()] == [1.0]
+    modules = [r for r in records if r["stage"] == "module"]
+    assert {r["status"] for r in modules if r["column"] == "tritonconv" and r["pass"] == "training"} == {"not built"}
+    assert all(r["status"] == "ok" and r["timed"] for r in modules if r["status"] != "not built"), modules
+    assert "checks of candidates" in capsys.readouterr().out
+    # Continued, nothing is done twice.
+    measure(cases, tmp_path / "out", columns=columns, resume=True, console=QUIET)
+    again = [r for r in read_records(tmp_path / "out" / "results.jsonl") if r["status"] != "not built"]
+    assert len(again) == len([r for r in records if r["status"] != "not built"])
+
+
 # Without a GPU
 
 
@@ -333,7 +419,9 @@ from tritonconv.bench.ahead import case_launches, compile_ahead
 from tritonconv.bench.offline import IdleDriver
 from tritonconv.bench.registry import operations
 from tritonconv.ops.launch import captured, forced
+from tritonconv.ops.launch import forced
 from tritonconv.tuning import device_named
+from tritonconv.tuning.tables import Table
 if __name__ == "__main__":
     device, operation = device_named("H200"), operations()["conv"]
     cases = [case for case in operation.checks() if case.id in ("3x3 of 128", "stem 5x5 stride 2", "1x1 of 72")]

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Timing", "copies_for_cold_cache", "peak_memory", "time_calls"]
+from tritonconv.ops.backend import interpreting
+
+__all__ = ["Timing", "can_time", "copies_for_cold_cache", "peak_memory", "time_calls"]
 
 Mode = Literal["graph", "eager"]
 
@@ -36,6 +38,11 @@ class Timing:
         return dict(ms=self.ms, ms_20=self.low, ms_80=self.high, samples=self.samples, mode=self.mode)
 
 
+def can_time() -> bool:
+    """Whether kernels run on a GPU here."""
+    return torch.cuda.is_available() and not interpreting()
+
+
 def copies_for_cold_cache(tensors: Sequence[Tensor], l2_bytes: int, limit: int = 64) -> int:
     """How many sets of inputs to rotate, so that the one that comes next has left the L2 cache since its last turn."""
     size = sum(t.numel() * t.element_size() for t in tensors)
@@ -54,7 +61,7 @@ def time_calls(calls: Sequence[Callable[[], Any]], *, mode: Mode = "graph", seco
     Raises:
         RuntimeError: there is no GPU, or a call cannot be captured in a graph.
     """
-    if not torch.cuda.is_available():
+    if not can_time():
         raise RuntimeError("torch sees no GPU: nothing can be timed")
     turn = _captured(calls) if mode == "graph" else lambda: [call() for call in calls]
     samples: list[float] = []

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tritonconv.bench.cases import Case
 from tritonconv.bench.check import Comparison, compare
-from tritonconv.bench.clock import copies_for_cold_cache, peak_memory, time_calls
+from tritonconv.bench.clock import can_time, copies_for_cold_cache, peak_memory, time_calls
 from tritonconv.bench.registry import Operation, dtype_of, operations
-from tritonconv.ops.backend import interpreting, set_backend
-from tritonconv.ops.launch import device_of, record_launches
+from tritonconv.ops.backend import set_backend
+from tritonconv.ops.launch import device_of, forced, record_launches
 from tritonconv.tuning import Device
 
 __all__ = [
@@ -45,7 +45,7 @@ def ready() -> str:
     """The device that layers run on here, after torch is told how peers are measured."""
     torch.backends.cudnn.benchmark = True
     torch.set_grad_enabled(False)
-    if torch.cuda.is_available() and not interpreting():
+    if can_time():
         return "cuda"
     torch.set_num_threads(1)
     return "cpu"
@@ -71,7 +71,7 @@ def measure_layer(case: Case, column: str, ceilings: Ceilings | None, seconds: f
         record["kernels"] = layer.kernels
     if found.complaint:
         return record | dict(reason=found.complaint)
-    if layer.tensors[0].is_cuda:
+    if can_time():
         record |= time_layer(layer.operation, case, layer.function, layer.tensors, ceilings, seconds)
     return record
 
@@ -94,35 +94,47 @@ def prepare_layer(case: Case, column: str) -> Layer:
     operation = operations()[case.kind]
     torch.manual_seed(0)
     tensors = operation.tensors(case, place, dtype_of(case), channels_last=column != "cudnn contiguous")
-    function = functools.partial(way(operation, column), case)
+    function = way(operation, column, case)
     with record_launches() as launches:
         found = check(operation, case, function, tensors)
     return Layer(operation, function, tensors, found, launches)
 
 
-def way(operation: Operation, column: str) -> Callable[..., Tensor]:
-    """A function of (case, *tensors) that computes the layer in the column's way."""
-    if column == OURS:
+def way(operation: Operation, column: str, case: Case) -> Callable[..., Tensor]:
+    """A function of the layer's tensors that computes it in the column's way."""
 
-        def on_triton(case: Case, *tensors: Tensor) -> Tensor:
-            with set_backend("triton"):
-                return operation.ours(case, *tensors)
+    def on_triton(*tensors: Tensor) -> Tensor:
+        with set_backend("triton"):
+            return operation.ours(case, *tensors)
 
-        return on_triton
+    def on_torch(*tensors: Tensor) -> Tensor:
+        return operation.torch(case, *tensors)
+
     if column in COMPILE_MODES:
         torch._dynamo.reset()
-        return torch.compile(operation.torch, mode=COMPILE_MODES[column], dynamic=False)
-    return operation.torch
+        return torch.compile(on_torch, mode=COMPILE_MODES[column], dynamic=False)
+    return on_triton if column == OURS else on_torch
 
 
 def check(operation: Operation, case: Case, function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Comparison:
     """Compare a way to compute a layer with the reference on the same inputs."""
-    macs, _ = operation.count(case)
-    wide = torch.float32 if macs > BIG and case.dtype in ("bf16", "fp16") else torch.float64
-    set_tf32(False)
-    reference = operation.reference(case, *(t.to(wide) for t in tensors))
-    set_tf32(case.tf32)
+    reference = _references.get(case)
+    if reference is None:
+        macs, _ = operation.count(case)
+        wide = torch.float32 if macs > BIG and case.dtype in ("bf16", "fp16") else torch.float64
+        # It runs once: a search among algorithms would take longer.
+        torch.backends.cudnn.benchmark = False
+        set_tf32(False)
+        reference = operation.reference(case, *(t.to(wide) for t in tensors))
+        set_tf32(case.tf32)
+        torch.backends.cudnn.benchmark = True
+        _references.clear()
+        _references[case] = reference
     return compare(function(*tensors), reference, depth=operation.depth(case), tf32=case.tf32)
+
+
+# Of the layer that is measured just now: its inputs are the same numbers whichever way it is computed.
+_references: dict[Case, Tensor] = {}
 
 
 def time_layer(
@@ -154,13 +166,11 @@ def seconds_at_least(macs: int, size: int, case: Case, device: Device, ceilings:
 
 def check_layer(case: Case, config: Any, channels_last: bool) -> dict[str, Any]:
     """Whether a layer is right with this config (None: the chosen one), twice the same, and writes all of its output."""
-    from tritonconv.ops.launch import forced
-
     place = ready()
     operation = operations()[case.kind]
     torch.manual_seed(0)
     tensors = operation.tensors(case, place, dtype_of(case), channels_last)
-    function = functools.partial(way(operation, OURS), case)
+    function = way(operation, OURS, case)
     with forced(config=config), record_launches() as launches:
         # Blocks that were just freed are handed out again: outputs of the next calls begin as NaN.
         expected = operation.torch(case, *tensors)

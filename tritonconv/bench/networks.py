@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonconv
-from tritonconv.bench.clock import Mode, copies_for_cold_cache, peak_memory, time_calls
+from tritonconv.bench.clock import Mode, can_time, copies_for_cold_cache, peak_memory, time_calls
 from tritonconv.bench.layers import COMPILE_MODES, OURS, ready
 from tritonconv.bench.modules import MODULES, ModuleCase, settle
 from tritonconv.ops.launch import device_of
@@ -35,27 +35,21 @@ def measure_module(
     if pass_ == "training" and column == OURS:
         return dict(status="not built", reason="backward kernels are not built yet: all of it would run on torch")
     torch.manual_seed(0)
-    if place == "cpu":
-        batch = 1
-    small = case.images(2, device=place)[..., : 32 if place == "cpu" else None]
-    model = settle(case.make().to(place), small).eval()
+    model = settle(case.make().to(place), sample(case, place)).eval()
     record: dict[str, Any] = dict(provider=case.provider(), timed=False)
     if pass_ == "inference":
         found = compare_module(case, model, column, place)
         record |= found
-        if found["status"] != "ok" or place == "cpu":
+        if found["status"] != "ok" or not can_time():
             return record
-        return record | _time_inference(case, model, batch, column, mode, seconds)
+        return record | _time_inference(case, model, place, batch, column, mode, seconds)
     record["status"] = "ok"
-    return record if place == "cpu" else record | _time_training(case, model, batch, column, seconds)
+    return record | _time_training(case, model, place, batch, column, seconds) if can_time() else record
 
 
 def compare_module(case: ModuleCase, model: nn.Module, column: str, place: str) -> dict[str, Any]:
     """Error of the column's way and of torch's against fp32, on two images."""
-    images = case.images(2, device=place)
-    if place == "cpu":
-        # The interpreter and the CPU have no time for large ones.
-        images = images[..., :32, :32]
+    images = sample(case, place)
     reference = model(images)
     half = copy.deepcopy(model).to(torch.bfloat16)
     errors = {}
@@ -68,6 +62,12 @@ def compare_module(case: ModuleCase, model: nn.Module, column: str, place: str) 
     if not errors[column] <= limit:
         record |= dict(status="wrong", reason=f"relative error {errors[column]:.2e}, limit {limit:.2e}")
     return record
+
+
+def sample(case: ModuleCase, place: str) -> Tensor:
+    """Two images to compare on; the interpreter and the CPU have no time for large ones."""
+    images = case.images(2, device=place)
+    return images[..., :32, :32] if place == "cpu" else images
 
 
 def way(model: nn.Module, column: str) -> tuple[Callable[[Tensor], Tensor], Any]:
@@ -86,10 +86,10 @@ def way(model: nn.Module, column: str) -> tuple[Callable[[Tensor], Tensor], Any]
 
 
 def _time_inference(
-    case: ModuleCase, model: nn.Module, batch: int, column: str, mode: Mode, seconds: float
+    case: ModuleCase, model: nn.Module, place: str, batch: int, column: str, mode: Mode, seconds: float
 ) -> dict[str, Any]:
     function, layout = way(model.to(torch.bfloat16), column)
-    images = case.images(batch, device="cuda", dtype=torch.bfloat16).to(memory_format=layout)
+    images = case.images(batch, device=place, dtype=torch.bfloat16).to(memory_format=layout)
     copies = copies_for_cold_cache([images], device_of(images.device).l2_bytes, limit=4)
     sets = [images] + [images.clone() for _ in range(copies - 1)]
     for each in sets:
@@ -99,22 +99,24 @@ def _time_inference(
     return dict(timed=True, **timing.to_dict(), images_per_second=1e3 * batch / timing.ms, memory=memory)
 
 
-def _time_training(case: ModuleCase, model: nn.Module, batch: int, column: str, seconds: float) -> dict[str, Any]:
-    torch.set_grad_enabled(True)
+def _time_training(
+    case: ModuleCase, model: nn.Module, place: str, batch: int, column: str, seconds: float
+) -> dict[str, Any]:
     model.train()
     function, layout = way(model, column)
-    images = case.images(batch, device="cuda").to(memory_format=layout)
+    images = case.images(batch, device=place).to(memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, foreach=True)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(place, torch.bfloat16):
             loss = function(images).float().square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    for _ in range(3):
-        step()
-    memory = peak_memory(step)
-    timing = time_calls([step], mode="eager", seconds=seconds)
+    with torch.enable_grad():
+        for _ in range(3):
+            step()
+        memory = peak_memory(step)
+        timing = time_calls([step], mode="eager", seconds=seconds)
     return dict(timed=True, **timing.to_dict(), images_per_second=1e3 * batch / timing.ms, memory=memory)

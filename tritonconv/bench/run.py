@@ -15,9 +15,11 @@ from rich.table import Table
 
 from tritonconv.bench.ahead import compile_ahead
 from tritonconv.bench.cases import Case
+from tritonconv.bench.clock import can_time
 from tritonconv.bench.dry import dry_records, prediction_table, small_jobs, verdict
 from tritonconv.bench.layers import COLUMNS, OURS, Ceilings, measure_ceilings
 from tritonconv.bench.results import Results, read_records
+from tritonconv.bench.sanitize import sanitize_jobs
 from tritonconv.bench.session import Job, Session
 from tritonconv.bench.suites import (
     check_compilations,
@@ -28,7 +30,7 @@ from tritonconv.bench.suites import (
     not_built,
 )
 from tritonconv.ops.launch import device_of
-from tritonconv.tuning import device_named
+from tritonconv.tuning import Device, device_named
 
 __all__ = ["STAGES", "columns_of", "dry_run", "measure", "summary"]
 
@@ -54,9 +56,9 @@ def measure(
         FileExistsError: there are results, and `resume` was not asked for.
     """
     console = console or Console(stderr=True)
-    if not torch.cuda.is_available():
+    if not can_time():
         raise RuntimeError("torch sees no GPU: nothing can be measured (--dry-run does everything but the clock)")
-    device = device_of(torch.device("cuda", torch.cuda.current_device()))
+    device = this_device()
     results = Results.open(out / "results.jsonl", resume=resume)
     share = SHARES if set(stages) == set(STAGES) else dict.fromkeys(STAGES, 1.0)
     with Session(results, console, budget) as session:
@@ -68,6 +70,7 @@ def measure(
                     dict(stage="check", id=what, column="compiler", status="failed", reason=why) | {"pass": "fprop"}
                 )
             session.run("checking", check_jobs(device), share["check"])
+            session.run("compute-sanitizer", sanitize_jobs(), share["check"])
         if "layers" in stages:
             for record in not_built(cases):
                 results.add(record)
@@ -86,9 +89,14 @@ def measure(
                 session.run(f"{suite}, torch.compile", module_jobs(suite, [c for c in columns if c in SLOW]))
         if session.left_out:
             console.print(f"{session.left_out} measurements found no time: continue with --resume")
-    records = [r for r in read_records(results.path) if r["run"].get("gpu") == device.name]
+    records = [r for r in read_records(results.path) if r["run"].get("gpu") == results.header["gpu"]]
     Console().print(summary(records))
     return sum(r.get("status") in ("wrong", "failed") for r in records)
+
+
+def this_device() -> Device:
+    """The GPU that is measured: torch's current one."""
+    return device_of(torch.device("cuda", torch.cuda.current_device()))
 
 
 def ceilings_of(session: Session) -> Ceilings | None:

@@ -88,7 +88,8 @@ class Session:
             # What the budget has cut off is tried again when the run is continued.
             outcome = dict(status="stopped" if left < job.timeout and "stopped after" in str(error) else "failed")
             outcome["reason"] = str(error)
-        return job.identity | outcome | dict(seconds=round(time.monotonic() - begin, 3))
+        # Whatever a job says, it is found again by what it was called.
+        return job.identity | outcome | job.identity | dict(seconds=round(time.monotonic() - begin, 3))
 
     def close(self) -> None:
         self.worker.close()

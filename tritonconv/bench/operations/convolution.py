@@ -11,7 +11,7 @@ import tritonconv.functional as ours
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.ops.layout import empty_output, suggests_channels_last
+from tritonconv.ops.layout import as_format, suggests_channels_last
 
 __all__ = ["Convolution"]
 
@@ -52,7 +52,8 @@ class Convolution(Operation):
         geometry = self.geometry(case)
 
         def random(shape: tuple[int, ...], channels_last: bool) -> Tensor:
-            return empty_output(torch.empty(0, device=device), shape, channels_last, dtype).normal_()
+            # The same numbers in both layouts.
+            return as_format(torch.randn(shape, device=device, dtype=dtype), channels_last)
 
         x = random(case.input_shape, channels_last)
         # A converted model's weights are channels-last, also under images that are not.

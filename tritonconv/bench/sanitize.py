@@ -1,0 +1,53 @@
+"""A few layers under NVIDIA's compute-sanitizer, where it is installed: bad accesses and races that results may hide."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+from tritonconv.bench.layers import check_layer
+from tritonconv.bench.registry import operations
+from tritonconv.bench.session import Job
+
+__all__ = ["TOOL", "run_one", "sanitize_jobs", "sanitized"]
+
+TOOL = "compute-sanitizer"
+# Of its exit status, which is the program's own otherwise.
+FOUND = 99
+
+
+def sanitize_jobs() -> list[Job]:
+    """Each operation's first layers, for bad accesses; the first of them for races in shared memory too."""
+    jobs = []
+    for kind, operation in operations().items():
+        for number, case in enumerate(operation.checks()[:4]):
+            for tool in ("memcheck", "racecheck") if number == 0 else ("memcheck",):
+                identity = dict(stage="check", id=case.id, column=f"{TOOL} {tool}") | {"pass": "fprop"}
+                jobs.append(Job(identity, sanitized, (kind, number, tool), timeout=100.0))
+    return jobs
+
+
+def sanitized(kind: str, number: int, tool: str) -> dict[str, Any]:
+    """Run one layer in a process under the tool; "skipped" where it is not installed or cannot watch this GPU."""
+    path = shutil.which(TOOL)
+    if path is None:
+        return dict(status="skipped", reason=f"{TOOL} is not installed")
+    script = f"from tritonconv.bench.sanitize import run_one; run_one({kind!r}, {number})"
+    command = [path, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    if "Device not supported" in done.stdout + done.stderr:
+        return dict(status="skipped", reason=f"{TOOL} cannot watch this GPU here")
+    if done.returncode == 0:
+        return dict(status="ok")
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "=====" in line]
+    return dict(status="wrong" if done.returncode == FOUND else "failed", reason=" ".join(lines[1:5]) or done.stderr[-300:])
+
+
+def run_one(kind: str, number: int) -> None:
+    """What the tool watches: one layer in bf16."""
+    record = check_layer(replace(operations()[kind].checks()[number], dtype="bf16"), None, True)
+    if record["status"] != "ok":
+        raise RuntimeError(record.get("reason"))
