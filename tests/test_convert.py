@@ -503,3 +503,13 @@ def test_every_model_class_is_kept_with_its_methods() -> None:
     converted = tritonconv.convert(model)
     x = torch.randn(1, 8, 4, 4)
     assert_as_good(run(converted[0], x)[0], block, x)
+
+
+def test_a_model_that_is_converted_in_inference_mode_is_like_any_other() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3))
+    with torch.inference_mode():
+        fast = tritonconv.convert(model)
+        weight = fast[1].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_inference()
+    fast(torch.randn(1, 3, 8, 8)).sum().backward()
+    assert weight.grad is not None

@@ -49,12 +49,14 @@ def convert(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"convert(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
     check_backend(backend)
-    if not inplace:
-        model = copy.deepcopy(model)
-    unfuse_chains(model)
-    swap_layers(model, backend, why_contiguous(model))
-    if fuse:
-        fuse_chains(model)
+    # Copies of parameters that are made in inference mode could never be moved nor trained.
+    with torch.inference_mode(False):
+        if not inplace:
+            model = copy.deepcopy(model)
+        unfuse_chains(model)
+        swap_layers(model, backend, why_contiguous(model))
+        if fuse:
+            fuse_chains(model)
     return model
 
 

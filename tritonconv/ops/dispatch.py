@@ -8,13 +8,23 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.backend import Backend, Call, Decision, OnTorch, current_backend, decide, is_watched, notify
+from tritonconv.ops.backend import (
+    Backend,
+    Call,
+    Decision,
+    OnTorch,
+    current_backend,
+    decide,
+    interpreting,
+    is_watched,
+    notify,
+)
 from tritonconv.ops.calls import Prepared, find, remember, signature
 from tritonconv.ops.convolution import check_convolution, prepare
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.example import Example
 from tritonconv.ops.library import call_operator
-from tritonconv.tuning import judge
+from tritonconv.tuning import judge, mostly_zeros
 
 __all__ = ["convolution", "linear", "on_torch", "replay", "run"]
 
@@ -93,7 +103,10 @@ def convolution(
             batched_epilogue = epilogue._replace(residual=epilogue.residual.unsqueeze(0))
     if _is_traced(x, weight, epilogue):
         refused = decide((x, weight, *epilogue.tensors()), backend, lambda: op, _missing(x, weight, epilogue))
-        if refused is not None:
+        # Times that were measured in eager mode say nothing of the compiler's, so that tables are not asked.
+        grouped = isinstance(groups, int) and groups > 1 and not interpreting()
+        slow = grouped and current_backend(backend) == "auto" and mostly_zeros(groups, weight.shape[0] // groups)
+        if refused is not None or slow:
             return _on_torch("conv", x, weight, epilogue, numbers)
         y = call_operator(batched, weight, batched_epilogue, stride, padding, dilation, groups, "conv")
         return y.squeeze(0) if unbatched else y

@@ -1,11 +1,11 @@
 """Which config a kernel runs with: what is known of GPUs, a model of the time, and what was measured."""
 
 from tritonconv.tuning.devices import INTERPRETER, Device, Products, device_named, known_devices, like
-from tritonconv.tuning.measured import Verdict, judge
+from tritonconv.tuning.measured import Verdict, judge, mostly_zeros
 from tritonconv.tuning.problem import Problem
 from tritonconv.tuning.select import candidates, choose
 
 __all__ = [
     "INTERPRETER", "Device", "Problem", "Products", "Verdict", "candidates", "choose", "device_named", "judge",
-    "known_devices", "like",
+    "known_devices", "like", "mostly_zeros",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from tritonconv.tuning.devices import INTERPRETER
 from tritonconv.tuning.problem import Problem
 from tritonconv.tuning.tables import NEAR_CONFIG, NEAR_VERDICT, Entry, shipped_table
 
-__all__ = ["MARGIN", "Verdict", "find_entry", "judge", "measured_config"]
+__all__ = ["MARGIN", "Verdict", "find_entry", "judge", "measured_config", "mostly_zeros"]
 
 # Torch runs a layer only where it was faster by more than noise.
 MARGIN = 1.03
@@ -65,8 +65,12 @@ def judge(problem: Problem, epilogue: str) -> Verdict:
             return Verdict(True, f"torch was faster: {entry.peer_ms:.4f} ms, {problem.kernel} {entry.ms:.4f} ms")
         return Verdict(False, f"{entry.ms:.4f} ms, torch {entry.peer_ms:.4f} ms")
     filters = problem.gemm[1]
-    if problem.geometry.groups > 1 and filters * MOSTLY_ZEROS <= LEAST_TILE:
-        return Verdict(
-            True, f"not measured, and groups of {filters} fill 1/{LEAST_TILE // filters} of {problem.kernel}'s tile"
-        )
+    if mostly_zeros(problem.geometry.groups, filters):
+        share = f"1/{LEAST_TILE // filters} of {problem.kernel}'s tile"
+        return Verdict(True, f"not measured, and groups of {filters} fill {share}")
     return Verdict(False, "not measured")
+
+
+def mostly_zeros(groups: int, filters: int) -> bool:
+    """Whether the general kernels would compute zeros mostly, for groups of so many filters."""
+    return groups > 1 and filters * MOSTLY_ZEROS <= LEAST_TILE
