@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tritonconv.bench.layers import COLUMNS, ready
-from tritonconv.bench.modules import ModuleCase, module_cases, settle
-from tritonconv.bench.networks import compare_module, sample, way
+from tritonconv.bench.layers import COLUMNS
+from tritonconv.bench.modules import ModuleCase, module_cases
+from tritonconv.bench.networks import prepare_module
 
 CASES = [pytest.param(case, id=case.name) for suite in ("blocks", "models") for case in module_cases(suite)]
 
@@ -19,17 +19,13 @@ CASES = [pytest.param(case, id=case.name) for suite in ("blocks", "models") for 
 def test_module(benchmark: Any, case: ModuleCase, column: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("nothing can be timed without a GPU")
-    place = ready()
-    model = settle(case.make().to(place), sample(case, place)).eval()
-    found = compare_module(case, model, column, place)
-    assert found["status"] == "ok", found["reason"]
-    function, layout = way(model.to(torch.bfloat16), column)
-    images = case.images(case.batches[1], device=place, dtype=torch.bfloat16).to(memory_format=layout)
+    layer = prepare_module(case, column, case.batches[1])
+    assert layer.found["status"] == "ok", layer.found["reason"]
     benchmark.group = case.name
-    benchmark.extra_info.update(provider=case.provider(), batch=case.batches[1], error=found["error"])
+    benchmark.extra_info.update(provider=case.provider(), batch=case.batches[1], error=layer.found["error"])
 
     def call() -> None:
-        function(images)
+        layer.function(layer.images)
         torch.cuda.synchronize()
 
     benchmark(call)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +19,24 @@ import torch
 from rich.console import Console
 
 from tritonconv.bench import check, clock, layers, networks, registry, suites
+from tritonconv.bench.ahead import compile_ahead
 from tritonconv.bench.cases import Case, load_cases
 from tritonconv.bench.clock import Timing, copies_for_cold_cache
 from tritonconv.bench.dry import dry_records, verdict
 from tritonconv.bench.results import Results, read_records
 from tritonconv.bench.run import columns_of, measure, summary
 from tritonconv.bench.session import Job, Session
+from tritonconv.bench.tune import case_compilations
 from tritonconv.bench.worker import Worker, WorkerError
-from tritonconv.ops.launch import forced
+from tritonconv.ops.launch import forced, precision
 from tritonconv.tuning import device_named
+from tritonconv.tuning.configs import as_dict, config_name
 from tritonconv.tuning.tables import Table
 
 ROOT = Path(__file__).parents[1]
 H200 = device_named("H200")
 QUIET = Console(quiet=True)
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it would be timed")
 
 
 def without_interpreter() -> dict[str, str]:
@@ -110,6 +116,36 @@ def test_a_worker_that_dies_or_hangs_is_replaced() -> None:
         assert (found["value"], found["interpreted"]) == (3, "1")
 
 
+def worker_leaves_a_process() -> int:
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]).pid
+
+
+def test_what_a_worker_has_started_ends_with_it() -> None:
+    with Worker() as worker:
+        pid = worker.call(worker_leaves_a_process, timeout=60)
+    for _ in range(100):
+        stat = Path(f"/proc/{pid}/stat")
+        # Whoever inherits it may not have taken note of its end.
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("it still runs")
+
+
+def worker_sees_main() -> str | None:
+    return getattr(sys.modules["__main__"], "__file__", None)
+
+
+def test_a_worker_does_not_run_the_script_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit('a script without a guard')")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    with Worker() as worker:
+        assert worker.call(worker_sees_main, timeout=60) != str(script)
+    assert sys.modules["__main__"].__file__ == str(script)
+
+
 def test_a_session_ends_in_time_and_says_what_it_left_out(tmp_path: Path) -> None:
     jobs = [Job(dict(stage="layer", id=str(i)), worker_answers, (i,)) for i in range(3)]
     slow = Job(dict(stage="layer", id="slow"), time.sleep, (100,))
@@ -135,22 +171,26 @@ SMALL = Case("small", "conv", 1, 8, (5, 5), 8, (3, 3), (1, 1), (1, 1), (1, 1))
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
     """As they were: a worker sets what it likes, and here it is this very process."""
-    switches: Any = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    switches: Any = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches], torch.backends.cudnn.benchmark, torch.get_num_threads()
     with torch.no_grad():
         yield
+    # What torch starts with; the older switches cannot be read where the newer contradict them.
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
     for switch, value in zip(switches, before[0], strict=True):
         switch.fp32_precision = value
     torch.backends.cudnn.benchmark = before[1]
     torch.set_num_threads(before[2])
 
 
+@interpreted
 def test_a_layer_that_is_right_is_not_timed_without_a_gpu() -> None:
     record = layers.measure_layer(SMALL, layers.OURS, None)
     assert record["status"] == "ok" and not record["timed"] and "ms" not in record
     assert record["error"] < 1e-2 and record["kernels"] == ["conv_flat_kernel"]
 
 
+@interpreted
 def test_a_layer_that_is_wrong_is_reported_and_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     operation = registry.operations()["conv"]
     right = operation.ours
@@ -204,6 +244,95 @@ def test_tf32_may_round_its_operands_and_ieee_may_not() -> None:
     assert check.compare(rounded, reference, depth=1).complaint is not None
 
 
+def test_large_results_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = torch.randn(7, 3, 5, dtype=torch.float64)
+    out = reference.float() * (1 + 1e-7)
+    whole = check.compare(out, reference)
+    monkeypatch.setattr(check, "PIECE", 2 * 3 * 5)
+    pieces = check.compare(out, reference)
+    assert pieces.complaint is None and pieces.error == pytest.approx(whole.error)
+    reference[5, 1, 2] = 1.0
+    out[5, 1, 2] = 1.0 + 6e-6
+    assert "element [5, 1, 2] is" in str(check.compare(out, reference).complaint)
+    out[6, 2, 4] = out[0, 0, 0] = float("inf")
+    assert "2 elements differ in being finite, first at [0, 0, 0]" in str(check.compare(out, reference).complaint)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_torchs_switches_of_tf32_agree(on: bool) -> None:
+    """torch.compile reads the older ones, and torch raises where they contradict the newer."""
+    layers.set_tf32(on)
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is on
+    assert (precision(torch.float32, "conv"), precision(torch.float32, "matmul")) == (("tf32" if on else "ieee",) * 2)
+    with layers.exactly():
+        assert precision(torch.float32, "conv") == "ieee" and not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is on
+
+
+class FakeGPU:
+    """A clock, streams and graphs: calls take time on it when they run, and none while they are captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.capturing, self.graph = 0.0, False, []  # type: ignore[var-annotated]
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = gpu.now
+
+            def synchronize(self) -> None:
+                assert not gpu.capturing
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        class Graph:
+            def replay(self) -> None:
+                gpu.now += sum(gpu.graph)
+
+        class Stream:
+            def wait_stream(self, other: Stream) -> None:
+                pass
+
+        @contextmanager
+        def capture(_graph: Graph, stream: Stream) -> Iterator[None]:  # noqa: ARG001
+            gpu.capturing = True
+            yield
+            gpu.capturing = False
+
+        def sleep(cycles: int) -> None:
+            gpu.now += cycles * 1e-6
+
+        fakes = dict(
+            Event=Event, CUDAGraph=Graph, Stream=Stream, graph=capture, stream=lambda _: nullcontext(), _sleep=sleep,
+            current_stream=Stream,
+        )  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(clock, "can_time", lambda: True)
+
+    def call(self, ms: float) -> None:
+        if self.capturing:
+            self.graph.append(ms)
+        else:
+            # The host is slower than the device, which a graph must not see.
+            self.now += ms + 0.02
+
+
+@pytest.mark.parametrize("ms, copies", [(0.003, 3), (0.04, 1), (5.0, 2)])
+def test_a_graph_is_long_enough_for_the_clock(monkeypatch: pytest.MonkeyPatch, ms: float, copies: int) -> None:
+    gpu = FakeGPU(monkeypatch)
+    timing = clock.time_calls([lambda: gpu.call(ms)] * copies, seconds=0.001)
+    assert timing.ms == pytest.approx(ms) and timing.mode == "graph" and timing.samples >= 5
+    turns, rest = divmod(len(gpu.graph), copies)
+    assert rest == 0 and turns == max(1, -(-1.0 // (copies * (ms + 0.02))))
+    eager = clock.time_calls([lambda: gpu.call(ms)] * copies, mode="eager", seconds=0.001)
+    assert eager.ms == pytest.approx(ms + 0.02)
+
+
 def test_inputs_rotate_until_the_cache_is_cold() -> None:
     small, large = torch.empty(1000, device="meta"), torch.empty(10**9, device="meta")
     assert copies_for_cold_cache([small], H200.l2_bytes) == 64
@@ -220,6 +349,22 @@ def test_nothing_is_timed_without_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="--dry-run"):
         measure(load_cases(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_dies_is_no_failure_of_what_waited_behind_it() -> None:
+    assert compile_ahead([], H200, QUIET) == {}
+    assert compile_ahead([(str(i), functools.partial(os._exit, 3)) for i in range(3)], H200, QUIET) == {}
+
+
+def test_what_is_compiled_ahead_is_what_waits() -> None:
+    jobs = suites.check_jobs(H200)
+    assert [what for what, _ in suites.check_compilations(jobs[-2:], H200)] == [
+        f"{job.identity['id']}, {job.identity['column']}" for job in jobs[-2:]
+    ]
+    case = load_cases()[0]
+    assert [what for what, _ in suites.layer_compilations(suites.layer_jobs([case]), H200)] == [case.id]
+    names = {config_name(as_dict(launches.args[1])) for _, launches in case_compilations(case, H200)}  # type: ignore[attr-defined]
+    assert len(names) > 1
 
 
 # What there is to measure
@@ -285,11 +430,26 @@ def test_the_summary_counts_wins_and_losses() -> None:
     assert cells[2][0] == "1", "a wrong check"
 
 
+@interpreted
 @pytest.mark.parametrize("column", ["tritonconv", "cudnn channels_last", "cudnn contiguous"])
 def test_a_block_is_compared_before_it_would_be_timed(column: str) -> None:
     record = networks.measure_module("conv_bn_relu", "inference", 1, column, "graph")
     assert record["status"] == "ok" and not record["timed"] and record["provider"] == "own definition"
     assert 0 < record["error"] < 0.05
+
+
+@interpreted
+def test_what_is_timed_in_both_modes_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = [job.arguments[4] for job in suites.module_jobs("blocks", ("compile",))[:2]]
+    made: list[str] = []
+    prepare = networks.prepare_module
+    monkeypatch.setattr(networks, "_prepared", {})
+    monkeypatch.setattr(networks, "prepare_module", lambda *args: (made.append(args[1]), prepare(*args))[1])
+    for column in ("cudnn contiguous", "cudnn channels_last"):
+        for mode in modes:
+            assert networks.measure_module("conv_bn_relu", "inference", 1, column, mode)["status"] == "ok"
+    assert sorted(modes) == ["eager", "graph"] and made == ["cudnn contiguous", "cudnn channels_last"]
+    assert len(networks._prepared) == 1
 
 
 def test_training_of_our_own_is_not_built() -> None:
@@ -356,6 +516,7 @@ def stub_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         yield
 
 
+@interpreted
 @pytest.mark.usefixtures("stub_gpu")
 def test_a_run_does_its_stages_and_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [replace(SMALL, family="f"), replace(SMALL, id="transposed", kind="convT", family="f")]

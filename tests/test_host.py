@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.nn.fused import fused_call
-from tritonconv.ops import calls
+from tritonconv.ops import calls, dispatch
 from tritonconv.ops.backend import observe
 from tritonconv.ops.calls import clear_caches
 from tritonconv.ops.launch import captured, forced, record_launches
@@ -392,6 +394,144 @@ def test_wrong_calls_raise_every_time_and_are_not_kept() -> None:
             raised.append((error.type, str(error.value)))
         assert raised[0] == raised[1]
     assert len(calls._calls) == kept
+
+
+@pytest.mark.parametrize("wrong", [True, 1.0, (True, 1), (1, 1.0), np.True_, np.float32(1)])
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups"])
+def test_what_equals_an_integer_and_is_none_is_not_taken_for_it(name: str, wrong: Any) -> None:
+    x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
+    for value in (1, (1, 1)) if name != "groups" else (1,):
+        TF.conv2d(x, w, **{name: value})
+    for _ in range(2):
+        with pytest.raises(TypeError, match=name):
+            TF.conv2d(x, w, **{name: wrong})
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups"])
+def test_numpys_integers_are_integers(name: str) -> None:
+    x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
+    for value in (np.int64(1), np.int32(1)) if name == "groups" else (np.int64(1), (np.int32(1), 1), [1, np.int64(1)]):
+        for _ in range(2):
+            assert torch.allclose(TF.conv2d(x, w, **{name: value}), F.conv2d(x, w, **{name: value}), atol=1e-5)
+
+
+def test_an_eps_that_is_none_raises_every_time() -> None:
+    x, w, norm = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3), torch.rand(4, 4).unbind()
+    numpys, ours = (TF.conv2d_bn_act(x, w, None, *norm, eps=eps) for eps in (np.float32(0.5), 0.5))
+    assert torch.equal(numpys, ours)
+    for eps, error in ((None, TypeError), ("1e-5", TypeError), (torch.tensor(1e-5), TypeError), (-1.0, ValueError)):
+        for _ in range(2):
+            with pytest.raises(error, match="eps"):
+                TF.conv2d_bn_act(x, w, None, *norm, eps=eps)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:tritonconv")
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("dual", ["x", "weight", "bias", "residual"])
+def test_forward_mode_derivatives_are_seen(dual: str, gradients: bool) -> None:
+    given = dict(
+        x=torch.randn(2, 4, 5, 5), weight=torch.randn(4, 4, 3, 3), bias=torch.randn(4), residual=torch.randn(2, 4, 3, 3)
+    )
+
+    def tangent(ours: bool) -> torch.Tensor:
+        x, w, b, r = (forward_ad.make_dual(t, t.cos()) if name == dual else t for name, t in given.items())
+        y = TF.conv2d_bn_act(x, w, b, None, None, None, None, residual=r) if ours else F.conv2d(x, w, b) + r
+        return forward_ad.unpack_dual(y).tangent
+
+    with torch.set_grad_enabled(gradients):
+        TF.conv2d_bn_act(given["x"], given["weight"], given["bias"], *(None,) * 4, residual=given["residual"])
+        with forward_ad.dual_level():
+            assert torch.allclose(tangent(True), tangent(False), atol=1e-5)
+            with tritonconv.set_backend("triton"), pytest.raises(RuntimeError, match="forward-mode"):
+                tangent(True)
+
+
+class Intercepting(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (F.linear, F.conv2d):
+            return function.__name__
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Wrapping(torch.Tensor):
+    """Knows torch's own operators, and no others."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, t: torch.Tensor) -> Wrapping:
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, t.shape, strides=t.stride(), dtype=t.dtype, device=t.device)
+        wrapper.inner = t
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace != "aten":
+            raise NotImplementedError(str(function))
+        return function(*(a.inner if isinstance(a, Wrapping) else a for a in args), **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:tritonconv")
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_tensors_with_rules_of_their_own_keep_them(which: int) -> None:
+    image = torch.randn(2, 4, 5, 5), torch.randn(4, 4, 3, 3), torch.randn(4)
+    rows = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4)
+    for name, plain in (("conv2d", image), ("linear", rows)):
+        expected, call = getattr(F, name)(*plain), getattr(TF, name)
+        call(*plain)
+        intercepted = [t.as_subclass(Intercepting) if i == which else t for i, t in enumerate(plain)]
+        wrapped = [Wrapping(t) if i == which else t for i, t in enumerate(plain)]
+        for _ in range(2):
+            assert call(*intercepted) == name
+            assert torch.allclose(call(*wrapped), expected, atol=1e-5)
+            with tritonconv.set_backend("triton"), pytest.raises(RuntimeError, match="rules of its own"):
+                call(*wrapped)
+
+
+@pytest.mark.filterwarnings("ignore:tritonconv", "ignore:Sparse", "ignore:The PyTorch API of nested")
+def test_linear_layers_of_sparse_and_nested_tensors_run_on_torch() -> None:
+    x, w, b = torch.randn(5, 8), torch.randn(4, 8), torch.randn(4)
+    expected = TF.linear(x, w, b)
+    # torch takes no bias with the first.
+    for weight, bias in ((w.to_sparse(), None), (w.to_sparse_csr(), b)):
+        assert torch.allclose(TF.linear(x, weight, bias) + (b if bias is None else 0), expected, atol=1e-5)
+    for image in (x.to_sparse(), x.to_sparse_csr()):
+        assert torch.allclose(TF.linear(image, w), expected - b, atol=1e-5)
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([x[:2], x[2:]], layout=layout)
+        assert torch.allclose(TF.linear(nested, w, b).unbind()[1], expected[2:], atol=1e-5)
+        with tritonconv.set_backend("triton"), pytest.raises(RuntimeError, match=r"nested|strided"):
+            TF.linear(nested, w, b)
+
+
+@pytest.mark.filterwarnings("ignore:tritonconv")
+def test_tensors_without_memory_are_seen() -> None:
+    x, w = torch.randn(2, 4, 5, 5), torch.randn(4, 4, 3, 3)
+    TF.conv2d(x, w)
+    assert not TF.conv2d(torch._efficientzerotensor(x.shape), w).any()
+    # As FSDP leaves a parameter whose shards were not gathered.
+    freed = w.clone()
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="not allocated"):
+        TF.conv2d(x, freed)
+
+
+def test_a_backend_that_changes_while_a_call_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
+    prepare = dispatch.prepare
+
+    def slowly(*arguments: Any) -> Any:
+        # As another thread might, meanwhile.
+        tritonconv.set_backend("torch")
+        return prepare(*arguments)
+
+    monkeypatch.setattr(dispatch, "prepare", slowly)
+    with tritonconv.set_backend("auto"):
+        TF.conv2d(x, w)
+        with record_launches() as log:
+            TF.conv2d(x, w)
+    assert not log, "the torch backend was chosen"
 
 
 def test_no_tensor_is_kept_alive() -> None:

@@ -5,6 +5,7 @@ Kernels run in the interpreter with the configs of an H200, and the clock is a t
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import tritonconv
 from tritonconv.bench import tune as tune_module
 from tritonconv.bench.clock import Timing
+from tritonconv.ops.backend import current_backend
 from tritonconv.ops.calls import clear_caches
 from tritonconv.ops.launch import captured, forced, forcing, record_launches
 from tritonconv.tuning import choose, device_named
@@ -152,6 +154,110 @@ def test_a_candidate_that_is_wrong_is_never_timed(clock: Callable[..., None], mo
     (layer,) = report.layers
     assert layer.entry is not None and config_name(layer.entry.config) != BEST
     assert len(layer.wrong) == 1 and "relative error" in layer.wrong[0]
+
+
+def test_whatever_a_candidate_raises_is_reported(clock: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    clock({}, torch_ms=2.0)
+    run = tune_module.run
+
+    def failing(example: Any) -> torch.Tensor:
+        config = forcing() and forcing().config  # type: ignore[union-attr]
+        if config and config_name(as_dict(config)) == BEST:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return run(example)
+
+    monkeypatch.setattr(tune_module, "run", failing)
+    with forced(device=H200):
+        (layer,) = tritonconv.tune(make_model(), image()).layers
+    assert layer.entry is not None
+    assert ["OutOfResources" in complaint for complaint in layer.wrong] == [True]
+
+
+class Noisy(torch.nn.Module):
+    """Draws random numbers and counts its calls."""
+
+    def __init__(self, error: type[Exception] | None) -> None:
+        super().__init__()
+        self.conv, self.bn, self.error = torch.nn.Conv2d(8, 8, 1), torch.nn.BatchNorm2d(8), error
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        y = torch.dropout(self.bn(self.conv(x)), 0.5, True)
+        if self.error is not None:
+            raise self.error
+        return y
+
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_all_is_as_it_was_afterwards(error: type[Exception] | None, clock: Callable[..., None]) -> None:
+    clock({}, torch_ms=2.0)
+    model = tritonconv.convert(Noisy(error).train())
+    state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    with forced(device=H200), tritonconv.set_backend("torch"), contextlib.suppress(KeyError):
+        tritonconv.tune(model, torch.randn(1, 8, 4, 4, generator=torch.Generator()))
+        assert current_backend() == "torch"
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random) and torch.is_grad_enabled() and model.training
+
+
+def test_what_is_measured_lies_as_the_models_tensors_do(
+    clock: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock({}, torch_ms=2.0)
+    seen = set()
+    time_calls = tune_module.time_calls
+
+    def look(calls: list[Any], **more: Any) -> Timing:
+        seen.update(call.args[0].x.stride() for call in calls)
+        return time_calls(calls, **more)
+
+    monkeypatch.setattr(tune_module, "time_calls", look)
+    monkeypatch.setattr(tune_module, "copies_for_cold_cache", lambda *_: 3)
+    x = torch.randn(1, 48, 8, 8).half().to(memory_format=torch.channels_last)[:, :24]
+    with forced(device=H200):
+        tritonconv.tune(make_model(), x)
+    assert seen == {x.stride()}
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_anything_is_measured(
+    clock: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock({}, torch_ms=2.0)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITONCONV_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(tune_module, "tune_example", None)
+    with forced(device=H200), pytest.raises(FileExistsError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tritonconv.tune(make_model(), image())
+
+
+def test_nothing_to_tune_writes_nothing(folder: Path) -> None:
+    for model, x, reasons in (
+        (torch.nn.ReLU(), image(), []),
+        (make_model(), image(0), ["it has no elements"]),
+    ):
+        with forced(device=H200):
+            report = tritonconv.tune(model, x)
+        assert not report.layers and [reason.rpartition(": ")[2] for reason in report.skipped] == reasons
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:tritonconv")
+def test_gradients_go_their_way_whatever_was_measured(clock: Callable[..., None]) -> None:
+    clock({}, torch_ms=0.001)
+    conv, x = tritonconv.nn.Conv2d(8, 8, 3), torch.randn(1, 8, 6, 6)
+    with forced(device=H200):
+        tritonconv.tune(conv, x)
+        for _ in range(2):
+            with torch.no_grad():
+                assert not conv(x).requires_grad
+            conv.weight.grad = None
+            conv(x).sum().backward()
+            expected = torch.autograd.grad(torch.nn.functional.conv2d(x, conv.weight, conv.bias).sum(), conv.weight)[0]
+            assert torch.allclose(conv.weight.grad, expected, atol=1e-5)
 
 
 def test_equal_layers_are_measured_once(clock: Callable[..., None]) -> None:

@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import triton
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.tuning import Problem, candidates, choose, device_named
@@ -131,8 +133,39 @@ def test_another_triton_has_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch) -
         lambda text: text.replace('"ms": 1.0', '"ms": -1.0'),
         lambda text: text.replace('"format": 1', '"format": 2'),
         lambda text: text.replace('"BLOCK_M": ', '"BLOCK_M": null, "X": '),
+        lambda text: text.replace('"BLOCK_M": ', '"X": -'),
+        lambda text: text.replace('"ms": 1.0', '"ms": NaN'),
+        lambda text: text.replace('"ms": 1.0', '"ms": Infinity'),
+        lambda text: text.replace('"ms": 1.0', f'"ms": 1{"0" * 400}'),
+        lambda text: text.replace('"batch": 32', f'"batch": 1{"0" * 400}'),
+        lambda text: text.replace('"batch": 32', '"batch": "32"'),
+        lambda text: text.replace('"batch": 32', '"batch": -1'),
+        lambda text: text.replace('"layer": "', '"layer": "../'),
+        lambda text: text.replace('"layer": "', '"layer": " '),
+        lambda text: text.replace('"epilogue": ""', '"epilogue": 0'),
+        lambda _: "[" * 200_000,
     ],
-    ids=["truncated", "empty", "zeros", "not a table", "text for a time", "negative time", "other format", "no block"],
+    ids=[
+        "truncated",
+        "empty",
+        "zeros",
+        "not a table",
+        "text for a time",
+        "negative time",
+        "other format",
+        "no block",
+        "negative block",
+        "NaN",
+        "endless",
+        "huge time",
+        "huge batch",
+        "text for a batch",
+        "negative batch",
+        "path",
+        "no kernel",
+        "number for an epilogue",
+        "deep",
+    ],
 )
 def test_a_corrupt_file_is_ignored_with_a_warning_and_written_anew(damage: object) -> None:
     path = remember(GPU, [entry()])
@@ -200,6 +233,36 @@ def test_a_table_is_read_as_it_was_written() -> None:
     table.merge([entry(batch=b, peer="cudnn channels_last", peer_ms=0.5) for b in (1, 2, 300)])
     assert Table.from_json(table.to_json(), "text").entries == table.entries
     assert json.loads(table.to_json())["gpu"] == GPU
+
+
+def test_a_large_table_is_read_and_searched_in_time() -> None:
+    table = Table(GPU, "3.7.1")
+    rows = [replace(entry(), batch=batch) for batch in range(1, 20_001)]
+    start = time.monotonic()
+    table.merge(rows)
+    # Again, each in place of the one that is there.
+    table.merge(reversed(rows))
+    found = table.find(problem(), "", 2.0)
+    assert time.monotonic() - start < 5
+    assert found is not None and found.batch == 32 and len(table.entries) == 20_000
+
+
+def test_the_folder_may_be_under_home_or_relative(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    for chosen, expected in (("~/kept", tmp_path / "me" / "kept"), ("kept", tmp_path / "kept")):
+        monkeypatch.setenv("TRITONCONV_CACHE_DIR", chosen)
+        assert cache_path(GPU).parent == expected
+        assert remember(GPU, [entry()]).is_file() and cached_table(GPU) is not None
+
+
+def test_a_triton_whose_distribution_has_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(_: str) -> str:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert f"triton-{triton.__version__}" in cache_path(GPU).name
 
 
 def test_every_shipped_table_is_one() -> None:

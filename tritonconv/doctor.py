@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import tritonconv
 from tritonconv.bench.cases import Case
 from tritonconv.bench.layers import check_layer
 from tritonconv.bench.registry import operations
@@ -60,7 +61,7 @@ def in_range(version: str, least: str, below: str | None) -> bool:
 
 def versions() -> list[Finding]:
     """Versions of what we stand on."""
-    findings = [Finding("python", platform.python_version()), Finding("tritonconv", metadata.version("tritonconv"))]
+    findings = [Finding("python", platform.python_version()), Finding("tritonconv", tritonconv.__version__)]
     for name in ("torch", "triton", "numpy"):
         try:
             version = metadata.version(name)

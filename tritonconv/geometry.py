@@ -77,8 +77,10 @@ class ConvGeometry:
         >>> g.output_shape, g.gemm("fprop"), g.macs
         ((2, 6, 8, 8), (128, 6, 36), 27648)
         """
-        sizes = (*input_shape, *weight_shape)
-        # Symbolic sizes, under torch.compile with dynamic shapes, cannot be keys of a cache.
+        sizes = [*input_shape, *weight_shape, groups]
+        for value in (stride, padding, dilation, output_padding):
+            sizes += value if isinstance(value, (tuple, list)) else () if type(value) is str else (value,)
+        # Symbolic sizes, under torch.compile with dynamic shapes, cannot be keys of a cache; nor can True, which equals 1.
         parse = _parse if all(type(size) is int for size in sizes) else _parse.__wrapped__
         return parse(
             tuple(input_shape), tuple(weight_shape), nd, _hashable(stride), _hashable(padding), _hashable(dilation),

@@ -6,7 +6,8 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from rich.console import Console
 
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import operations
-from tritonconv.bench.session import bar
+from tritonconv.bench.session import LEAST_SECONDS, bar
+from tritonconv.bench.worker import hidden_main
 from tritonconv.ops.launch import Launch
 from tritonconv.tuning import Device
 
@@ -38,13 +40,19 @@ def compile_ahead(
         What failed, and how. Whatever is not compiled when `seconds` are over is left to the JIT.
     """
     failures: dict[str, str] = {}
+    # Processes to compile in take seconds to start.
+    if not tasks or seconds < LEAST_SECONDS:
+        return failures
     with pool() as processes, bar(console) as progress:
         shown = progress.add_task("compiling", total=len(tasks))
-        waiting = {processes.submit(compile_all, launches, device): what for what, launches in tasks}
+        # They start with the first task, and need nothing of the script that this is called from.
+        with hidden_main():
+            waiting = {processes.submit(compile_all, launches, device): what for what, launches in tasks}
         try:
             for done in as_completed(waiting, timeout=None if seconds == float("inf") else max(0.0, seconds)):
                 error = done.exception()
-                if error is not None:
+                # A compiler that dies takes the pool with it; the launch that it died of dies in a worker again.
+                if error is not None and not isinstance(error, BrokenProcessPool):
                     failures[waiting[done]] = f"{type(error).__name__}: {error}"
                 progress.advance(shown)
         except TimeoutError:
@@ -56,7 +64,18 @@ def compile_all(launches: Callable[[], list[Launch]], device: Device) -> None:
     from tritonconv.bench.offline import compile_launch
 
     for launch in launches():
-        compile_launch(launch, device)
+        kernel = compile_launch(launch, device)
+        if torch.cuda.is_available():
+            build_launcher(kernel)
+
+
+def build_launcher(kernel: Any) -> None:
+    """Before Triton 3.7 each signature has a launcher in C, which takes gcc as long as the kernel takes."""
+    # What fails here fails again where the kernel is launched, and is reported there.
+    with suppress(Exception):
+        from triton.backends.nvidia.driver import CudaLauncher, make_launcher  # noqa: F401 - later ones have no such function
+
+        CudaLauncher(kernel.src, kernel.metadata)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +22,13 @@ Mode = Literal["graph", "eager"]
 # Medians of windows in a row that agree within this are a settled clock.
 SETTLED = 0.02
 SETTLE_SECONDS = 0.5
+
+# A graph holds so many turns that a replay takes about so long: neither the clock's resolution nor the gap before its
+# first kernel counts.
+LEAST_MS = 1.0
+MOST_TURNS = 64
+# Cycles that the GPU waits before a replay, so that the host has handed all of it over by then: 0.2 ms.
+HEAD_START = 400_000
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,16 @@ def time_calls(calls: Sequence[Callable[[], Any]], *, mode: Mode = "graph", seco
     """
     if not can_time():
         raise RuntimeError("torch sees no GPU: nothing can be timed")
-    turn = _captured(calls) if mode == "graph" else lambda: [call() for call in calls]
+    if mode == "graph":
+        turn, turns = _captured(calls)
+        sample = functools.partial(_elapsed, turn, HEAD_START)
+    else:
+        turns, sample = 1, functools.partial(_elapsed, functools.partial(_each, calls))
     samples: list[float] = []
-    _settle(turn)
+    _settle(sample)
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(samples) < 5:
-        samples.append(_elapsed(turn) / len(calls))
+        samples.append(sample() / (turns * len(calls)))
     low, high = statistics.quantiles(samples, n=5)[0], statistics.quantiles(samples, n=5)[3]
     return Timing(statistics.median(samples), low, high, len(samples), mode)
 
@@ -84,24 +97,33 @@ def peak_memory(call: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+def _each(calls: Sequence[Callable[[], Any]]) -> None:
+    """Call them in turn; no result outlives its call."""
+    for call in calls:
+        call()
+
+
+def _captured(calls: Sequence[Callable[[], Any]]) -> tuple[Callable[[], Any], int]:
+    """What replays these calls as a CUDA graph, and how many turns of them are in it."""
     # Libraries allocate workspaces for each stream: the warm-up must run on the one that captures.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls:
-            call()
+        _each(calls)
+        turns = max(1, min(MOST_TURNS, math.ceil(LEAST_MS / max(1e-3, _elapsed(functools.partial(_each, calls))))))
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Replays long enough that the clock's resolution does not count.
     with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    return graph.replay
+        for _ in range(turns):
+            _each(calls)
+    return graph.replay, turns
 
 
-def _elapsed(turn: Callable[[], Any]) -> float:
+def _elapsed(turn: Callable[[], Any], head_start: int = 0) -> float:
+    """Milliseconds on the device; with a head start of so many cycles the host's own time does not count."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if head_start:
+        torch.cuda._sleep(head_start)
     start.record()
     turn()
     end.record()
@@ -109,11 +131,11 @@ def _elapsed(turn: Callable[[], Any]) -> float:
     return float(start.elapsed_time(end))
 
 
-def _settle(turn: Callable[[], Any]) -> None:
+def _settle(sample: Callable[[], float]) -> None:
     """Run until the clock has risen, and no longer than half a second."""
     begin, last = time.perf_counter(), 0.0
     while time.perf_counter() - begin < SETTLE_SECONDS:
-        now = statistics.median(_elapsed(turn) for _ in range(5))
+        now = statistics.median(sample() for _ in range(5))
         if last and abs(now - last) <= SETTLED * last:
             return
         last = now

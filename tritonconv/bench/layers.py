@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,13 @@ __all__ = [
     "Ceilings",
     "Layer",
     "check_layer",
+    "exactly",
     "measure_ceilings",
     "measure_layer",
     "prepare_layer",
     "ready",
+    "set_tf32",
+    "without_search",
 ]
 
 Ceilings = dict[str, float]
@@ -52,9 +56,12 @@ def ready() -> str:
 
 
 def set_tf32(on: bool) -> None:
-    """The same TF32 setting for torch and for us."""
-    value = "tf32" if on else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = value  # type: ignore[attr-defined]
+    """The same TF32 setting for torch and for us.
+
+    By the older switches, which set the newer `fp32_precision` too: torch.compile reads either (up to torch 2.13 at least),
+    and fails where they contradict each other.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = on
 
 
 def measure_layer(case: Case, column: str, ceilings: Ceilings | None, seconds: float = 0.2) -> dict[str, Any]:
@@ -118,19 +125,45 @@ def way(operation: Operation, column: str, case: Case) -> Callable[..., Tensor]:
 
 def check(operation: Operation, case: Case, function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Comparison:
     """Compare a way to compute a layer with the reference on the same inputs."""
+    reference = reference_of(operation, case, tensors)
+    return compare(function(*tensors), reference, depth=operation.depth(case), tf32=case.tf32)
+
+
+def reference_of(operation: Operation, case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
+    """The layer in fp64, computed once for all ways and configs."""
     reference = _references.get(case)
     if reference is None:
+        _references.clear()
         macs, _ = operation.count(case)
         wide = torch.float32 if macs > BIG and case.dtype in ("bf16", "fp16") else torch.float64
-        # It runs once: a search among algorithms would take longer.
-        torch.backends.cudnn.benchmark = False
-        set_tf32(False)
-        reference = operation.reference(case, *(t.to(wide) for t in tensors))
-        set_tf32(case.tf32)
-        torch.backends.cudnn.benchmark = True
-        _references.clear()
+        with exactly():
+            reference = operation.reference(case, *(t.to(wide) for t in tensors))
         _references[case] = reference
-    return compare(function(*tensors), reference, depth=operation.depth(case), tf32=case.tf32)
+    return reference
+
+
+@contextmanager
+def without_search() -> Iterator[None]:
+    """For what runs once: a search among cuDNN's algorithms takes longer than any of them."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """For references in fp32: no TF32 either."""
+    # Only the newer switches can be read whatever was set before.
+    convolutions = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    products = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    set_tf32(False)
+    try:
+        with without_search():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 # Of the layer that is measured just now: its inputs are the same numbers whichever way it is computed.
@@ -167,15 +200,16 @@ def seconds_at_least(macs: int, size: int, case: Case, device: Device, ceilings:
 def check_layer(case: Case, config: Any, channels_last: bool) -> dict[str, Any]:
     """Whether a layer is right with this config (None: the chosen one), twice the same, and writes all of its output."""
     place = ready()
+    set_tf32(case.tf32)
     operation = operations()[case.kind]
     torch.manual_seed(0)
     tensors = operation.tensors(case, place, dtype_of(case), channels_last)
     function = way(operation, OURS, case)
     with forced(config=config), record_launches() as launches:
         # Blocks that were just freed are handed out again: outputs of the next calls begin as NaN.
-        expected = operation.torch(case, *tensors)
-        for _ in range(2):
-            torch.full_like(expected, float("nan"))
+        size = reference_of(operation, case, tensors).shape
+        unwritten = [torch.full(size, float("nan"), dtype=dtype_of(case), device=place) for _ in range(2)]
+        del unwritten
         found = check(operation, case, function, tensors)
         again = torch.equal(function(*tensors).nan_to_num(), function(*tensors).nan_to_num())
     reason = found.complaint or (None if again else "two runs differ: a race")

@@ -25,6 +25,7 @@ SAME_RUN = ("gpu", "driver", "torch", "triton", "cudnn", "sources")
 
 def describe_run() -> dict[str, Any]:
     """What results depend on: GPU, driver, versions, commit, date. Without a GPU `gpu` is None: nothing is timed."""
+    import tritonconv
     from tritonconv.bench.registry import operations
     from tritonconv.tuning.sources import kernel_hash
 
@@ -34,7 +35,7 @@ def describe_run() -> dict[str, Any]:
         stage="run", gpu=gpu, driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader,nounits"),
         cuda=torch.version.cuda, hip=torch.version.hip, torch=torch.__version__, triton=metadata.version("triton"),
         cudnn=torch.backends.cudnn.version() if gpu else None, python=platform.python_version(),
-        tritonconv=metadata.version("tritonconv"), commit=_commit(),
+        tritonconv=tritonconv.__version__, commit=_commit(),
         sources={kernel: kernel_hash(kernel) for kernel in kernels},
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )  # fmt: skip

@@ -39,6 +39,8 @@ STAGES = ("check", "layers", "tune", "blocks", "models")
 QUICK, SLOW = COLUMNS[:3], COLUMNS[3:]
 # How far into the budget each stage may go.
 SHARES = {"check": 0.35, "layers": 0.65, "tune": 0.8, "blocks": 0.85, "models": 1.0}
+# How much of a stage's time may go into compiling ahead.
+COMPILING = 0.6
 
 
 def measure(
@@ -64,24 +66,28 @@ def measure(
     with Session(results, console, budget) as session:
         ceilings = ceilings_of(session)
         if "check" in stages:
-            failed = compile_ahead(check_compilations(device), device, console, seconds=session.left(0.2))
+            checks = check_jobs(device)
+            tasks = check_compilations(session.waiting(checks), device)
+            failed = compile_ahead(tasks, device, console, seconds=session.left(COMPILING * share["check"]))
             for what, why in failed.items():
                 results.add(
                     dict(stage="check", id=what, column="compiler", status="failed", reason=why) | {"pass": "fprop"}
                 )
-            session.run("checking", check_jobs(device), share["check"])
-            session.run("compute-sanitizer", sanitize_jobs(), share["check"])
+            session.run("checking", checks, share["check"])
         if "layers" in stages:
             for record in not_built(cases):
                 results.add(record)
-            compile_ahead(layer_compilations(cases, device), device, console, seconds=session.left(share["layers"]))
-            quick = [column for column in columns if column in QUICK]
-            session.run("layers", layer_jobs(cases, quick, ceilings), share["layers"])
+            jobs = layer_jobs(cases, [column for column in columns if column in QUICK], ceilings)
+            tasks = layer_compilations(session.waiting(jobs), device)
+            compile_ahead(tasks, device, console, seconds=session.left(share["layers"]))
+            session.run("layers", jobs, share["layers"])
         if "tune" in stages:
-            tune_layers(session, cases, device.name, out, share["tune"])
+            tune_layers(session, cases, device, out, share["tune"])
         for suite in ("blocks", "models"):
             if suite in stages:
                 session.run(suite, module_jobs(suite, [c for c in columns if c in QUICK]), share[suite])
+        if "check" in stages:
+            session.run("compute-sanitizer", sanitize_jobs())
         if "layers" in stages:
             session.run("torch.compile", layer_jobs(cases, [c for c in columns if c in SLOW], ceilings))
         for suite in ("blocks", "models"):
@@ -114,9 +120,9 @@ def measure_ceilings_record() -> dict[str, Any]:
     return dict(status="ok", **measure_ceilings())
 
 
-def tune_layers(session: Session, cases: Sequence[Case], gpu: str, out: Path, share: float) -> None:
+def tune_layers(session: Session, cases: Sequence[Case], device: Device, out: Path, share: float) -> None:
     """Tune the layers that are furthest from their roofline first, and write the table for this GPU."""
-    from tritonconv.bench.tune import tune_case
+    from tritonconv.bench.tune import case_compilations, tune_case
     from tritonconv.tuning.cache import write
     from tritonconv.tuning.tables import Entry, Table
 
@@ -132,8 +138,12 @@ def tune_layers(session: Session, cases: Sequence[Case], gpu: str, out: Path, sh
             (case, *peers.get(case.id, (None, None))), 120.0)
         for case in order
     ]  # fmt: skip
+    waiting = [job.arguments[0] for job in session.waiting(jobs)]
+    # Of the first ones all candidates, by so many processes; each layer by itself would compile in one.
+    tasks = [task for case in waiting for task in case_compilations(case, device)]
+    compile_ahead(tasks, device, session.console, seconds=COMPILING * session.left(share))
     session.run("tuning", jobs, share)
-    table = Table(gpu, session.results.header["triton"])
+    table = Table(device.name, session.results.header["triton"])
     for record in read_records(session.results.path):
         for row in record.get("entries", ()):
             table.add(Entry(**row | dict(input=tuple(row["input"]))))

@@ -65,9 +65,13 @@ class Session:
         """Seconds until this share of the budget is over."""
         return float("inf") if self.seconds is None else self.begin + share * self.seconds - time.monotonic()
 
+    def waiting(self, jobs: Iterable[Job]) -> list[Job]:
+        """Those that are not done yet."""
+        return [job for job in jobs if key_of(job.identity) not in self.results.done]
+
     def run(self, title: str, jobs: Iterable[Job], share: float = 1.0) -> list[dict[str, Any]]:
         """Do the jobs that are not done yet, until this share of the budget is over; returns their records."""
-        waiting = [job for job in jobs if key_of(job.identity) not in self.results.done]
+        waiting = self.waiting(jobs)
         records = []
         with bar(self.console) as progress:
             for job in progress.track(waiting, description=title):

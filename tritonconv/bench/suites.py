@@ -77,25 +77,24 @@ def not_built(cases: Sequence[Case]) -> list[dict[str, Any]]:
     return [layer_identity(case, OURS) | dict(status="not built") for case in cases if operation_for(case) is None]
 
 
-def layer_compilations(cases: Sequence[Case], device: Device) -> list[Compilation]:
-    """What `layer_jobs` will launch of our own."""
-    built = [case for case in cases if operation_for(case) is not None]
-    return [(case.id, functools.partial(case_launches, case, None, True, device)) for case in built]
+def layer_compilations(jobs: Sequence[Job], device: Device) -> list[Compilation]:
+    """What these of the `layer_jobs` will launch of our own."""
+    ours = [job.arguments[0] for job in jobs if job.identity["column"] == OURS]
+    return [(case.id, functools.partial(case_launches, case, None, True, device)) for case in ours]
 
 
 def check_name(case: Case, config: Any) -> str:
     return f"{case.id}, {config_name(as_dict(config)) if config is not None else 'its only config'}"
 
 
-def check_compilations(device: Device) -> list[Compilation]:
-    """What `check_jobs` will launch."""
-    return [
-        (
-            f"{case.id}, {case.dtype}, {config_name(as_dict(config))}",
-            functools.partial(case_launches, case, config, channels_last, device),
-        )
-        for case, config, channels_last in check_layers(device)
-    ]
+def check_compilations(jobs: Sequence[Job], device: Device) -> list[Compilation]:
+    """What these of the `check_jobs` will launch."""
+    tasks: list[Compilation] = []
+    for job in jobs:
+        case, config, channels_last = job.arguments
+        launches = functools.partial(case_launches, case, config, channels_last, device)
+        tasks.append((f"{job.identity['id']}, {job.identity['column']}", launches))
+    return tasks
 
 
 def module_jobs(suite: Any, columns: Sequence[str] = COLUMNS, seconds: float = 0.3) -> list[Job]:
@@ -107,8 +106,9 @@ def module_jobs(suite: Any, columns: Sequence[str] = COLUMNS, seconds: float = 0
             ("inference", case.batches[0]),
             ("training", case.train_batch),
         ):
-            for mode in ("eager", "graph") if pass_ == "inference" else ("eager",):
-                for column in columns:
+            for column in columns:
+                # Next to each other, for they share what is prepared.
+                for mode in ("eager", "graph") if pass_ == "inference" else ("eager",):
                     identity = dict(stage="module", suite=suite, id=case.name, column=column, mode=mode, batch=batch)
                     jobs.append(
                         Job(

@@ -15,20 +15,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tritonconv.bench.ahead import Compilation, compile_ahead
+from tritonconv.bench.ahead import Compilation, case_launches, compile_ahead
 from tritonconv.bench.cases import Case
 from tritonconv.bench.check import compare
 from tritonconv.bench.clock import copies_for_cold_cache, time_calls
-from tritonconv.bench.layers import ready
-from tritonconv.bench.registry import operations
+from tritonconv.bench.layers import ready, set_tf32, without_search
+from tritonconv.bench.registry import dtype_of, operations
 from tritonconv.bench.session import bar
-from tritonconv.ops.backend import Call, interpreting, observe, set_backend
+from tritonconv.convert.explain import restored
+from tritonconv.ops.backend import Call, Decision, interpreting, observe, set_backend
 from tritonconv.ops.calls import clear_caches
 from tritonconv.ops.dispatch import on_torch, run
 from tritonconv.ops.example import Example
 from tritonconv.ops.launch import Launch, captured, device_of, forced
 from tritonconv.tuning import Device, Problem, candidates, choose
-from tritonconv.tuning.cache import remember, triton_version, write
+from tritonconv.tuning.cache import cache_path, remember, triton_version, write
 from tritonconv.tuning.configs import config_name
 from tritonconv.tuning.cost import predict
 from tritonconv.tuning.measured import MARGIN
@@ -65,7 +66,7 @@ class TuneReport:
     path: Path
     """The file that keeps it."""
     skipped: list[str] = field(default_factory=list)
-    """Layers that torch runs anyway, and why."""
+    """Layers that torch runs anyway, or that could not be measured, and why."""
 
     def __str__(self) -> str:
         table = Table(title=f"tuned on {self.gpu}", title_justify="left", box=None, pad_edge=False)
@@ -114,6 +115,7 @@ def tune(
     Raises:
         TypeError: `model` is no module.
         RuntimeError: there is no GPU.
+        OSError: the cache's folder, or `export`, cannot be written.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"tune(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
@@ -121,27 +123,44 @@ def tune(
         raise RuntimeError("tune() measures on a GPU, and torch sees none (tritonconv doctor tells more)")
     console = console or Console(stderr=True)
     calls: list[Call] = []
-    with torch.no_grad(), set_backend("auto"), observe(calls.append):
+    with restored(model), torch.no_grad(), set_backend("auto"), observe(calls.append):
         model(*example_inputs)
     found = distinct(calls)
-    device = device_of(calls[0].device if calls else torch.device("cpu"))
+    # Others may have run on the CPU before them.
+    device = device_of(found[0].device if found else torch.device("cpu"))
+    path = cache_path(device.name)
+    if found:
+        # A folder that cannot be written is to be known now, not after minutes of measuring.
+        remember(device.name, [])
     layers: list[Tuned] = []
+    failed: list[str] = []
     if torch.cuda.is_available():
         compile_ahead([task for call in found for task in compilations(call, device)], device, console)
     with bar(console) as progress:
         for call in progress.track(found, description="tuning"):
             assert call.example is not None
-            layers.append(tune_example(str(call.geometry), call.example, call.device, seconds))
+            try:
+                layers.append(tune_example(str(call.geometry), call.example, call.device, seconds))
+            # Out of memory, most likely: what was found of other layers is kept.
+            except RuntimeError as error:
+                if "no GPU" in str(error):
+                    raise
+                failed.append(f"{call.op} of {call.geometry}: {type(error).__name__}: {error}")
     entries = [row.entry for row in layers if row.entry is not None]
-    path = remember(device.name, entries)
+    if entries:
+        remember(device.name, entries)
     choose.cache_clear()
     clear_caches()
     if export is not None:
         table = TuningTable(device.name, triton_version())
         table.merge(entries)
         write(Path(export), table)
-    skipped = [f"{c.op} of {c.geometry}: {c.decision.reason}" for c in calls if c.example is None]
+    skipped = failed + [f"{c.op} of {c.geometry}: {_why_not(c.decision)}" for c in calls if c.example is None]
     return TuneReport(device.name, layers, path, list(dict.fromkeys(skipped)))
+
+
+def _why_not(decision: Decision) -> str:
+    return decision.reason if decision.backend == "torch" else "it has no elements"
 
 
 def distinct(calls: Sequence[Call]) -> list[Call]:
@@ -182,13 +201,18 @@ def problem_of(example: Example, device: Device) -> Problem:
 def tune_example(layer: str, example: Example, device: torch.device, seconds: float) -> Tuned:
     """Measure the candidates of one call on random tensors like its own, and torch beside them."""
     problem = problem_of(example, device_of(device))
-    torch.manual_seed(0)
-    real = example.map(lambda t: materialize(t, device))
+    # Its own, for the user's random numbers go on as if nothing had been tuned.
+    generator = torch.Generator(device).manual_seed(0)
+    real = example.map(lambda t: materialize(t, device, generator))
     wide = real.map(lambda t: t.double() if t.is_floating_point() else t)
-    reference = on_torch(wide)
+    with torch.no_grad(), without_search():
+        reference = on_torch(wide)
+    del wide
     configs = tried(problem)
     sets = [real] + [
-        real.map(torch.clone) for _ in range(copies_for_cold_cache(real.tensors(), device_of(device).l2_bytes) - 1)
+        # Not clones, which need not lie as their originals do.
+        example.map(lambda t: materialize(t, device, generator))
+        for _ in range(copies_for_cold_cache(real.tensors(), device_of(device).l2_bytes) - 1)
     ]
     times: dict[int, float] = {}
     wrong = []
@@ -203,7 +227,7 @@ def tune_example(layer: str, example: Example, device: torch.device, seconds: fl
                         times[id(config)] = time_calls([functools.partial(run, s) for s in sets], seconds=seconds).ms
                         continue
                 # Whatever the compiler or the launch could not do.
-                except (RuntimeError, ValueError) as error:
+                except Exception as error:
                     if "no GPU" in str(error):
                         raise
                     complaint = f"{type(error).__name__}: {error}"
@@ -222,20 +246,28 @@ def tune_example(layer: str, example: Example, device: torch.device, seconds: fl
     return Tuned(layer, example.epilogue.describe(), entry, times.get(id(configs[0])), len(configs), tuple(wrong))
 
 
-def materialize(t: Tensor, device: torch.device) -> Tensor:
+def materialize(t: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
     """Random numbers in a tensor of these sizes and strides."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    storage = torch.empty(span, dtype=t.dtype, device=device).normal_()
-    # Variances are among these tensors, and must not be negative.
-    return storage.abs_().as_strided(t.shape, t.stride()) if t.dim() == 1 else storage.as_strided(t.shape, t.stride())
+    storage = torch.empty(span, dtype=t.dtype, device=device).normal_(generator=generator)
+    # Variances are among these tensors: a negative one is none, and one near 0 would have fp16 overflow.
+    return (storage.abs_().add_(0.5) if t.dim() == 1 else storage).as_strided(t.shape, t.stride())
+
+
+def case_compilations(case: Case, device: Device) -> list[Compilation]:
+    """What `tune_case` will launch."""
+    problem = operations()[case.kind].launches(case, device, None, True)[-1].problem
+    assert problem is not None
+    return [(case.id, functools.partial(case_launches, case, config, True, device)) for config in tried(problem)]
 
 
 def tune_case(case: Case, peer_ms: float | None, peer: str | None) -> dict[str, Any]:
     """Tune one benchmark layer, in a worker; a record with the entries of a table."""
     place = ready()
+    set_tf32(case.tf32)
     operation = operations()[case.kind]
     calls: list[Call] = []
-    tensors = operation.tensors(case, place, getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[case.dtype]), True)
+    tensors = operation.tensors(case, place, dtype_of(case), True)
     with observe(calls.append):
         operation.ours(case, *tensors)
     found = [tune_example(case.id, call.example, call.device, 0.1) for call in calls if call.example is not None]

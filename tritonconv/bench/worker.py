@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any
 
-__all__ = ["Worker", "WorkerError"]
+__all__ = ["Worker", "WorkerError", "hidden_main"]
+
+# Errors of the device and of its libraries name one of these.
+DEVICE_ERRORS = ("CUDA", "cuDNN", "CUBLAS", "HIP", "MIOpen")
 
 
 class WorkerError(RuntimeError):
@@ -50,14 +57,17 @@ class Worker:
             raise WorkerError(f"the process died with exit code {code}") from None
         if not good:
             # An error of the device stays in its context: whatever runs there next would fail too.
-            if "CUDA" in value or "HIP" in value:
+            if any(name in value for name in DEVICE_ERRORS):
                 self.close()
             raise WorkerError(value)
         return value
 
     def close(self) -> None:
-        """End the process; the next call starts another."""
+        """End the process and what it has started; the next call starts another."""
         if self._process is not None:
+            # Its group is its own as soon as it serves; what it has started would disturb the next measurement.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
             self._process.join()
         if self._pipe is not None:
@@ -81,14 +91,27 @@ class Worker:
                 os.environ[name] = value
         try:
             self._process = context.Process(target=_serve, args=(theirs,), daemon=False)
-            self._process.start()
+            with hidden_main():
+                self._process.start()
         finally:
             os.environ.clear()
             os.environ.update(before)
         theirs.close()
 
 
+@contextmanager
+def hidden_main() -> Iterator[None]:
+    """Processes that are started meanwhile do not run the user's script again, as spawned ones do."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _serve(pipe: Connection) -> None:
+    os.setpgid(0, 0)
     while True:
         try:
             function, args = pipe.recv()

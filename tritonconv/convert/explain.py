@@ -20,7 +20,7 @@ from tritonconv.convert.swap import mark_of
 from tritonconv.nn.fused import Group, carries_hook, observe_groups
 from tritonconv.ops.backend import Call, observe
 
-__all__ = ["explain"]
+__all__ = ["explain", "restored"]
 
 
 def explain(model: torch.nn.Module, *example_inputs: Any) -> Report:
@@ -47,7 +47,7 @@ def explain(model: torch.nn.Module, *example_inputs: Any) -> Report:
         raise TypeError(f"explain(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
     recorder = _Recorder(model)
     with ExitStack() as stack:
-        stack.enter_context(_restored(model))
+        stack.enter_context(restored(model))
         stack.enter_context(torch.no_grad())
         if not any(GLOBAL_HOOKS):
             stack.enter_context(ignoring_global_hooks())
@@ -60,7 +60,7 @@ def explain(model: torch.nn.Module, *example_inputs: Any) -> Report:
 
 
 @contextmanager
-def _restored(model: torch.nn.Module) -> Iterator[None]:
+def restored(model: torch.nn.Module) -> Iterator[None]:
     """Give buffers and random generators back as they were."""
     buffers = [
         (module, name, buffer, buffer.detach().clone())

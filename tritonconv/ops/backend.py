@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from tritonconv.geometry import ConvGeometry
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HAS_TRITON", "Backend", "Call", "Decision", "OnTorch", "capability", "capture", "check_backend",
     "constant_under_compile", "current_backend", "decide", "interpreting", "is_watched", "needs_gradients", "notify",
-    "observe", "set_backend",
+    "observe", "set_backend", "unusual",
 ]  # fmt: skip
 
 Backend = Literal["auto", "triton", "torch"]
@@ -164,8 +165,9 @@ def unsupported(tensors: tuple[torch.Tensor, ...]) -> str | None:
         return why_not
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"{x.dtype} has no kernel"
-    if any(t.layout != torch.strided for t in tensors):
-        return "a tensor is not strided"
+    odd = unusual(tensors)
+    if odd is not None:
+        return odd
     if needs_gradients(tensors):
         return "gradients are needed, and backward kernels are not built yet (under torch.no_grad() it runs on Triton)"
     if torch.compiler.is_compiling():
@@ -176,7 +178,37 @@ def unsupported(tensors: tuple[torch.Tensor, ...]) -> str | None:
         return "a tensor is a negated view (torch.resolve_neg makes it plain)"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "it is inside a torch.func transform"
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        return "forward-mode derivatives are needed, and have no kernel"
+    if any(t._is_zerotensor() or (type(t) in PLAIN and t.data_ptr() == 0 and t.numel() > 0) for t in tensors):
+        return None if capture.active else "a tensor has no memory"
     return None
+
+
+def unusual(tensors: tuple[torch.Tensor, ...]) -> str | None:
+    """Why no kernel can be given these tensors, nor a view be made of them first; None where that can be tried."""
+    if any(t.layout != torch.strided for t in tensors):
+        return "a tensor is not strided"
+    if torch.compiler.is_compiling():
+        return None
+    if any(t.is_nested for t in tensors):
+        return "a tensor is nested"
+    foreign = next((type(t).__name__ for t in tensors if _is_foreign(t)), None)
+    return foreign and f"{foreign} is a class of tensors with rules of its own for torch's operators"
+
+
+def _is_foreign(t: torch.Tensor) -> bool:
+    """Whether a tensor's class decides itself what operators do, and may know nothing of ours."""
+    kind = type(t)
+    # torch's own, behind compilers, export and fake tensors, take any operator.
+    if kind in PLAIN or kind.__module__.startswith("torch._subclasses."):
+        return False
+    function, dispatch = kind.__torch_function__, kind.__torch_dispatch__
+    return getattr(function, "__func__", function) not in OWN_FUNCTIONS or dispatch is not torch.Tensor.__torch_dispatch__
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+OWN_FUNCTIONS = tuple(getattr(f, "__func__", f) for f in (kind.__torch_function__ for kind in PLAIN))
 
 
 class OnTorch(NamedTuple):
@@ -273,4 +305,5 @@ def is_watched() -> bool:
         or capture.active
         or _transform() is not None
         or _trace() is not None
+        or forward_ad._current_level >= 0
     )

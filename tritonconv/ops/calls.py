@@ -7,6 +7,7 @@ at single calls (tracing, transforms, dispatch modes, observers) keeps them away
 from __future__ import annotations
 
 import functools
+import marshal
 from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -153,20 +154,24 @@ def signature(
     bias, norm, residual, activation = epilogue
     try:
         dtype = x.dtype
-        # Sizes, strides, types and devices settle checks, geometry and plan; addresses whether descriptors can be used.
+        # Sizes, strides, types and devices settle checks, geometry and plan; addresses whether descriptors can be used, and
+        # whether there is any memory.
+        x_address, w_address = x.data_ptr(), weight.data_ptr()
         return (
-            kind, numbers, activation, current_backend(backend), forcing(),
+            # As bytes: 1, True and 1.0 are equal, and torch takes the first alone. Version 2 has one form for each value.
+            kind, numbers and marshal.dumps(numbers, 2), activation, current_backend(backend), forcing(),
             dtype is torch.float32 and precision(dtype, kind),
             torch.is_grad_enabled() and needs_gradients((x, weight, *epilogue.tensors())),
-            dtype, x.shape, x.stride(), x.device, type(x), x.is_neg(), x.data_ptr() % 16,
+            dtype, x.shape, x.stride(), x.device, type(x), x.is_neg(), x_address and x_address % 16 + 1,
             weight.dtype, weight.shape, weight.stride(), weight.device, type(weight), weight.is_neg(),
-            weight.data_ptr() % 16,
+            w_address and w_address % 16 + 1,
             bias if bias is None else _vector(bias),
             norm if norm is None else _norm(norm),
             residual if residual is None else (residual.stride(), *_vector(residual)),
         )  # fmt: skip
-    # Symbolic, sparse and opaque tensors have no such numbers; whatever is no tensor raises what it should elsewhere.
-    except (AttributeError, RuntimeError, TypeError):
+    # Symbolic, sparse and opaque tensors have no such numbers; whatever is no tensor or no integer raises what it should
+    # elsewhere.
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from tritonconv.ops.backend import (
     interpreting,
     is_watched,
     notify,
+    unusual,
 )
 from tritonconv.ops.calls import Prepared, find, remember, signature
 from tritonconv.ops.convolution import check_convolution, prepare
@@ -93,8 +95,11 @@ def convolution(
     y = replay("conv", x, weight, epilogue, numbers, backend)
     if y is not None:
         return y
-    _check_tensors(op, x, weight)
+    _check_tensors(op, x, weight, epilogue)
     x, weight, epilogue = _autocast(x, weight, epilogue)
+    key = _key("conv", x, weight, epilogue, numbers, backend)
+    # As torch does, take numpy's integers for Python's.
+    stride, padding, dilation, groups = (_plain(value) for value in (stride, padding, dilation, groups))
     batched, batched_epilogue = x, epilogue
     unbatched = x.dim() == nd + 1
     if unbatched:
@@ -116,7 +121,7 @@ def convolution(
     call = _resolve(op, batched, weight, batched_epilogue, geometry, backend, "conv")
     if isinstance(call, Prepared) and unbatched:
         call = call.unbatched()
-    return _first_run(op, call, geometry, "conv", x, weight, epilogue, numbers, backend)
+    return _first_run(op, call, geometry, key, Example("conv", x, weight, epilogue, numbers), backend)
 
 
 def linear(x: Tensor, weight: Tensor, epilogue: Epilogue, backend: Backend | None = None) -> Tensor:
@@ -131,10 +136,14 @@ def linear(x: Tensor, weight: Tensor, epilogue: Epilogue, backend: Backend | Non
     if y is not None:
         return y
     op = "linear"
-    _check_tensors(op, x, weight)
+    _check_tensors(op, x, weight, epilogue)
     x, weight, epilogue = _autocast(x, weight, epilogue)
-    if x.dim() == 0 or weight.dim() != 2 or 0 in weight.shape:
-        decide((x, weight), backend, lambda: op, f"a weight of size {list(weight.shape)} has no kernel")
+    key = _key("matmul", x, weight, epilogue, (), backend)
+    odd = unusual((x, weight))
+    if odd is None and (x.dim() == 0 or weight.dim() != 2 or 0 in weight.shape):
+        odd = f"a weight of size {list(weight.shape)} has no kernel"
+    if odd is not None:
+        decide((x, weight), backend, lambda: op, odd)
         return _on_torch("matmul", x, weight, epilogue, ())
     if x.shape[-1] != weight.shape[1]:
         raise RuntimeError(
@@ -155,7 +164,7 @@ def linear(x: Tensor, weight: Tensor, epilogue: Epilogue, backend: Backend | Non
     call = _resolve(op, rows, filters, row_epilogue, geometry, backend, "matmul")
     if isinstance(call, Prepared):
         call = call.of_rows(x, weight, epilogue, shape, rows.data_ptr() != x.data_ptr())
-    return _first_run(op, call, geometry, "matmul", x, weight, epilogue, (), backend)
+    return _first_run(op, call, geometry, key, Example("matmul", x, weight, epilogue, ()), backend)
 
 
 def _resolve(
@@ -179,13 +188,22 @@ def _resolve(
     return call
 
 
+def _key(
+    kind: Kind, x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: Numbers, backend: Backend | None
+) -> tuple[Any, ...] | None:
+    """What this call is remembered by; None where it is not to be."""
+    return None if torch.compiler.is_compiling() or is_watched() else signature(kind, x, weight, epilogue, numbers, backend)
+
+
 def _first_run(
-    op: str, call: Prepared | OnTorch, geometry: ConvGeometry, kind: Kind, x: Tensor, weight: Tensor, epilogue: Epilogue,
-    numbers: Numbers, backend: Backend | None,
+    op: str, call: Prepared | OnTorch, geometry: ConvGeometry, key: tuple[Any, ...] | None, example: Example,
+    backend: Backend | None,
 ) -> Tensor:  # fmt: skip
     """Remember who runs calls of this signature, tell the observer, and run this one."""
-    if not is_watched():
-        remember(signature(kind, x, weight, epilogue, numbers, backend), call)
+    kind, x, weight, epilogue, numbers = example
+    # Another thread may have changed the backend or a switch since the key was made: then this decision is not the key's.
+    if key is not None and key == signature(kind, x, weight, epilogue, numbers, backend):
+        remember(key, call)
 
     def seen() -> Call:
         if isinstance(call, OnTorch):
@@ -194,8 +212,8 @@ def _first_run(
             measured = judge(call.recipe.problem, epilogue.describe()).reason if call.recipe is not None else ""
             decision, able = Decision("triton", f"{call.kernel}{measured and ', '}{measured}", call.copies), True
         size = geometry.bytes(x.element_size(), residual=epilogue.residual is not None)
-        example = Example(kind, x, weight, epilogue, numbers).on_meta() if able and 0 not in geometry.elements() else None
-        return Call(op, decision, geometry, geometry.macs, size, x.dtype, x.device, example)
+        to_measure = example.on_meta() if able and 0 not in geometry.elements() else None
+        return Call(op, decision, geometry, geometry.macs, size, x.dtype, x.device, to_measure)
 
     observed = notify(seen)
     if isinstance(call, OnTorch):
@@ -210,9 +228,16 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if type(value) is list else value
 
 
-def _check_tensors(op: str, x: object, weight: object) -> None:
+def _plain(value: Any) -> Any:
+    if type(value) in (list, tuple):
+        return tuple(map(_plain, value))
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _check_tensors(op: str, x: object, weight: object, epilogue: Epilogue) -> None:
     """Raise TypeError for arguments that are no tensors."""
-    for name, value in (("input", x), ("weight", weight)):
+    optional = [(name, t) for name, t in (("bias", epilogue.bias), ("residual", epilogue.residual)) if t is not None]
+    for name, value in (("input", x), ("weight", weight), *optional):
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
 

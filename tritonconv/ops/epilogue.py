@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,11 @@ class Epilogue(NamedTuple):
                 f"{op}: input type ({x.dtype}) and bias type ({self.bias.dtype}) should be the same ({what})"
             )
         if self.batch_norm is not None:
-            norm = self.batch_norm[:4]
+            *norm, eps = self.batch_norm
+            if not isinstance(eps, Real):
+                raise TypeError(f"{op}(): argument 'eps' must be float, not {type(eps).__name__} ({what})")
+            if eps < 0:
+                raise ValueError(f"{op}: batch norm's eps must be non-negative, but got {eps} ({what})")
             for name, t in zip(("running_mean", "running_var", "bn_weight", "bn_bias"), norm, strict=True):
                 if t is not None and tuple(t.shape) != (channels,):
                     raise RuntimeError(

@@ -221,4 +221,5 @@ def epilogue_constants(epilogue: Epilogue) -> dict[str, Any]:
 
     norm, act = epilogue.batch_norm, epilogue.activation
     function = activations.identity if act is None else activations.ACTIVATIONS[act.name].device
-    return dict(EPS=norm.eps if norm else 0.0, ACT=function, ACT_A=act.a if act else 0.0, ACT_B=act.b if act else 0.0)
+    eps = float(norm.eps) if norm else 0.0
+    return dict(EPS=eps, ACT=function, ACT_A=act.a if act else 0.0, ACT_B=act.b if act else 0.0)

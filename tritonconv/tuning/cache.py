@@ -7,7 +7,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -20,11 +19,14 @@ __all__ = ["cache_folder", "cache_path", "cached_table", "forget", "read", "reme
 def cache_folder() -> Path:
     """TRITONCONV_CACHE_DIR, or the platform's cache directory."""
     chosen = os.environ.get("TRITONCONV_CACHE_DIR")
-    return Path(chosen) if chosen else user_cache_path("tritonconv")
+    return Path(os.path.abspath(os.path.expanduser(chosen))) if chosen else user_cache_path("tritonconv")
 
 
 def triton_version() -> str:
-    return metadata.version("triton")
+    # Its distribution has other names in torch's nightly builds and for AMD.
+    import triton
+
+    return str(triton.__version__)
 
 
 def cache_path(gpu: str) -> Path:

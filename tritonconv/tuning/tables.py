@@ -48,6 +48,17 @@ class Entry:
     def pixels(self) -> int:
         return self.batch * math.prod(self.input)
 
+    def is_sound(self) -> bool:
+        """Whether it could have been measured: a file may hold anything."""
+        words = self.layer, self.epilogue, self.kernel_hash, self.peer or "", self.torch, self.date
+        sizes = self.batch, *self.input, *self.config.values()
+        times = self.ms, self.ms if self.peer_ms is None else self.peer_ms
+        return (
+            all(isinstance(word, str) for word in words) and self.layer.partition(" ")[0].isidentifier()
+            and len(self.input) == 3 and all(isinstance(size, int) and 0 <= size < 2**63 for size in sizes)
+            and all(isinstance(ms, (int, float)) and 0 < ms < 1e9 for ms in times)
+        )  # fmt: skip
+
 
 @dataclass
 class Table:
@@ -60,19 +71,14 @@ class Table:
     entries: dict[tuple[Any, ...], Entry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._by_layer: dict[str, list[Entry]] = {}
-        for entry in self.entries.values():
-            self._by_layer.setdefault(entry.layer, []).append(entry)
+        self._by_layer: dict[str, dict[tuple[Any, ...], Entry]] = {}
+        for key, entry in self.entries.items():
+            self._by_layer.setdefault(entry.layer, {})[key] = entry
 
     def add(self, entry: Entry) -> None:
         """Put an entry in, in place of an older one for the same sizes and epilogue."""
         key = (entry.layer, entry.batch, entry.input, entry.epilogue)
-        old = self.entries.get(key)
-        self.entries[key] = entry
-        layer = self._by_layer.setdefault(entry.layer, [])
-        if old is not None:
-            layer.remove(old)
-        layer.append(entry)
+        self.entries[key] = self._by_layer.setdefault(entry.layer, {})[key] = entry
 
     def find(self, problem: Problem, epilogue: str | None, reach: float) -> Entry | None:
         """The entry of the same layer that was measured nearest in pixels, within a factor of `reach`.
@@ -83,7 +89,7 @@ class Table:
         pixels = g.batch * math.prod(g.input)
         found = [
             (abs(math.log(max(1, entry.pixels) / max(1, pixels))), (entry.batch, entry.input) != (g.batch, g.input), entry)
-            for entry in self._by_layer.get(layer_key(problem), ())
+            for entry in self._by_layer.get(layer_key(problem), {}).values()
             if epilogue in (None, entry.epilogue) and is_current(entry)
         ]
         distance, _, entry = min(found, key=lambda item: item[:2], default=(math.inf, True, None))
@@ -105,11 +111,10 @@ class Table:
             table = cls(str(data["gpu"]), str(data["triton"]), source)
             for row in data["entries"]:
                 entry = Entry(**row | dict(input=tuple(row["input"])))
-                valid = len(entry.input) == 3 and entry.ms > 0 and (entry.peer_ms is None or entry.peer_ms > 0)
-                if not valid or not all(isinstance(v, int) for v in entry.config.values()):
+                if not entry.is_sound():
                     raise ValueError(f"an entry of {entry.layer} has no sizes, time or config that could be")
                 table.add(entry)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{source} is no tuning table: {error}") from error
         return table
 
@@ -174,7 +179,7 @@ def is_current(entry: Entry) -> bool:
     """Whether the kernel is still what was measured."""
     try:
         return entry.kernel_hash == kernel_hash(entry.layer.split()[0])
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
