@@ -26,7 +26,8 @@ def seeded(device: str) -> Iterator[None]:
     if device == "cpu":
         yield
         return
-    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+    # By the older switches, which set the newer ones too: torch.compile fails where they contradict each other.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     with torch.device(device):
         yield
 

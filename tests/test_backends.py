@@ -11,9 +11,10 @@ import torch
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.ops import backend
-from tritonconv.ops.backend import Call, current_backend, observe
+from tritonconv.ops.backend import current_backend
 from tritonconv.ops.launch import record_launches
 from tritonconv.ops.layout import is_dense
+from tritonconv.ops.watch import Call, observe
 
 
 @pytest.fixture

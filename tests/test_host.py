@@ -24,9 +24,9 @@ import tritonconv
 import tritonconv.functional as TF
 from tritonconv.nn.fused import fused_call
 from tritonconv.ops import calls, dispatch
-from tritonconv.ops.backend import observe
 from tritonconv.ops.calls import clear_caches
 from tritonconv.ops.launch import captured, forced, record_launches
+from tritonconv.ops.watch import observe
 from tritonconv.tuning import known_devices
 
 ROOT = Path(__file__).parent.parent

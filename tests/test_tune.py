@@ -283,7 +283,7 @@ def test_linear_layers_and_residuals_are_measured(clock: Callable[..., None]) ->
 
     with forced(device=H200):
         report = tritonconv.tune(tritonconv.convert(Model().eval()), torch.randn(2, 8, 6, 6))
-    assert [layer.epilogue for layer in report.layers] == ["bias+residual+relu", "bias"]
+    assert [layer.conditions for layer in report.layers] == ["bias+residual+relu+2 hidden copies", "bias"]
     assert all(layer.entry is not None for layer in report.layers)
 
 

@@ -142,7 +142,7 @@ def test_another_triton_has_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch) -
         lambda text: text.replace('"batch": 32', '"batch": -1'),
         lambda text: text.replace('"layer": "', '"layer": "../'),
         lambda text: text.replace('"layer": "', '"layer": " '),
-        lambda text: text.replace('"epilogue": ""', '"epilogue": 0'),
+        lambda text: text.replace('"conditions": ""', '"conditions": 0'),
         lambda _: "[" * 200_000,
     ],
     ids=[
@@ -242,7 +242,7 @@ def test_a_large_table_is_read_and_searched_in_time() -> None:
     table.merge(rows)
     # Again, each in place of the one that is there.
     table.merge(reversed(rows))
-    found = table.find(problem(), "", 2.0)
+    found = table.find(problem(), "", 2.0, [entry().config])
     assert time.monotonic() - start < 5
     assert found is not None and found.batch == 32 and len(table.entries) == 20_000
 
@@ -277,3 +277,22 @@ def test_the_cache_is_where_the_platform_has_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("TRITONCONV_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", os.sep + "somewhere")
     assert cache_path(GPU).parent == Path(os.sep, "somewhere", "tritonconv") or sys.platform != "linux"
+
+
+def test_times_of_a_config_that_is_gone_decide_nothing() -> None:
+    gone = replace(entry(peer="torch", peer_ms=0.5), config=dict(entry().config, BLOCK_M=512))
+    remember(GPU, [gone])
+    assert judge(problem(), "") == (False, "not measured")
+
+
+def test_which_configs_there_are_and_what_comments_say_is_not_the_kernels_version() -> None:
+    import ast
+
+    from tritonconv.tuning.sources import device_code
+
+    def code(text: str) -> str:
+        return device_code(ast.parse(text))
+
+    kernel = "def configs():\n    return [1, 2]\n\n@jit\ndef kernel(x):\n    return x + 1\n"
+    assert code(kernel) == code(kernel.replace("[1, 2]", "[1]").replace("x + 1", "x + 1  # why"))
+    assert code(kernel) != code(kernel.replace("x + 1", "x + 2"))

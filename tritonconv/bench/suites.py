@@ -15,8 +15,8 @@ from tritonconv.bench.networks import measure_module
 from tritonconv.bench.registry import operation_for, operations
 from tritonconv.bench.session import Job
 from tritonconv.tuning import Device
+from tritonconv.tuning.candidates import possible
 from tritonconv.tuning.configs import as_dict, config_name
-from tritonconv.tuning.select import possible
 
 __all__ = [
     "check_compilations", "check_jobs", "check_layers", "layer_compilations", "layer_jobs", "module_jobs",

@@ -23,11 +23,12 @@ from tritonconv.bench.layers import ready, set_tf32, without_search
 from tritonconv.bench.registry import dtype_of, operations
 from tritonconv.bench.session import bar
 from tritonconv.convert.explain import restored
-from tritonconv.ops.backend import Call, Decision, interpreting, observe, set_backend
+from tritonconv.ops.backend import interpreting, set_backend
 from tritonconv.ops.calls import clear_caches
 from tritonconv.ops.dispatch import on_torch, run
 from tritonconv.ops.example import Example
 from tritonconv.ops.launch import Launch, captured, device_of, forced
+from tritonconv.ops.watch import Call, Decision, observe
 from tritonconv.tuning import Device, Problem, candidates, choose
 from tritonconv.tuning.cache import cache_path, remember, triton_version, write
 from tritonconv.tuning.configs import config_name
@@ -47,7 +48,7 @@ class Tuned:
     """What was measured of one layer."""
 
     layer: str
-    epilogue: str
+    conditions: str
     entry: Entry | None
     """None where no candidate was right."""
     before_ms: float | None
@@ -70,17 +71,17 @@ class TuneReport:
 
     def __str__(self) -> str:
         table = Table(title=f"tuned on {self.gpu}", title_justify="left", box=None, pad_edge=False)
-        for name in ("layer", "epilogue", "config", "tried", "before ms", "ms", "torch ms", "auto runs it on"):
+        for name in ("layer", "with", "config", "tried", "before ms", "ms", "torch ms", "auto runs it on"):
             table.add_column(name, justify="right" if name.endswith("ms") or name == "tried" else "left")
         for row in self.layers:
             if row.entry is None:
-                table.add_row(row.layer, row.epilogue, "none is right", str(row.tried), "", "", "", "torch")
+                table.add_row(row.layer, row.conditions, "none is right", str(row.tried), "", "", "", "torch")
                 continue
             peer = row.entry.peer_ms
             ours = peer is None or row.entry.ms <= MARGIN * peer
             times = ("" if ms is None else f"{ms:.4f}" for ms in (row.before_ms, row.entry.ms, peer))
             table.add_row(
-                row.layer, row.epilogue, config_name(row.entry.config), str(row.tried), *times,
+                row.layer, row.conditions, config_name(row.entry.config), str(row.tried), *times,
                 "triton" if ours else "torch",
             )  # fmt: skip
         console = Console(width=160, color_system=None)
@@ -140,7 +141,7 @@ def tune(
         for call in progress.track(found, description="tuning"):
             assert call.example is not None
             try:
-                layers.append(tune_example(str(call.geometry), call.example, call.device, seconds))
+                layers.append(tune_example(str(call.geometry), call, seconds))
             # Out of memory, most likely: what was found of other layers is kept.
             except RuntimeError as error:
                 if "no GPU" in str(error):
@@ -198,8 +199,10 @@ def problem_of(example: Example, device: Device) -> Problem:
     return problem
 
 
-def tune_example(layer: str, example: Example, device: torch.device, seconds: float) -> Tuned:
+def tune_example(layer: str, call: Call, seconds: float) -> Tuned:
     """Measure the candidates of one call on random tensors like its own, and torch beside them."""
+    example, device = call.example, call.device
+    assert example is not None
     problem = problem_of(example, device_of(device))
     # Its own, for the user's random numbers go on as if nothing had been tuned.
     generator = torch.Generator(device).manual_seed(0)
@@ -240,10 +243,10 @@ def tune_example(layer: str, example: Example, device: torch.device, seconds: fl
     entry = None
     if best is not None:
         entry = entry_of(
-            problem, example.epilogue.describe(), best, times[id(best)], peer="torch", peer_ms=peer,
+            problem, call.conditions, best, times[id(best)], peer="torch", peer_ms=peer,
             torch=torch.__version__, date=datetime.date.today().isoformat(),
         )  # fmt: skip
-    return Tuned(layer, example.epilogue.describe(), entry, times.get(id(configs[0])), len(configs), tuple(wrong))
+    return Tuned(layer, call.conditions, entry, times.get(id(configs[0])), len(configs), tuple(wrong))
 
 
 def materialize(t: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -270,7 +273,7 @@ def tune_case(case: Case, peer_ms: float | None, peer: str | None) -> dict[str, 
     tensors = operation.tensors(case, place, dtype_of(case), True)
     with observe(calls.append):
         operation.ours(case, *tensors)
-    found = [tune_example(case.id, call.example, call.device, 0.1) for call in calls if call.example is not None]
+    found = [tune_example(case.id, call, 0.1) for call in calls if call.example is not None]
     entries = [row.entry for row in found if row.entry is not None]
     if not entries:
         return dict(status="wrong", reason="; ".join(w for row in found for w in row.wrong) or "no candidate was right")

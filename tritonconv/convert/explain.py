@@ -18,7 +18,7 @@ from tritonconv.convert.report import Report, Row
 from tritonconv.convert.roofline import roofline_us
 from tritonconv.convert.swap import mark_of
 from tritonconv.nn.fused import Group, carries_hook, observe_groups
-from tritonconv.ops.backend import Call, observe
+from tritonconv.ops.watch import Call, observe
 
 __all__ = ["explain", "restored"]
 

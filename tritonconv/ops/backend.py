@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why: every decision is a value that `explain` can show."""
+"""Which backend runs a call, and why not the other."""
 
 from __future__ import annotations
 
@@ -6,24 +6,16 @@ import functools
 import importlib.util
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch.autograd import forward_ad
 
-from tritonconv.geometry import ConvGeometry
-
-if TYPE_CHECKING:
-    from tritonconv.ops.example import Example
-
 __all__ = [
-    "HAS_TRITON", "Backend", "Call", "Decision", "OnTorch", "capability", "capture", "check_backend",
-    "constant_under_compile", "current_backend", "decide", "interpreting", "is_watched", "needs_gradients", "notify",
-    "observe", "set_backend", "unusual",
+    "HAS_TRITON", "Backend", "OnTorch", "capability", "capture", "check_backend", "constant_under_compile",
+    "current_backend", "decide", "interpreting", "needs_gradients", "set_backend", "unusual",
 ]  # fmt: skip
 
 Backend = Literal["auto", "triton", "torch"]
@@ -68,30 +60,6 @@ def check_backend(backend: str) -> Backend:
 def current_backend(override: Backend | None = None) -> Backend:
     """The backend of a layer: the global choice if that is not "auto", else the layer's own (`override`)."""
     return _backend if _backend != "auto" or override is None else override
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Where a call runs. `reason` says why not on Triton, or which kernel; `copies` counts hidden layout copies."""
-
-    backend: Literal["triton", "torch"]
-    reason: str
-    copies: int = 0
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of our operators, as an observer sees it."""
-
-    op: str
-    decision: Decision
-    geometry: ConvGeometry | None
-    macs: int
-    bytes: int
-    dtype: torch.dtype
-    device: torch.device
-    example: Example | None
-    """The call itself, without memory, where our kernels can run it."""
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -217,8 +185,8 @@ class OnTorch(NamedTuple):
     reason: str
     described: str | None = None
     """The call, where a warning names it."""
-    able: bool = False
-    """Whether our kernel could run it too, and torch is preferred."""
+    conditions: str | None = None
+    """Where our kernel could run it too and torch is preferred: what a measurement must share with the call."""
 
     def warn(self) -> None:
         """Say it, once for each call and reason."""
@@ -257,53 +225,3 @@ def decide(
     verdict = OnTorch(why_not, describe())
     verdict.warn()
     return verdict
-
-
-class _Observer(threading.local):
-    callback: Callable[[Call], None] | None = None
-
-
-_observer = _Observer()
-
-
-@contextmanager
-def observe(callback: Callable[[Call], None]) -> Iterator[None]:
-    """Show every call of our operators on this thread to `callback`, and compute them all with torch meanwhile.
-
-    The decisions are those that a normal run would take; this is how `explain` reports without launching kernels.
-    """
-    previous, _observer.callback = _observer.callback, callback
-    try:
-        yield
-    finally:
-        _observer.callback = previous
-
-
-def notify(make_call: Callable[[], Call]) -> bool:
-    """Tell the observer, if there is one; whether there is."""
-    callback = _observer.callback
-    if callback is None:
-        return False
-    callback(make_call())
-    return True
-
-
-# Looked up once, for every call asks them.
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_transform = torch._C._functorch.peek_interpreter_stack
-_trace = torch._C._get_tracing_state
-
-
-def is_watched() -> bool:
-    """Whether someone traces, transforms, intercepts, observes or captures this thread's calls one by one.
-
-    Not to be asked under torch.compile.
-    """
-    return (
-        _dispatch_modes() > 0
-        or _observer.callback is not None
-        or capture.active
-        or _transform() is not None
-        or _trace() is not None
-        or forward_ad._current_level >= 0
-    )

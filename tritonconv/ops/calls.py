@@ -69,6 +69,11 @@ class Prepared:
         """Hidden layout copies."""
         return sum(copy is not None for copy in (self.copy_x, self.copy_weight, self.copy_residual))
 
+    def conditions(self, epilogue: Epilogue) -> str:
+        """What a measurement must share with a call: what follows in the same kernel, and hidden copies before it."""
+        copies = [f"{self.copies} hidden copies"] if self.copies else []
+        return "+".join([epilogue.describe()] * bool(epilogue.describe()) + copies)
+
     @functools.cached_property
     def rearranges(self) -> bool:
         """Whether any tensor is copied."""

@@ -11,14 +11,10 @@ from torch import Tensor
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.backend import (
     Backend,
-    Call,
-    Decision,
     OnTorch,
     current_backend,
     decide,
     interpreting,
-    is_watched,
-    notify,
     unusual,
 )
 from tritonconv.ops.calls import Prepared, find, remember, signature
@@ -26,6 +22,7 @@ from tritonconv.ops.convolution import check_convolution, prepare
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.example import Example
 from tritonconv.ops.library import call_operator
+from tritonconv.ops.watch import Call, Decision, is_watched, notify
 from tritonconv.tuning import judge, mostly_zeros
 
 __all__ = ["convolution", "linear", "on_torch", "replay", "run"]
@@ -182,9 +179,9 @@ def _resolve(
         return refused
     call = prepare(x, weight, epilogue, geometry, kind)
     if current_backend(backend) == "auto" and call.recipe is not None:
-        verdict = judge(call.recipe.problem, epilogue.describe())
+        verdict = judge(call.recipe.problem, call.conditions(epilogue))
         if verdict.torch:
-            return OnTorch(verdict.reason, able=True)
+            return OnTorch(verdict.reason, conditions=call.conditions(epilogue))
     return call
 
 
@@ -207,13 +204,14 @@ def _first_run(
 
     def seen() -> Call:
         if isinstance(call, OnTorch):
-            decision, able = Decision("torch", call.reason), call.able
+            decision, conditions = Decision("torch", call.reason), call.conditions
         else:
-            measured = judge(call.recipe.problem, epilogue.describe()).reason if call.recipe is not None else ""
-            decision, able = Decision("triton", f"{call.kernel}{measured and ', '}{measured}", call.copies), True
+            conditions = call.conditions(epilogue)
+            measured = judge(call.recipe.problem, conditions).reason if call.recipe is not None else ""
+            decision = Decision("triton", f"{call.kernel}{measured and ', '}{measured}", call.copies)
         size = geometry.bytes(x.element_size(), residual=epilogue.residual is not None)
-        to_measure = example.on_meta() if able and 0 not in geometry.elements() else None
-        return Call(op, decision, geometry, geometry.macs, size, x.dtype, x.device, to_measure)
+        to_measure = None if conditions is None or 0 in geometry.elements() else example.on_meta()
+        return Call(op, decision, geometry, geometry.macs, size, x.dtype, x.device, to_measure, conditions or "")
 
     observed = notify(seen)
     if isinstance(call, OnTorch):

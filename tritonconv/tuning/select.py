@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
+from tritonconv.tuning.candidates import candidates
 from tritonconv.tuning.cost import predict
 from tritonconv.tuning.devices import INTERPRETER
 from tritonconv.tuning.measured import measured_config
 from tritonconv.tuning.problem import Problem
 
-__all__ = ["candidates", "choose", "interpreter_tile", "possible"]
-
-
-def candidates(problem: Problem) -> list[Any]:
-    """Every triton.Config of the problem's kernel that suits its sizes, its type and its device."""
-    m, n, _ = problem.gemm
-    return _fitting(problem, m, n)
-
-
-def possible(problem: Problem) -> list[Any]:
-    """Every triton.Config that computes the problem rightly on its device, also those much larger than it."""
-    return _fitting(problem, 10**9, 10**9)
-
-
-def _fitting(problem: Problem, m: int, n: int) -> list[Any]:
-    from tritonconv.kernels.tiles import fitting
-
-    return fitting(
-        importlib.import_module(f"tritonconv.kernels.{problem.kernel}").configs(),
-        m=m, n=n, k=problem.run, itemsize=problem.itemsize, tensor_cores=problem.tensor_cores,
-        shared=problem.device.shared_memory, even=problem.kernel == "conv_fprop", vectors=problem.vectors,
-    )  # fmt: skip
+__all__ = ["choose", "interpreter_tile"]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -44,7 +23,7 @@ def choose(problem: Problem) -> Any:
     if problem.device.arch == INTERPRETER.arch:
         return interpreter_tile(problem)
     allowed = candidates(problem)
-    measured = measured_config(problem, allowed)
+    measured = measured_config(problem)
     if measured is not None:
         return measured
     return min(allowed, key=lambda config: predict(problem, config).seconds)

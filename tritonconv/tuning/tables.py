@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from typing import Any
@@ -33,8 +33,8 @@ class Entry:
     """`layer_key`: all of it but batch and image size."""
     batch: int
     input: tuple[int, int, int]
-    epilogue: str
-    """As `Epilogue.describe` gives it; "" for none."""
+    conditions: str
+    """What followed in the same kernel and how many hidden copies went before it, as `Prepared.conditions` gives it."""
     kernel_hash: str
     config: dict[str, int | bool]
     ms: float
@@ -50,7 +50,7 @@ class Entry:
 
     def is_sound(self) -> bool:
         """Whether it could have been measured: a file may hold anything."""
-        words = self.layer, self.epilogue, self.kernel_hash, self.peer or "", self.torch, self.date
+        words = self.layer, self.conditions, self.kernel_hash, self.peer or "", self.torch, self.date
         sizes = self.batch, *self.input, *self.config.values()
         times = self.ms, self.ms if self.peer_ms is None else self.peer_ms
         return (
@@ -76,27 +76,30 @@ class Table:
             self._by_layer.setdefault(entry.layer, {})[key] = entry
 
     def add(self, entry: Entry) -> None:
-        """Put an entry in, in place of an older one for the same sizes and epilogue."""
-        key = (entry.layer, entry.batch, entry.input, entry.epilogue)
+        """Put an entry in, in place of an older one for the same sizes and conditions."""
+        key = (entry.layer, entry.batch, entry.input, entry.conditions)
         self.entries[key] = self._by_layer.setdefault(entry.layer, {})[key] = entry
 
-    def find(self, problem: Problem, epilogue: str | None, reach: float) -> Entry | None:
+    def find(
+        self, problem: Problem, conditions: str | None, reach: float, allowed: Sequence[dict[str, int | bool]]
+    ) -> Entry | None:
         """The entry of the same layer that was measured nearest in pixels, within a factor of `reach`.
 
-        `epilogue` must agree; None: any will do. Entries of another version of the kernel do not count.
+        `conditions` must agree; None: any will do. Entries of another version of the kernel do not count, nor do those of
+        configs that are not `allowed`.
         """
         g = problem.geometry
         pixels = g.batch * math.prod(g.input)
         found = [
             (abs(math.log(max(1, entry.pixels) / max(1, pixels))), (entry.batch, entry.input) != (g.batch, g.input), entry)
             for entry in self._by_layer.get(layer_key(problem), {}).values()
-            if epilogue in (None, entry.epilogue) and is_current(entry)
+            if conditions in (None, entry.conditions) and entry.config in allowed and is_current(entry)
         ]
         distance, _, entry = min(found, key=lambda item: item[:2], default=(math.inf, True, None))
         return entry if distance <= math.log(reach) + 1e-9 else None
 
     def to_json(self) -> str:
-        rows = sorted(self.entries.values(), key=lambda e: (e.layer, e.batch, e.input, e.epilogue))
+        rows = sorted(self.entries.values(), key=lambda e: (e.layer, e.batch, e.input, e.conditions))
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
         head = json.dumps(dict(format=FORMAT, gpu=self.gpu, triton=self.triton))
         return f'{head[:-1]}, "entries": [\n{lines}\n]}}\n'
@@ -150,7 +153,7 @@ def layer_key(problem: Problem) -> str:
 
 def entry_of(
     problem: Problem,
-    epilogue: str,
+    conditions: str,
     config: Any,
     ms: float,
     *,
@@ -161,7 +164,7 @@ def entry_of(
 ) -> Entry:
     """What was measured of a problem; `config` is a triton.Config."""
     return Entry(
-        layer_key(problem), problem.geometry.batch, problem.geometry.input, epilogue, kernel_hash(problem.kernel),
+        layer_key(problem), problem.geometry.batch, problem.geometry.input, conditions, kernel_hash(problem.kernel),
         as_dict(config), ms, peer, peer_ms, torch, date,
     )  # fmt: skip
 

@@ -1,0 +1,94 @@
+"""Who looks at single calls: observers of ours, and whoever traces, transforms or intercepts operators."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.autograd import forward_ad
+
+from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.backend import capture
+from tritonconv.ops.example import Example
+
+__all__ = ["Call", "Decision", "is_watched", "notify", "observe"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where a call runs. `reason` says why not on Triton, or which kernel; `copies` counts hidden layout copies."""
+
+    backend: Literal["triton", "torch"]
+    reason: str
+    copies: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of our operators, as an observer sees it."""
+
+    op: str
+    decision: Decision
+    geometry: ConvGeometry | None
+    macs: int
+    bytes: int
+    dtype: torch.dtype
+    device: torch.device
+    example: Example | None
+    """The call itself, without memory, where our kernels can run it."""
+    conditions: str
+    """What a measurement must share with it to count for it."""
+
+
+class _Observer(threading.local):
+    callback: Callable[[Call], None] | None = None
+
+
+_observer = _Observer()
+
+
+@contextmanager
+def observe(callback: Callable[[Call], None]) -> Iterator[None]:
+    """Show every call of our operators on this thread to `callback`, and compute them all with torch meanwhile.
+
+    The decisions are those that a normal run would take; this is how `explain` reports without launching kernels.
+    """
+    previous, _observer.callback = _observer.callback, callback
+    try:
+        yield
+    finally:
+        _observer.callback = previous
+
+
+def notify(make_call: Callable[[], Call]) -> bool:
+    """Tell the observer, if there is one; whether there is."""
+    callback = _observer.callback
+    if callback is None:
+        return False
+    callback(make_call())
+    return True
+
+
+# Looked up once, for every call asks them.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_trace = torch._C._get_tracing_state
+
+
+def is_watched() -> bool:
+    """Whether someone traces, transforms, intercepts, observes or captures this thread's calls one by one.
+
+    Not to be asked under torch.compile.
+    """
+    return (
+        _dispatch_modes() > 0
+        or _observer.callback is not None
+        or capture.active
+        or _transform() is not None
+        or _trace() is not None
+        or forward_ad._current_level >= 0
+    )
