@@ -139,8 +139,9 @@ def worker_sees_main() -> str | None:
 def test_a_worker_does_not_run_the_script_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("raise SystemExit('a script without a guard')")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    # Under pytest-xdist it has neither.
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
     with Worker() as worker:
         assert worker.call(worker_sees_main, timeout=60) != str(script)
     assert sys.modules["__main__"].__file__ == str(script)
