@@ -29,6 +29,7 @@ from rich.table import Table
 import tritonconv.tuning
 from tritonconv.bench.offline import TARGETS, inspect_launch
 from tritonconv.bench.registry import Operation, Specimen, specimens
+from tritonconv.ops.launch import Launch
 from tritonconv.tuning import Problem, candidates
 from tritonconv.tuning.configs import as_dict, config_name
 from tritonconv.tuning.cost import HOPPER_FLOP_PER_CLOCK, variant
@@ -49,7 +50,7 @@ def rows_of(task: tuple[int, str]) -> list[dict[str, Any]]:
     case, target = specimen.case, TARGETS[name]
     rows = []
     for config in candidates(problem_of(operation, specimen, name))[: specimen.configs]:
-        (launch,) = operation.launches(case, target.device, config)
+        launch = launch_of(operation, specimen, name, config)
         rows.append(
             dict(
                 kernel=specimen.kernel, case=case.id, config=config_name(as_dict(config)), target=name,
@@ -62,10 +63,19 @@ def rows_of(task: tuple[int, str]) -> list[dict[str, Any]]:
 def problem_of(operation: Operation, specimen: Specimen, target: str) -> Problem:
     """What the choice of a config would see of a specimen; no choice is made, which could need the table."""
     any_config = importlib.import_module(f"tritonconv.kernels.{specimen.kernel}").configs()[0]
-    (launch,) = operation.launches(specimen.case, TARGETS[target].device, any_config)
-    if launch.problem is None or launch.problem.kernel != specimen.kernel:
-        raise ValueError(f"{specimen.case.id} runs {launch.kernel.__name__}, expected {specimen.kernel}")
-    return launch.problem
+    problem = launch_of(operation, specimen, target, any_config).problem
+    assert problem is not None
+    return problem
+
+
+def launch_of(operation: Operation, specimen: Specimen, target: str, config: Any) -> Launch:
+    """The launch of the specimen's kernel; others may follow it."""
+    launches = operation.launches(specimen.case, TARGETS[target].device, config)
+    for launch in launches:
+        if launch.problem is not None and launch.problem.kernel == specimen.kernel:
+            return launch
+    names = ", ".join(launch.kernel.__name__ for launch in launches)
+    raise ValueError(f"{specimen.case.id} runs {names}, expected {specimen.kernel}")
 
 
 def resources(rows: list[dict[str, Any]]) -> str:
@@ -118,7 +128,7 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
     if row["shared"] > limit:
         wrong.append(f"{row['shared']} bytes of shared memory, limit {limit}")
     plain = case.endswith(("ieee", "fp64"))
-    m, n = map(int, row["config"].split("x")[:2])
+    m, n, k = map(int, row["config"].split()[0].split("x"))
     # wgmma and tcgen05 need 64 rows.
     mma = "HMMA" if target.gpu.backend == "cuda" and m < 64 else target.mma
     if not plain and not count(row, mma):
@@ -128,11 +138,16 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
     if target.gpu.backend == "cuda":
         wide_store = count(row, "STG.E.128", "UTMASTG")
         wide_load = count(row, "LDGSTS.E.BYPASS.128", "LDG.E.128", "UTMALDG")
-        if not wide_store or (not wide_load and "stem" not in case):
+        # Rows of 3 or 5 elements cannot be read otherwise. TF32's wgmma wants operands that lie along the reduction, and
+        # those of gradients do not: they are copied element by element into their places.
+        scattered = case.endswith("odd") or (case.endswith("tf32") and "grad" in row["kernel"])
+        if not scattered and (not wide_store or (not wide_load and "stem" not in case)):
             wrong.append("no 128-bit global accesses")
     else:
-        # Triton stores from MFMA's own layout, 4 elements a lane: 64 bits of bf16. Loads have no such limit.
-        if not count(row, "global_load_dwordx4", "buffer_load_dwordx4"):
+        # Triton stores from MFMA's own layout, 4 elements a lane: 64 bits of bf16. Loads have no such limit; but rows of 16
+        # elements, where tiles are read by rows, are 32 bytes: too few to go round among 256 lanes by 16.
+        narrow = case.endswith("odd") or (min(n, k) == 16 and "grad" in row["kernel"])
+        if not narrow and not count(row, "global_load_dwordx4", "buffer_load_dwordx4"):
             wrong.append("no 128-bit global accesses")
     if row["kernel"] == "conv_fprop" and case == "3x3" and row["target"] == "sm_90":
         goal = 0.30 if m * n == 256 * 128 else 0.45 if m == 128 else None

@@ -116,12 +116,13 @@ def rows_of(records: Iterable[Record], stage: str) -> list[Row]:
 
 
 def expected(records: Iterable[Record], cases: Iterable[Case]) -> list[tuple[Case, str, Row | None]]:
-    """Each case and pass that could be timed, and what is known of it."""
+    """Each case and pass that could be timed, and what is known of it; gradients once any was measured."""
     rows = {(row.id, row.pass_): row for row in reversed(rows_of(records, "layer"))}
+    seen = {pass_ for _, pass_ in rows}
     found: list[tuple[Case, str, Row | None]] = []
     for case in cases:
         operation = operation_for(case)
-        passes = operation.passes if operation else ("fprop",)
+        passes = [p for p in operation.passes if p == "fprop" or p in seen] if operation else ["fprop"]
         found += [(case, pass_, rows.get((case.id, pass_))) for pass_ in passes]
     return found
 

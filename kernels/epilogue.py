@@ -10,7 +10,7 @@ could make stale, and the cost is four BLOCK_N vectors a tile.
 import triton
 import triton.language as tl
 
-__all__ = ["finish_tile"]
+__all__ = ["finish_rows", "finish_tile"]
 
 # Columns of a slice: a whole wide tile's residual, offsets and per-channel vectors beside its accumulators would spill.
 SLICE_N = tl.constexpr(32)
@@ -47,20 +47,19 @@ def affine(
 @triton.jit
 def finish_slice(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr,
                  ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr):  # fmt: skip
-    offs_m, mask_m, pixels, group, K, channels = where
+    rows, stride_c, mask_m, group, K = where
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr = tensors
     offs_n = first_n + tl.arange(0, acc.shape[1])
     mask_n = offs_n < K
     offs_n = group * K + offs_n
     acc = affine(acc, offs_n, mask_n, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS)
     if Y_CHANNELS_LAST:
-        offs_y = (offs_m * channels)[:, None] + offs_n[None, :]
+        offs_y = rows[:, None] + offs_n[None, :]
         mask = mask_m[:, None] & mask_n[None, :]
     else:
         # Neighboring threads take neighboring pixels, which lie side by side in memory.
         acc = tl.trans(acc)
-        image = offs_m // pixels
-        offs_y = (image * channels * pixels + offs_m % pixels)[None, :] + (offs_n * pixels)[:, None]
+        offs_y = rows[None, :] + (offs_n * stride_c)[:, None]
         mask = mask_n[:, None] & mask_m[None, :]
     if residual_ptr is not None:
         acc = acc + tl.load(residual_ptr + offs_y, mask=mask, other=0.0).to(acc.dtype)
@@ -99,22 +98,18 @@ def finish_4(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.constexpr,
 
 
 @triton.jit
-def finish_tile(
+def finish_rows(
     acc,  # [BLOCK_M, BLOCK_N]
-    offs_m, M, pixels,  # output pixels, how many there are, and how many in an image
-    group, first_n, K, channels,  # the tile's group and first column, channels of a group and of the output
+    rows, mask_m, pixels,  # each pixel's first channel in the output, which pixels there are, and how many in an image
+    group, first_n, K,  # the tile's group and first column, channels of a group
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
-    EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
-    Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
+    EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Apply the epilogue to one tile and store it into a dense output, channels-last or contiguous.
+    """Apply the epilogue to one tile of pixels and store it into a dense output, channels-last or contiguous.
 
     The residual has the output's layout. Each element of it is read once and each output written once.
     """
-    mask_m = offs_m < M
-    if INDEX_64:
-        offs_m = offs_m.to(tl.int64)
-    where = (offs_m, mask_m, pixels, group, K, channels)
+    where = (rows, pixels, mask_m, group, K)
     tensors = (y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
     if acc.shape[1] <= 4 * SLICE_N:
         finish_4(acc, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
@@ -122,3 +117,26 @@ def finish_tile(
         left, right = halves(acc)
         finish_4(left, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
         finish_4(right, first_n + left.shape[1], where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+
+
+@triton.jit
+def finish_tile(
+    acc,  # [BLOCK_M, BLOCK_N]
+    offs_m, M, pixels,  # output pixels, how many there are, and how many in an image
+    group, first_n, K, channels,  # as finish_rows has them, and channels of the output
+    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
+):  # fmt: skip
+    """`finish_rows` for consecutive pixels."""
+    mask_m = offs_m < M
+    if INDEX_64:
+        offs_m = offs_m.to(tl.int64)
+    if Y_CHANNELS_LAST:
+        rows = offs_m * channels
+    else:
+        rows = offs_m // pixels * channels * pixels + offs_m % pixels
+    finish_rows(
+        acc, rows, mask_m, pixels, group, first_n, K, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+        EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST,
+    )  # fmt: skip

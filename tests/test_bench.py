@@ -525,8 +525,8 @@ def test_a_run_does_its_stages_and_continues(tmp_path: Path, capsys: pytest.Capt
     assert measure(cases, tmp_path / "out", columns=columns, console=QUIET) == 0
     records = list(read_records(tmp_path / "out" / "results.jsonl"))
     count = {stage: sum(r["stage"] == stage for r in records) for stage in ("ceilings", "check", "layer", "tune", "module")}
-    assert count == {"ceilings": 1, "check": 3 + 5, "layer": 3 + 1, "tune": 1, "module": 6}
-    layers_ = {r["column"]: r for r in records if r["stage"] == "layer" and r["id"] == "small"}
+    assert count == {"ceilings": 1, "check": 3 + 5, "layer": 3 * 3 + 1, "tune": 1, "module": 6}
+    layers_ = {r["column"]: r for r in records if r["stage"] == "layer" and r["id"] == "small" and r["pass"] == "wgrad"}
     assert all(r["timed"] and r["status"] == "ok" for r in layers_.values()) and len(layers_) == 3
     (tuned,) = (r for r in records if r["stage"] == "tune")
     assert tuned["status"] == "ok" and tuned["candidates"] > 1 and tuned["ms"] == 1.0 == tuned["peer_ms"]
@@ -563,7 +563,7 @@ def test_a_dry_run_goes_through_all_cases_and_its_results_make_a_page(tmp_path: 
     assert "Predictions of the cost model for NVIDIA H200; no time was measured." in done.stdout
     results = tmp_path / "results.jsonl"
     records = list(read_records(results))
-    assert sum(r["stage"] == "layer" and r["status"] == "ok" for r in records) == 2 * len(
+    assert sum(r["stage"] == "layer" and r["status"] == "ok" for r in records) == 2 * 3 * len(
         registry.operations()["conv"].checks()
     )
     page = tmp_path / "page.md"

@@ -29,12 +29,12 @@ def test_every_config_keeps_the_rules_on_every_target_and_is_no_worse_than_the_t
 
 
 def test_the_table_has_every_config_of_every_kernel() -> None:
-    from tritonconv.kernels import conv_flat, conv_fprop, matmul
+    from tritonconv.kernels import conv_dgrad, conv_flat, conv_fprop, conv_wgrad, matmul
 
     rows = json.loads(TABLE.read_text())
     assert all(set(row) == KEYS for row in rows)
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    for module in (conv_flat, conv_fprop, matmul):
+    for module in (conv_dgrad, conv_flat, conv_fprop, conv_wgrad, matmul):
         kernel = module.__name__.rsplit(".", 1)[1]
         tiles = {row["config"] for row in rows if row["kernel"] == kernel}
         for config in module.configs():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Literal
 
+from tritonconv.geometry import Pass
+
 __all__ = ["DTYPES", "Case", "load_cases"]
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -41,6 +43,8 @@ class Case:
     """Whether batch norm, residual and ReLU follow in the same kernel: the largest epilogue."""
     dtype: str = "bf16"
     tf32: bool = False
+    pass_: Pass = "fprop"
+    """The forward pass, or the gradient of the input or of the weight."""
     channels_last: bool = True
     family: str = ""
     """Layers that behave alike share one; plots and means are made by family."""

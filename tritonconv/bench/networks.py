@@ -34,7 +34,7 @@ def measure_module(
     """
     case = MODULES[name]
     if pass_ == "training" and column == OURS:
-        return dict(status="not built", reason="backward kernels are not built yet: all of it would run on torch")
+        return dict(status="not built", reason="training is not fused yet: under 'auto' all of it would run on torch")
     record: dict[str, Any] = dict(provider=case.provider(), timed=False)
     if pass_ == "inference":
         prepared = _prepared.get((name, column, batch))

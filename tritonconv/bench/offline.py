@@ -97,7 +97,8 @@ def compile_launch(launch: Launch, device: Device) -> Any:
     if device not in _idle:
         _idle[device] = IdleDriver(device, len(_idle))
     triton.runtime.driver.set_active(_idle[device])
-    return launch.kernel.warmup(*launch.arguments.values(), grid=(1,), **launch.options)
+    arguments = (launch.arguments[name] for name in launch.kernel.arg_names)
+    return launch.kernel.warmup(*arguments, grid=(1,), **launch.options)
 
 
 def run(tool: str, *args: str | Path) -> str:

@@ -41,8 +41,8 @@ class Operation(abc.ABC):
     """Those that have kernels."""
 
     @abc.abstractmethod
-    def count(self, case: Case, pass_: Pass = "fprop") -> tuple[int, int]:
-        """(multiply-adds, least bytes) of a pass."""
+    def count(self, case: Case) -> tuple[int, int]:
+        """(multiply-adds, least bytes) of the case's pass."""
 
     @abc.abstractmethod
     def tensors(self, case: Case, device: str, dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, ...]:

@@ -126,7 +126,9 @@ def tune_layers(session: Session, cases: Sequence[Case], device: Device, out: Pa
     from tritonconv.tuning.cache import write
     from tritonconv.tuning.tables import Entry, Table
 
-    layers = [r for r in read_records(session.results.path) if r["stage"] == "layer" and r.get("timed")]
+    layers = [
+        r for r in read_records(session.results.path) if r["stage"] == "layer" and r["pass"] == "fprop" and r.get("timed")
+    ]
     ours = {r["id"]: r for r in layers if r["column"] == OURS}
     peers: dict[str, tuple[float, str]] = {}
     for r in layers:

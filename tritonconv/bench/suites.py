@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from tritonconv.bench.modules import module_cases
 from tritonconv.bench.networks import measure_module
 from tritonconv.bench.registry import operation_for, operations
 from tritonconv.bench.session import Job
+from tritonconv.geometry import Pass
 from tritonconv.tuning import Device
 from tritonconv.tuning.candidates import possible
 from tritonconv.tuning.configs import as_dict, config_name
@@ -26,19 +28,24 @@ __all__ = [
 # torch.compile searches long, and its searches must not take the whole budget.
 TIMEOUTS = {"compile": 90.0, "compile max-autotune": 180.0}
 
+PASSES: tuple[Pass, ...] = ("fprop", "dgrad", "wgrad")
 KINDS = (("bf16", False), ("fp16", False), ("fp32", False), ("fp32", True))
 
 
 def check_layers(device: Device) -> Iterator[tuple[Case, Any, bool]]:
-    """Every operation's small layers, in every type, layout and possible config of the kernel that they take."""
+    """Every operation's small layers, in every pass, type, layout and possible config of the kernel that they take.
+
+    Gradients are computed channels-last whatever comes in, so that one layout will do for them.
+    """
     for operation in operations().values():
-        for small in operation.checks():
-            for dtype, tf32 in KINDS:
-                case = replace(small, dtype=dtype, tf32=tf32)
-                for channels_last in (True, False):
-                    for launch in operation.launches(case, device, None, channels_last):
-                        for config in possible(launch.problem) if launch.problem else [None]:
-                            yield case, config, channels_last
+        for pass_, small in itertools.product(operation.passes, operation.checks()):
+            for (dtype, tf32), channels_last in itertools.product(KINDS, (True, False)):
+                if pass_ != "fprop" and not channels_last:
+                    continue
+                case = replace(small, dtype=dtype, tf32=tf32, pass_=pass_)
+                for launch in operation.launches(case, device, None, channels_last):
+                    for config in possible(launch.problem) if launch.problem else []:
+                        yield case, config, channels_last
 
 
 def check_jobs(device: Device) -> list[Job]:
@@ -47,7 +54,7 @@ def check_jobs(device: Device) -> list[Job]:
     for case, config, channels_last in check_layers(device):
         layout = "channels_last" if channels_last else "contiguous"
         column = f"{case.dtype}{' tf32' if case.tf32 else ''} {layout}"
-        identity = dict(stage="check", id=check_name(case, config), column=column) | {"pass": "fprop"}
+        identity = dict(stage="check", id=check_name(case, config), column=column) | {"pass": case.pass_}
         jobs.append(Job(identity, check_layer, (case, config, channels_last), timeout=60.0))
     return jobs
 
@@ -55,21 +62,23 @@ def check_jobs(device: Device) -> list[Job]:
 def layer_jobs(
     cases: Sequence[Case], columns: Sequence[str] = COLUMNS, ceilings: Ceilings | None = None, seconds: float = 0.2
 ) -> list[Job]:
-    """Layers that have kernels, each in these ways."""
+    """Layers that have kernels, each in these ways; gradients after all that is forward."""
     jobs = []
-    for case in cases:
+    for pass_, case in itertools.product(PASSES, cases):
         operation = operation_for(case)
-        for pass_ in operation.passes if operation else ():
-            for column in columns:
-                identity = layer_identity(case, column, pass_)
-                jobs.append(Job(identity, measure_layer, (case, column, ceilings, seconds), TIMEOUTS.get(column, 60.0)))
+        if operation is None or pass_ not in operation.passes:
+            continue
+        one = replace(case, pass_=pass_)
+        for column in columns:
+            identity = layer_identity(one, column)
+            jobs.append(Job(identity, measure_layer, (one, column, ceilings, seconds), TIMEOUTS.get(column, 60.0)))
     return jobs
 
 
-def layer_identity(case: Case, column: str, pass_: str = "fprop") -> dict[str, Any]:
+def layer_identity(case: Case, column: str) -> dict[str, Any]:
     return dict(
         stage="layer", id=case.id, family=case.family, dtype=case.dtype, column=column, mode="graph", batch=case.batch
-    ) | {"pass": pass_}
+    ) | {"pass": case.pass_}
 
 
 def not_built(cases: Sequence[Case]) -> list[dict[str, Any]]:

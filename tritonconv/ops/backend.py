@@ -136,8 +136,6 @@ def unsupported(tensors: tuple[torch.Tensor, ...]) -> str | None:
     odd = unusual(tensors)
     if odd is not None:
         return odd
-    if needs_gradients(tensors):
-        return "gradients are needed, and backward kernels are not built yet (under torch.no_grad() it runs on Triton)"
     if torch.compiler.is_compiling():
         return None
     if torch._C._get_tracing_state() is not None:
@@ -216,6 +214,8 @@ def decide(
     if chosen == "torch":
         return OnTorch("the torch backend was chosen")
     why_not = missing or unsupported(tensors)
+    if why_not is None and chosen == "auto" and needs_gradients(tensors):
+        why_not = "gradients are needed, and ours were not measured yet (backend 'triton' computes them all the same)"
     if why_not is None:
         return None
     if chosen == "triton":

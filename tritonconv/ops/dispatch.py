@@ -15,6 +15,7 @@ from tritonconv.ops.backend import (
     current_backend,
     decide,
     interpreting,
+    needs_gradients,
     unusual,
 )
 from tritonconv.ops.calls import Prepared, find, remember, signature
@@ -110,12 +111,15 @@ def convolution(
         slow = grouped and current_backend(backend) == "auto" and mostly_zeros(groups, weight.shape[0] // groups)
         if refused is not None or slow:
             return _on_torch("conv", x, weight, epilogue, numbers)
-        y = call_operator(batched, weight, batched_epilogue, stride, padding, dilation, groups, "conv")
+        y = _operator(batched, weight, batched_epilogue, stride, padding, dilation, groups, "conv")
         return y.squeeze(0) if unbatched else y
     geometry = ConvGeometry.parse(
         x.shape, weight.shape, nd=nd, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
     call = _resolve(op, batched, weight, batched_epilogue, geometry, backend, "conv")
+    if isinstance(call, Prepared) and needs_gradients((x, weight, *epilogue.tensors())):
+        y = _operator(batched, weight, batched_epilogue, stride, padding, dilation, groups, "conv")
+        return y.squeeze(0) if unbatched else y
     if isinstance(call, Prepared) and unbatched:
         call = call.unbatched()
     return _first_run(op, call, geometry, key, Example("conv", x, weight, epilogue, numbers), backend)
@@ -156,9 +160,11 @@ def linear(x: Tensor, weight: Tensor, epilogue: Epilogue, backend: Backend | Non
         refused = decide((x, weight, *epilogue.tensors()), backend, lambda: op, _missing(rows, weight, epilogue))
         if refused is not None:
             return _on_torch("matmul", x, weight, epilogue, ())
-        return call_operator(rows, filters, row_epilogue, 1, 0, 1, 1, "matmul").reshape(shape)
+        return _operator(rows, filters, row_epilogue, 1, 0, 1, 1, "matmul").reshape(shape)
     geometry = ConvGeometry.parse(rows.shape, filters.shape, nd=1)
     call = _resolve(op, rows, filters, row_epilogue, geometry, backend, "matmul")
+    if isinstance(call, Prepared) and needs_gradients((x, weight, *epilogue.tensors())):
+        return _operator(rows, filters, row_epilogue, 1, 0, 1, 1, "matmul").reshape(shape)
     if isinstance(call, Prepared):
         call = call.of_rows(x, weight, epilogue, shape, rows.data_ptr() != x.data_ptr())
     return _first_run(op, call, geometry, key, Example("matmul", x, weight, epilogue, ()), backend)
@@ -238,6 +244,16 @@ def _check_tensors(op: str, x: object, weight: object, epilogue: Epilogue) -> No
     for name, value in (("input", x), ("weight", weight), *optional):
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+
+
+def _operator(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, stride: Any, padding: Any, dilation: Any, groups: int, kind: Kind
+) -> Tensor:
+    """A batched call through the registered operator; for gradients what follows the convolution is torch's."""
+    if not needs_gradients((x, weight, *epilogue.tensors())):
+        return call_operator(x, weight, epilogue, stride, padding, dilation, groups, kind)
+    y = call_operator(x, weight, Epilogue(epilogue.bias), stride, padding, dilation, groups, kind)
+    return epilogue.torch(y)
 
 
 def _is_traced(x: Tensor, weight: Tensor, epilogue: Epilogue) -> bool:

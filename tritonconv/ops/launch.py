@@ -17,7 +17,7 @@ from tritonconv.ops.epilogue import Epilogue
 from tritonconv.tuning import INTERPRETER, Device, Problem, like
 
 __all__ = [
-    "Box", "Launch", "Recipe", "captured", "device_of", "epilogue_constants", "forced", "forcing", "precision",
+    "Box", "Launch", "Recipe", "captured", "device_of", "epilogue_constants", "forced", "forcing", "launch", "precision",
     "record_launches",
 ]  # fmt: skip
 
@@ -121,6 +121,25 @@ class Recipe:
         else:
             with torch.cuda.device(device):
                 self.launcher(*arguments, **self.options)
+
+
+def launch(
+    kernel: Any, programs: int, arguments: dict[str, Any], config: Any, problem: Problem | None, device: torch.device
+) -> None:
+    """Launch once, with arguments by name, on the current stream of `device`; or keep it where `captured` asks for it.
+
+    `config` is None for a kernel without candidates.
+    """
+    one = Launch(
+        kernel, programs, arguments, config.num_warps if config else 4, config.num_stages if config else 2, problem, config
+    )
+    if _state.log is not None:
+        _state.log.append(kernel.__name__)
+    if _state.captured is not None:
+        _state.captured.append(one)
+        return
+    with _interpreter if interpreting() else torch.cuda.device(device):
+        kernel[(programs,)](**arguments, **one.options)
 
 
 class Forced(NamedTuple):

@@ -17,7 +17,8 @@ from tritonconv.ops.activation import ActivationSpec
 from tritonconv.ops.calls import Prepared, find, remember, signature
 from tritonconv.ops.convolution import check_convolution, output_format, prepare
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.layout import dense_strides
+from tritonconv.ops.gradients import conv_dgrad, conv_wgrad
+from tritonconv.ops.layout import dense_strides, suggests_channels_last
 
 __all__ = ["call_operator"]
 
@@ -90,6 +91,88 @@ def _(
     geometry = _geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
     strides = dense_strides(geometry.output_shape, output_format(x, weight))
     return x.new_empty_strided(geometry.output_shape, strides)
+
+
+@torch.library.custom_op("tritonconv::conv_dgrad", mutates_args=())
+def dgrad(
+    dy: Tensor, weight: Tensor, *, input_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    padding_name: str, dilation: Sequence[int], groups: int, channels_last: bool, kind: str,
+) -> Tensor:  # fmt: skip
+    """Gradient of tritonconv::conv's x, of this size and format, on Triton alone."""
+    geometry = _geometry(input_shape, weight.shape, stride, padding, padding_name, dilation, groups)
+    return conv_dgrad(dy, weight, geometry, channels_last, "matmul" if kind == "matmul" else "conv")
+
+
+@dgrad.register_fake
+def _(dy: Tensor, weight: Tensor, *, input_shape: Sequence[int], channels_last: bool, **_numbers: Any) -> Tensor:  # noqa: ARG001
+    return dy.new_empty_strided(input_shape, dense_strides(tuple(input_shape), channels_last))
+
+
+@torch.library.custom_op("tritonconv::conv_wgrad", mutates_args=())
+def wgrad(
+    dy: Tensor, x: Tensor, *, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    padding_name: str, dilation: Sequence[int], groups: int, channels_last: bool, bias: bool, kind: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of tritonconv::conv's weight, in this format, and of its bias (empty without one), on Triton alone."""
+    geometry = _geometry(x.shape, weight_shape, stride, padding, padding_name, dilation, groups)
+    dw, db = conv_wgrad(dy, x, geometry, channels_last, bias, "matmul" if kind == "matmul" else "conv")
+    return dw, dw.new_empty(0) if db is None else db
+
+
+@wgrad.register_fake
+def _(
+    dy: Tensor, x: Tensor, *, weight_shape: Sequence[int], channels_last: bool, bias: bool, **_numbers: Any  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dw = dy.new_empty_strided(weight_shape, dense_strides(tuple(weight_shape), channels_last))
+    return dw, dy.new_empty(weight_shape[0] if bias else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:  # noqa: ARG001
+    x, weight, _, *rest = inputs
+    needs = ctx.needs_input_grad
+    ctx.numbers = {
+        name: keyword_only_inputs[name] for name in ("stride", "padding", "padding_name", "dilation", "groups", "kind")
+    }
+    ctx.fused = any(t is not None for t in rest) or bool(keyword_only_inputs["activation"])
+    ctx.shapes, ctx.formats = (x.shape, weight.shape), (suggests_channels_last(x), suggests_channels_last(weight))
+    # The data gradient needs the weight alone, the weight's gradient the input alone.
+    ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.fused:
+        raise NotImplementedError(
+            "tritonconv::conv: the gradient of a convolution with batch norm, residual or activation is not built; call "
+            "the convolution alone and what follows it with torch"
+        )
+    x, weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dx = dw = db = None
+    if needs[0]:
+        dx = torch.ops.tritonconv.conv_dgrad(
+            dy, weight, input_shape=ctx.shapes[0], channels_last=ctx.formats[0], **ctx.numbers
+        )
+    if needs[1]:
+        dw, db = torch.ops.tritonconv.conv_wgrad(
+            dy, x, weight_shape=ctx.shapes[1], channels_last=ctx.formats[1], bias=needs[2], **ctx.numbers
+        )
+    elif needs[2]:
+        db = dy.sum((0, *range(2, dy.dim())))
+    return dx, dw, db if needs[2] else None, None, None, None, None, None
+
+
+conv.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula([torch.ops.tritonconv.conv_dgrad, torch.ops.tritonconv.conv_wgrad])
+def _gradient_flops(
+    dy_shape: Sequence[int], other_shape: Sequence[int], *, stride: Sequence[int], padding: Sequence[int],
+    padding_name: str, dilation: Sequence[int], groups: int, input_shape: Sequence[int] | None = None,
+    weight_shape: Sequence[int] | None = None, **_numbers: Any,
+) -> int:  # fmt: skip
+    del dy_shape
+    x_shape, w_shape = input_shape or other_shape, weight_shape or other_shape
+    return 2 * _geometry(x_shape, w_shape, stride, padding, padding_name, dilation, groups).macs
 
 
 @register_flop_formula(torch.ops.tritonconv.conv)

@@ -22,6 +22,7 @@ from tritonconv.geometry import ConvGeometry
 from tritonconv.tuning.configs import as_dict, config_name
 from tritonconv.tuning.devices import Device
 from tritonconv.tuning.problem import Problem
+from tritonconv.tuning.ranges import ranges
 
 __all__ = ["HOPPER_FLOP_PER_CLOCK", "Prediction", "Resources", "perf_model", "predict", "resources_of", "variant"]
 
@@ -74,6 +75,12 @@ def _predict(problem: Problem, blocks: Blocks) -> Prediction:
     device, (m, n, k) = problem.device, problem.gemm
     steps = k // problem.run * math.ceil(problem.run / block_k)
     programs = math.ceil(m / block_m) * math.ceil(n / block_n) * problem.geometry.groups
+    if problem.pass_ == "wgrad":
+        count, size = ranges(problem, block_m, block_n, block_k)
+        programs, steps = programs * count, math.ceil(size / block_k)
+    elif problem.pass_ == "dgrad":
+        # A phase of the stride has its share of the taps.
+        steps = math.ceil(steps / math.prod(problem.geometry.stride))
     code = resources_of(problem, blocks)
     resident = _resident(device, code, warps)
 

@@ -54,6 +54,8 @@ class Problem:
 
     @property
     def run(self) -> int:
-        """Length of the reduction's contiguous runs: a tap's input channels, or all where taps share an axis with them."""
+        """Length of the reduction's contiguous runs: a tap's channels, or all where no tap interrupts it."""
         g = self.geometry
-        return self.gemm[2] if self.kernel == "conv_flat" else g.in_channels // g.groups
+        if self.kernel == "conv_flat" or self.pass_ == "wgrad":
+            return self.gemm[2]
+        return (g.out_channels if self.pass_ == "dgrad" else g.in_channels) // g.groups

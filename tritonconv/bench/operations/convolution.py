@@ -10,7 +10,8 @@ from torch import Tensor
 import tritonconv.functional as ours
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
-from tritonconv.geometry import ConvGeometry, Pass
+from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.gradients import conv_dgrad, conv_wgrad
 from tritonconv.ops.layout import as_format, suggests_channels_last
 
 __all__ = ["Convolution"]
@@ -19,8 +20,8 @@ __all__ = ["Convolution"]
 @register
 class Convolution(Operation):
     kind = "conv"
-    kernels = ("conv_fprop", "conv_flat", "matmul")
-    passes = ("fprop",)
+    kernels = ("conv_fprop", "conv_flat", "matmul", "conv_dgrad", "conv_wgrad")
+    passes = ("fprop", "dgrad", "wgrad")
 
     def geometry(self, case: Case) -> ConvGeometry:
         size, padding = case.size, case.padding
@@ -38,33 +39,42 @@ class Convolution(Operation):
     def weight_shape(self, case: Case) -> tuple[int, ...]:
         return (case.filters, case.channels // case.groups, *case.kernel)
 
-    def count(self, case: Case, pass_: Pass = "fprop") -> tuple[int, int]:
+    def count(self, case: Case) -> tuple[int, int]:
         geometry = self.geometry(case)
-        size = geometry.bytes(dtype_of(case).itemsize, pass_, residual=case.residual)
+        size = geometry.bytes(dtype_of(case).itemsize, case.pass_, residual=case.residual and case.pass_ == "fprop")
         # The zeros of a causal convolution are read from nowhere.
         size -= case.batch * case.channels * self.halo(case) * dtype_of(case).itemsize
         return geometry.macs, size
 
     def depth(self, case: Case) -> int:
-        return self.geometry(case).gemm()[2]
+        return self.geometry(case).gemm(case.pass_)[2]
 
     def tensors(self, case: Case, device: str, dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, ...]:
         geometry = self.geometry(case)
+        scale = max(1, self.depth(case)) ** -0.5
 
         def random(shape: tuple[int, ...], channels_last: bool) -> Tensor:
             # The same numbers in both layouts.
             return as_format(torch.randn(shape, device=device, dtype=dtype), channels_last)
 
-        x = random(case.input_shape, channels_last)
+        if case.pass_ == "wgrad":
+            return random(geometry.output_shape, channels_last).mul_(scale), random(geometry.input_shape, channels_last)
+        x = random(geometry.output_shape if case.pass_ == "dgrad" else case.input_shape, channels_last)
         # A converted model's weights are channels-last, also under images that are not.
-        w = random(geometry.weight_shape, channels_last or not case.channels_last).mul_(self.depth(case) ** -0.5)
-        if not case.fused:
+        w = random(geometry.weight_shape, channels_last or not case.channels_last).mul_(scale)
+        if not case.fused or case.pass_ == "dgrad":
             return x, w
         norm = [torch.randn(4, case.filters, device=device)[i] for i in range(4)]
         residual = random(geometry.output_shape, suggests_channels_last(x) or suggests_channels_last(w))
         return x, w, norm[0], norm[1].square().add_(0.5), norm[2], norm[3], residual
 
     def ours(self, case: Case, *tensors: Tensor) -> Tensor:
+        if case.pass_ != "fprop":
+            dy, other = tensors
+            geometry, channels_last = self.geometry(case), suggests_channels_last(other)
+            if case.pass_ == "dgrad":
+                return conv_dgrad(dy, other, geometry, channels_last, "conv")
+            return conv_wgrad(dy, other, geometry, channels_last, False, "conv")[0]
         x, w, *rest = tensors
         x, arguments = self._arguments(case, x)
         if not rest:
@@ -74,6 +84,8 @@ class Convolution(Operation):
         return function(x, w, None, mean, var, gamma, beta, **arguments, activation="relu", residual=residual)
 
     def torch(self, case: Case, *tensors: Tensor) -> Tensor:
+        if case.pass_ != "fprop":
+            return self._torch_gradient(case, *tensors)
         x, w, *rest = tensors
         x, arguments = self._arguments(case, x)
         y: Tensor = getattr(torch.nn.functional, f"conv{case.nd}d")(x, w, None, **arguments)
@@ -82,6 +94,20 @@ class Convolution(Operation):
             y = torch.nn.functional.batch_norm(y, mean, var, gamma, beta)
             y = torch.relu(y + residual)
         return y
+
+    def _torch_gradient(self, case: Case, dy: Tensor, other: Tensor) -> Tensor:
+        """The one gradient, by the operator that autograd calls; the image of a causal layer has its zeros already."""
+        g, wants_input = self.geometry(case), case.pass_ == "dgrad"
+        shape = g.input_shape if wants_input else g.weight_shape
+        # Of the tensor that the gradient belongs to sizes, type and layout matter alone.
+        unread = as_format(dy.new_empty(shape), suggests_channels_last(other))
+        x, w = (unread, other) if wants_input else (other, unread)
+        first = 3 - g.nd
+        result: list[Tensor] = torch.ops.aten.convolution_backward(
+            dy, x, w, None, g.stride[first:], g.padding[first:], g.dilation[first:], False, [0] * g.nd, g.groups,
+            [wants_input, not wants_input, False],
+        )  # fmt: skip
+        return result[0 if wants_input else 1]
 
     def _arguments(self, case: Case, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         padding = case.padding
@@ -109,6 +135,19 @@ class Convolution(Operation):
         def seen(kernel: str, name: str, *layer: Any, configs: int | None = None, **more: Any) -> Specimen:
             return Specimen(kernel, _layer(name, *layer, fused=True, **more), configs)
 
+        large, strided = ((32, 256, 56, 56), (256, 256, 3, 3)), ((32, 256, 57, 57), (256, 256, 3, 3))
+        # Counts that nothing divides: several taps a tile, rows of 48 bytes, single elements.
+        narrow, odd = ((32, 24, 56, 56), (40, 24, 3, 3)), ((32, 3, 56, 56), (5, 3, 3, 3))
+        gradients = [
+            seen(f"conv_{pass_}", f"{pass_} {name}", *layer, padding=1, pass_=pass_, **more)
+            for pass_ in ("dgrad", "wgrad")
+            for name, layer, more in (
+                ("3x3", large, {}), ("3x3 s2", strided, dict(stride=2, configs=3)), ("3x3 of 24", narrow, dict(configs=2)),
+                ("3x3 odd", odd, {}), ("3x3 tf32", large, dict(dtype="fp32", tf32=True, configs=3)),
+                ("3x3 ieee", large, dict(dtype="fp32", configs=1)), ("3x3 fp64", large, dict(dtype="fp64", configs=1)),
+            )
+        ]  # fmt: skip
+
         return [
             # The layer that decides for ResNets.
             seen("conv_fprop", "3x3", (32, 256, 56, 56), (256, 256, 3, 3), padding=1),
@@ -132,6 +171,7 @@ class Convolution(Operation):
             # Rows of 48 bytes, which descriptors take too.
             seen("matmul", "1x1 of 24", (32, 24, 56, 56), (144, 24, 1, 1), configs=3),
             seen("matmul", "1x1 tf32", (32, 256, 56, 56), (256, 256, 1, 1), dtype="fp32", tf32=True, configs=2),
+            *gradients,
         ]
 
 

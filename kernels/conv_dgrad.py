@@ -1,0 +1,223 @@
+"""Data gradient of a convolution, which is a transposed convolution's forward, one stride phase per program.
+
+    dx[n, d, c] = sum over taps t and filters k of dy[n, o, k] * w[k, t, c],  where o * stride = d + padding - t * dilation
+
+M = pixels of dx in one phase, N = its channels of one group, K = taps of that phase x filters of one group. Along an
+axis the pixels with the same (d + padding) % stride see the same taps, every (stride / gcd(stride, dilation))th one, and a
+step of one tap is a step of a whole number of pixels of dy: within a phase the sum is dense. Nothing is stuffed with
+zeros, nothing is added twice, and each pixel of dx is written once; a phase without taps writes the epilogue of zero.
+
+A program owns one BLOCK_M x BLOCK_N tile of one phase; the phases share one launch. dy comes through pointers, each
+pixel's address formed once per tile and moved by one scalar a step; the weight, [filters, taps, channels] as the forward
+has it, is read in tiles of filters x channels. dy rows are read once per tap and column of tiles, from L2 but for the
+first time.
+"""
+
+import triton
+import triton.language as tl
+
+from .dot import matmul_acc, zero_tile
+from .epilogue import finish_rows
+from .tiles import grouped_tile, taps_outside, tile
+
+__all__ = ["configs", "conv_dgrad_kernel"]
+
+
+def configs() -> list[triton.Config]:
+    """Every candidate; `tiles.fitting` leaves those that suit a problem."""
+    return [
+        # Compute-bound layers.
+        tile(256, 128, 64, 8, 3, tma=False),
+        tile(128, 256, 64, 8, 3, tma=False),
+        tile(128, 128, 64, 8, 3, tma=False),
+        # Few channels, or too few tiles to fill the GPU.
+        tile(128, 64, 64, 4, 3, tma=False),
+        tile(64, 64, 64, 8, 4, tma=False),
+        tile(64, 32, 64, 4, 3, tma=False),
+        tile(64, 16, 64, 4, 3, tma=False),
+        # Products without tensor cores, and few filters.
+        tile(64, 32, 16, 4, 3, tma=False),
+        tile(64, 16, 16, 4, 3, tma=False),
+    ]
+
+
+@triton.jit
+def axis_phase(phase, X, PAD: tl.constexpr, STRIDE: tl.constexpr):
+    """(first, count) of an axis's pixels with (x + PAD) % STRIDE == phase, for X pixels."""
+    first = (phase - PAD % STRIDE + STRIDE) % STRIDE
+    return first, tl.maximum((X - first + STRIDE - 1) // STRIDE, 0)
+
+
+@triton.jit
+def axis_taps(phase, TAPS: tl.constexpr, STRIDE: tl.constexpr, DIL: tl.constexpr, STEP: tl.constexpr):
+    """(first, count) of the taps with (tap * DIL) % STRIDE == phase: first, first + STEP, ..."""
+    first = tl.full((), TAPS, tl.int32)
+    for back in tl.static_range(STEP):
+        if STEP - 1 - back < TAPS:
+            first = tl.where((STEP - 1 - back) * DIL % STRIDE == phase, STEP - 1 - back, first)
+    return first, (TAPS - first + STEP - 1) // STEP
+
+
+@triton.jit
+def conv_dgrad_kernel(
+    dy_ptr, stride_yn, stride_yd, stride_yh, stride_yw,  # filters have stride 1
+    w_ptr, stride_wk,  # [groups * K, taps, C], channels innermost
+    dx_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    # sizes: dx is [N, D, H, W], dy is [N, O, P, Q]; C and K are those of one group
+    N, D, H, W, C, K, O, P, Q, GROUPS,
+    # geometry; STEP: stride / gcd(stride, dilation)
+    T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    # flags: EVEN_K: BLOCK_K divides K. VEC_Y, VEC_C: powers of two up to 16 that divide every stride of dy and K, and C
+    EVEN_K: tl.constexpr, VEC_Y: tl.constexpr, VEC_C: tl.constexpr,
+    X_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr,
+    EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    # tiles
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # The compiler proves alignment, and so vectors, from a product alone: tl.multiple_of has no effect on arguments.
+    if VEC_Y > 1:
+        K = K // VEC_Y * VEC_Y
+        stride_yn = stride_yn // VEC_Y * VEC_Y
+        stride_yd = stride_yd // VEC_Y * VEC_Y
+        stride_yh = stride_yh // VEC_Y * VEC_Y
+        stride_yw = stride_yw // VEC_Y * VEC_Y
+    if VEC_C > 1:
+        C = C // VEC_C * VEC_C
+        stride_wk = stride_wk // VEC_C * VEC_C
+    HAS_D: tl.constexpr = T > 1 or PAD_D > 0 or STRIDE_D > 1
+    # Taps of a phase at most, and pixels of dy from one to the next.
+    MOST_D: tl.constexpr = (T + STEP_D - 1) // STEP_D
+    MOST_H: tl.constexpr = (R + STEP_H - 1) // STEP_H
+    MOST_W: tl.constexpr = (S + STEP_W - 1) // STEP_W
+    HOP_D: tl.constexpr = STEP_D * DIL_D // STRIDE_D
+    HOP_H: tl.constexpr = STEP_H * DIL_H // STRIDE_H
+    HOP_W: tl.constexpr = STEP_W * DIL_W // STRIDE_W
+    # Positions that fit a word of bits, a sign bit to spare.
+    COUNTED: tl.constexpr = MOST_D + MOST_H + MOST_W <= 30
+
+    PHASES: tl.constexpr = STRIDE_D * STRIDE_H * STRIDE_W
+    programs = tl.num_programs(0) // PHASES
+    phase = tl.program_id(0) // programs
+    first_d, size_d = axis_phase(phase // (STRIDE_H * STRIDE_W), D, PAD_D, STRIDE_D)
+    first_h, size_h = axis_phase(phase // STRIDE_W % STRIDE_H, H, PAD_H, STRIDE_H)
+    first_w, size_w = axis_phase(phase % STRIDE_W, W, PAD_W, STRIDE_W)
+    tap_d, taps_d = axis_taps(phase // (STRIDE_H * STRIDE_W), T, STRIDE_D, DIL_D, STEP_D)
+    tap_h, taps_h = axis_taps(phase // STRIDE_W % STRIDE_H, R, STRIDE_H, DIL_H, STEP_H)
+    tap_w, taps_w = axis_taps(phase % STRIDE_W, S, STRIDE_W, DIL_W, STEP_W)
+
+    # Phases differ by a row or column of pixels; the first is at least as large as any.
+    M = N * size_d * size_h * size_w
+    tiles_n = tl.cdiv(C, BLOCK_N)
+    tiles_m = programs // (tiles_n * GROUPS)
+    pid = tl.program_id(0) % programs
+    group = pid // (tiles_m * tiles_n)
+    pid_m, pid_n = grouped_tile(pid % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+    if pid_m * BLOCK_M >= M:
+        return
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Pixels past the end repeat the last one: their loads are valid and their results are not stored.
+    row = tl.minimum(offs_m, M - 1)
+    n = row // (size_d * size_h * size_w)
+    d = first_d + row // (size_h * size_w) % size_d * STRIDE_D
+    h = first_h + row // size_w % size_h * STRIDE_H
+    w = first_w + row % size_w * STRIDE_W
+    # The pixel of dy under the first tap; exact but where there is no tap. Negative ones lie outside.
+    o = (d + PAD_D - tap_d * DIL_D + T * DIL_D * STRIDE_D) // STRIDE_D - T * DIL_D
+    p = (h + PAD_H - tap_h * DIL_H + R * DIL_H * STRIDE_H) // STRIDE_H - R * DIL_H
+    q = (w + PAD_W - tap_w * DIL_W + S * DIL_W * STRIDE_W) // STRIDE_W - S * DIL_W
+    if COUNTED:
+        outside = taps_outside(o, p, q, O, P, Q, MOST_D, MOST_H, MOST_W, -HOP_D, -HOP_H, -HOP_W, HAS_D)
+    if INDEX_64:
+        n = n.to(tl.int64)
+    # Where the results go, in one register a pixel across the loop.
+    if X_CHANNELS_LAST:
+        rows = (((n * D + d) * H + h) * W + w) * (GROUPS * C)
+    else:
+        rows = ((n * (GROUPS * C) * D + d) * H + h) * W + w
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_y = n * stride_yn + group * K
+    offs_y += o.to(n.dtype) * stride_yd + p.to(n.dtype) * stride_yh + q.to(n.dtype) * stride_yw
+    dy_ptrs = dy_ptr + (offs_y[:, None] + offs_k[None, :])  # [BLOCK_M, BLOCK_K]
+    filters = group * K + offs_k
+    if INDEX_64:
+        filters = filters.to(tl.int64)
+    # Channels past the end repeat the last one, likewise.
+    offs_n = tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), C - 1)
+    if VEC_C > 1:
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < C
+    w_ptrs = w_ptr + ((filters * stride_wk)[:, None] + offs_n[None, :])  # [BLOCK_K, BLOCK_N]
+
+    acc = zero_tile(dx_ptr, BLOCK_M, BLOCK_N)
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    # The step's offsets and its bits are counted along, as in conv_fprop. Moving on by a tap, a filter row or a plane takes
+    # back what the filters, columns or rows have added.
+    next_w = -HOP_W * stride_yw - blocks_k * BLOCK_K
+    next_h = -HOP_H * stride_yh + taps_w * HOP_W * stride_yw
+    next_d = -HOP_D * stride_yd + taps_h * HOP_H * stride_yh
+    w_next_w = STEP_W * C - blocks_k * BLOCK_K * stride_wk
+    w_next_h = (STEP_H * S - taps_w * STEP_W) * C
+    w_next_d = (STEP_D * R - taps_h * STEP_H) * S * C
+    offset = tl.full((), 0, n.dtype)
+    w_offset = ((tap_d * R + tap_h) * S + tap_w).to(n.dtype) * C
+    k = 0
+    bit_w = tl.full((), 1, tl.int32)
+    bit_h = tl.full((), 1 << MOST_W if COUNTED else 0, tl.int32)
+    bit_d = tl.full((), 1 << (MOST_W + MOST_H) if COUNTED else 0, tl.int32)
+    for i in tl.range(0, taps_d * taps_h * taps_w * blocks_k, num_stages=STAGES):
+        if COUNTED:
+            bits = bit_w | bit_h
+            if HAS_D:
+                bits = bits | bit_d
+            inside = (outside & bits) == 0
+        else:
+            k = i % blocks_k * BLOCK_K
+            j = i // blocks_k
+            j_w = j % taps_w
+            j_h = j // taps_w % taps_h
+            j_d = j // (taps_w * taps_h)
+            offset = k - j_d.to(n.dtype) * (HOP_D * stride_yd) - j_h * (HOP_H * stride_yh) - j_w * (HOP_W * stride_yw)
+            tap = ((tap_d + j_d * STEP_D) * R + tap_h + j_h * STEP_H) * S + tap_w + j_w * STEP_W
+            w_offset = k.to(n.dtype) * stride_wk + tap * C
+            # Unsigned comparison: a negative coordinate is a large number.
+            inside = ((p - j_h * HOP_H).to(tl.uint32) < P) & ((q - j_w * HOP_W).to(tl.uint32) < Q)
+            inside = inside & ((o - j_d * HOP_D).to(tl.uint32) < O)
+        if EVEN_K:
+            a = tl.load(dy_ptrs + offset, mask=inside[:, None], other=0.0)
+            b = tl.load(w_ptrs + w_offset, mask=mask_n[None, :], other=0.0)
+        else:
+            mask_k = offs_k < K - k
+            a = tl.load(dy_ptrs + offset, mask=inside[:, None] & mask_k[None, :], other=0.0)
+            b = tl.load(w_ptrs + w_offset, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = matmul_acc(a, b, acc, PRECISION)
+        if COUNTED:
+            offset += BLOCK_K
+            w_offset += BLOCK_K * stride_wk
+            k += BLOCK_K
+            tap_ends = k >= K
+            k = tl.where(tap_ends, 0, k)
+            offset = tl.where(tap_ends, offset + next_w, offset)
+            w_offset = tl.where(tap_ends, w_offset + w_next_w, w_offset)
+            bit_w = tl.where(tap_ends, bit_w << 1, bit_w)
+            if R * T > 1:
+                row_ends = bit_w == (1 << taps_w)
+                offset = tl.where(row_ends, offset + next_h, offset)
+                w_offset = tl.where(row_ends, w_offset + w_next_h, w_offset)
+                bit_w = tl.where(row_ends, 1, bit_w)
+                bit_h = tl.where(row_ends, bit_h << 1, bit_h)
+            if T > 1:
+                plane_ends = bit_h == (1 << (MOST_W + taps_h))
+                offset = tl.where(plane_ends, offset + next_d, offset)
+                w_offset = tl.where(plane_ends, w_offset + w_next_d, w_offset)
+                bit_h = tl.where(plane_ends, 1 << MOST_W, bit_h)
+                bit_d = tl.where(plane_ends, bit_d << 1, bit_d)
+
+    finish_rows(
+        acc, rows, offs_m < M, D * H * W, group, pid_n * BLOCK_N, C, dx_ptr, residual_ptr, bias_ptr, mean_ptr,
+        var_ptr, gamma_ptr, beta_ptr, EPS, ACT, ACT_A, ACT_B, X_CHANNELS_LAST,
+    )  # fmt: skip
