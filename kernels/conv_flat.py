@@ -35,7 +35,6 @@ def configs() -> list[triton.Config]:
         tile(128, 32, 64, 4, 3),
         # Stems, whose single elements are dearer to read than to multiply: few registers, many programs.
         tile(128, 64, 16, 4, 2),
-        tile(64, 64, 32, 4, 2),
         tile(128, 32, 32, 4, 2),
         tile(64, 32, 32, 4, 2),
         # Groups with few channels, and first layers with few filters.
