@@ -30,11 +30,11 @@ import triton
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from tritonconv.kernels.conv_fprop import conv_fprop_kernel
 
 import tritonconv
 import tritonconv.functional as ours
 from tritonconv.bench.offline import IdleDriver
-from tritonconv.kernels.conv_fprop import conv_fprop_kernel
 from tritonconv.nn.fused import fused_call
 from tritonconv.ops import backend, launch
 from tritonconv.ops.calls import clear_caches

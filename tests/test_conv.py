@@ -8,11 +8,11 @@ import pytest
 import torch
 from cases import CASES, DTYPES, ConvCase, make_epilogue, make_tensors
 from reference import assert_close, conv_reference
+from tritonconv.kernels import conv_flat, conv_fprop, matmul
+from tritonconv.kernels.tiles import fitting
 
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
-from tritonconv.kernels import conv_flat, conv_fprop, matmul
-from tritonconv.kernels.tiles import fitting
 from tritonconv.ops.activation import make_spec
 from tritonconv.ops.calls import clear_caches
 from tritonconv.ops.convolution import output_format

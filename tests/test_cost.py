@@ -157,7 +157,6 @@ def test_resources_are_those_of_the_code_table() -> None:
 def test_perf_model_prunes_for_triton_autotune() -> None:
     """triton's own Autotuner keeps the configs that the model finds fastest."""
     from triton.runtime.autotuner import Autotuner
-
     from tritonconv.kernels.conv_fprop import configs, conv_fprop_kernel
 
     case = next(case for case in load_cases() if case.id == "r50_l3_3x3")

@@ -6,17 +6,17 @@ import pytest
 import torch
 from cases import CASES, ConvCase, make_tensors
 from reference import assert_close
+from tritonconv.kernels import conv_dgrad, conv_wgrad
 
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
-from tritonconv.kernels import conv_dgrad, conv_wgrad
 from tritonconv.ops.gradients import conv_wgrad as launch_wgrad
 from tritonconv.ops.launch import forced, record_launches
 from tritonconv.ops.layout import is_dense, suggests_channels_last
 from tritonconv.tuning import Problem, device_named
+from tritonconv.tuning.candidates import possible
 from tritonconv.tuning.ranges import WORKSPACE, ranges
-from tritonconv.tuning.select import possible
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
-
-from tritonconv.geometry import ConvGeometry
 from tritonconv.kernels import conv_flat, conv_fprop, matmul
 from tritonconv.kernels.tiles import fitting
+
+from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.layout import dense_strides
 from tritonconv.ops.plan import ConvPlan, plan_convolution
 from tritonconv.tuning import Problem, choose, known_devices
