@@ -363,7 +363,7 @@ def test_what_is_compiled_ahead_is_what_waits() -> None:
         f"{job.identity['id']}, {job.identity['column']}" for job in jobs[-2:]
     ]
     case = load_cases()[0]
-    assert [what for what, _ in suites.layer_compilations(suites.layer_jobs([case]), H200)] == [case.id]
+    assert [what for what, _ in suites.layer_compilations(suites.layer_jobs([case]), H200)] == 3 * [case.id]
     names = {config_name(as_dict(launches.args[1])) for _, launches in case_compilations(case, H200)}  # type: ignore[attr-defined]
     assert len(names) > 1
 
@@ -374,9 +374,10 @@ def test_what_is_compiled_ahead_is_what_waits() -> None:
 def test_every_possible_config_of_every_kernel_is_checked() -> None:
     seen: dict[str, set[str]] = {}
     for case, config, _ in suites.check_layers(H200):
-        (launch,) = registry.operations()[case.kind].launches(case, H200, config)
-        assert launch.problem is not None
-        seen.setdefault(launch.problem.kernel, set()).add(str(config))
+        # Others may follow that have no configs to choose from.
+        problem = registry.operations()[case.kind].launches(case, H200, config)[0].problem
+        assert problem is not None
+        seen.setdefault(problem.kernel, set()).add(str(config))
     for operation in registry.operations().values():
         for kernel in operation.kernels:
             module = __import__(f"tritonconv.kernels.{kernel}", fromlist=["configs"])

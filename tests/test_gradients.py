@@ -12,7 +12,7 @@ import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.gradients import conv_wgrad as launch_wgrad
-from tritonconv.ops.launch import forced, record_launches
+from tritonconv.ops.launch import device_of, forced, record_launches
 from tritonconv.ops.layout import is_dense, suggests_channels_last
 from tritonconv.tuning import Problem, device_named
 from tritonconv.tuning.candidates import possible
@@ -102,7 +102,7 @@ def test_every_candidate_config(case: ConvCase, config: object, dtype: torch.dty
     if device == "cuda":
         g = ConvGeometry.parse(x.shape, w.shape, nd=2, **case.arguments)
         for kernel, pass_ in (("conv_dgrad", "dgrad"), ("conv_wgrad", "wgrad")):
-            problem = Problem(kernel, g, str(dtype)[6:], False, True, device_named(torch.cuda.get_device_name()), pass_)  # type: ignore[arg-type]
+            problem = Problem(kernel, g, str(dtype)[6:], False, True, device_of(torch.device("cuda")), pass_)  # type: ignore[arg-type]
             if str(config) not in map(str, possible(problem)):
                 pytest.skip("the config is pruned for this dtype on this GPU")
     with forced(config=config):
