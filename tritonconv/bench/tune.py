@@ -101,7 +101,7 @@ def tune(
 
     What is found goes into the user's cache, from where every later process takes configs, and the choice of torch where
     torch was more than 3 % faster (under backend "auto"). Nothing is ever tuned but by this call. Each candidate is
-    compared with fp64 before it is timed. Forward alone: backward kernels are not built yet.
+    compared with fp64 before it is timed. Forward alone: under "auto" gradients are torch's.
 
     Args:
         model: a converted model, in the mode that it will run in.
