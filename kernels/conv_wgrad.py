@@ -26,8 +26,10 @@ def configs() -> list[triton.Config]:
         # Four stages, for which Hopper and later have the room: on Ampere it would spill.
         tile(256, 128, 64, 8, 4, tma=False),
         tile(128, 256, 64, 8, 3, tma=False),
+        tile(64, 128, 64, 4, 3, tma=False),
+        tile(128, 64, 64, 4, 3, tma=False),
+        # TF32, whose operands are turned in registers.
         tile(128, 128, 64, 8, 3, tma=False),
-        tile(64, 128, 64, 8, 3, tma=False),
         tile(128, 64, 64, 8, 3, tma=False),
         # Few filters or few columns.
         tile(64, 64, 64, 8, 3, tma=False),

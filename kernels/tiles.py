@@ -14,13 +14,13 @@ def tile(m: int, n: int, k: int, warps: int, stages: int, *, tma: bool = True) -
 
 def fitting(
     candidates: list[triton.Config], *, m: int, n: int, k: int, itemsize: int, tensor_cores: bool, shared: int,
-    even: bool = False, vectors: bool = True,
+    even: bool = False, vectors: bool = True, turned: bool = False,
 ) -> list[triton.Config]:  # fmt: skip
     """The candidates that suit an M x N output with a reduction in runs of K elements of `itemsize` bytes.
 
     `tensor_cores`: not for fp64 and IEEE fp32. `shared` is the shared memory of a program in bytes; `even` asks for blocks
-    that divide K; `vectors`: whether the image is read by vectors. This is the one statement of what is valid; the choice
-    of a config and the tuner both call it.
+    that divide K; `vectors`: whether the image is read by vectors; `turned`: operands lie across the reduction. This is the
+    one statement of what is valid; the choice of a config and the tuner both call it.
     """
     kept = []
     for config in candidates:
@@ -35,6 +35,10 @@ def fitting(
             continue
         # Plain products hold their operands in registers, and larger tiles spill.
         if not tensor_cores and m_ * n_ * k_ > (64 * 64 * 16 if itemsize == 4 else 64 * 16 * 16):
+            continue
+        # TF32 operands that are turned in registers want 8 warps there. With 16 bits 4 do better, and Triton 3.6 serializes
+        # wgmma with 8.
+        if turned and tensor_cores and 64 * 128 <= m_ * n_ <= 128 * 128 and config.num_warps != (8 if itemsize == 4 else 4):
             continue
         # So do deep steps of single elements, each with an address and a mask of its own.
         if not vectors and k_ > 32:

@@ -28,4 +28,5 @@ def _fitting(problem: Problem, m: int, n: int) -> list[Any]:
         importlib.import_module(f"tritonconv.kernels.{problem.kernel}").configs(),
         m=m, n=n, k=problem.run, itemsize=problem.itemsize, tensor_cores=problem.tensor_cores,
         shared=problem.device.shared_memory, even=problem.kernel == "conv_fprop", vectors=problem.vectors,
+        turned=problem.kernel == "conv_wgrad",
     )  # fmt: skip
