@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tritonconv.bench.cases import Case
+from tritonconv.bench.cases import DTYPES, Case
 from tritonconv.bench.layers import OURS
 from tritonconv.bench.registry import operation_for
 from tritonconv.bench.results import KEY, read_records
-from tritonconv.tuning.devices import known_devices
+from tritonconv.tuning import known_devices, products_of
+from tritonconv.tuning.measured import MARGIN
 
 __all__ = [
     "DRAW", "KINDS", "Outcome", "Record", "Row", "bound_of", "by_family", "ceilings_of", "expected", "gpu_of", "is_timed",
@@ -24,7 +25,7 @@ Record = dict[str, Any]
 
 Outcome = Literal["win", "draw", "loss"]
 
-DRAW = 1.03
+DRAW = MARGIN
 """Times within this factor are equal."""
 
 KINDS = {"16": "fp16 and bf16", "tf32": "TF32", "fp32": "fp32", "fp64": "fp64"}
@@ -151,8 +152,7 @@ def ceilings_of(records: Iterable[Record]) -> dict[str, float]:
 
 def kind_of(record: Record) -> str:
     """Which of the ceilings bounds a layer's arithmetic."""
-    wide = "tf32" if record.get("tf32") else "fp32"
-    return {"bf16": "16", "fp16": "16", "fp64": "fp64"}.get(record.get("dtype", ""), wide)
+    return products_of(DTYPES.get(record.get("dtype", ""), "float32"), bool(record.get("tf32")))
 
 
 def bound_of(record: Record, records: Iterable[Record]) -> Literal["arithmetic", "memory"] | None:

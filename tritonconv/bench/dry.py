@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tritonconv.bench.ahead import pool
 from tritonconv.bench.cases import Case
-from tritonconv.bench.layers import OURS
+from tritonconv.bench.layers import OURS, seconds_at_least
 from tritonconv.bench.registry import operation_for, operations
 from tritonconv.bench.session import Job, bar
 from tritonconv.bench.suites import layer_jobs
@@ -49,7 +49,7 @@ def predict_layer(case: Case, target: str) -> dict[str, Any]:
     except Exception as error:
         return identity | dict(status="failed", reason=f"{type(error).__name__}: {error}")
     longest = max(range(len(found)), key=lambda i: found[i].seconds)
-    roofline = 1e3 * device.roofline(macs, size, "16")
+    roofline = 1e3 * seconds_at_least(macs, size, case, device, None)
     return identity | dict(
         status="ok", kernel=launches[longest].kernel.__name__, config=config_name(as_dict(launches[longest].config)),
         predicted_ms=1e3 * sum(p.seconds for p in found), bound=found[longest].bound, waves=found[longest].waves,

@@ -11,28 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.bench.cases import Case
+from tritonconv.bench.cases import DTYPES, Case
 from tritonconv.bench.check import Comparison, compare
 from tritonconv.bench.clock import can_time, copies_for_cold_cache, peak_memory, time_calls
 from tritonconv.bench.registry import Operation, dtype_of, operations
 from tritonconv.ops.backend import set_backend
 from tritonconv.ops.launch import device_of, forced, record_launches
-from tritonconv.tuning import Device
+from tritonconv.tuning import Device, products_of
 
 __all__ = [
-    "COLUMNS",
-    "OURS",
-    "Ceilings",
-    "Layer",
-    "check_layer",
-    "exactly",
-    "measure_ceilings",
-    "measure_layer",
-    "prepare_layer",
-    "ready",
-    "set_tf32",
-    "without_search",
-]
+    "COLUMNS", "OURS", "Ceilings", "Layer", "check_layer", "exactly", "measure_ceilings", "measure_layer",
+    "prepare_layer", "ready", "seconds_at_least", "set_tf32", "without_search",
+]  # fmt: skip
 
 Ceilings = dict[str, float]
 """What this device sustains: "bandwidth" in bytes a second, and "16", "tf32", "fp32", "fp64" in flop a second."""
@@ -191,9 +181,9 @@ def time_layer(
 
 def seconds_at_least(macs: int, size: int, case: Case, device: Device, ceilings: Ceilings | None) -> float:
     """The roofline by what this device was measured to sustain, else by its description."""
-    kind = {"bf16": "16", "fp16": "16", "fp64": "fp64"}.get(case.dtype, "tf32" if case.tf32 else "fp32")
+    kind = products_of(DTYPES[case.dtype], case.tf32)
     if ceilings is None:
-        return device.roofline(macs, size, kind)  # type: ignore[arg-type]
+        return device.roofline(macs, size, kind)
     return max(2 * macs / ceilings[kind], size / ceilings["bandwidth"])
 
 

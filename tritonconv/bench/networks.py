@@ -29,8 +29,8 @@ def measure_module(
     """Run a module in bf16 in the column's way: forward in eval mode, or forward, backward and a step of SGD.
 
     Its outputs are compared with those of the same module in fp32, and may be off by twice what torch's channels-last
-    ones are. Without a GPU the comparison is all, on one small image; training of our own is "not built" before the
-    backward kernels are.
+    ones are. Without a GPU the comparison is all, on one small image; training of our own is "not built" before it
+    is fused.
     """
     case = MODULES[name]
     if pass_ == "training" and column == OURS:

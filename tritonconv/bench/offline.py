@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 from tritonconv.ops.launch import Launch
 from tritonconv.tuning import Device, device_named
+from tritonconv.tuning.cost import HOPPER_FLOP_PER_CLOCK, ISSUE_SLOTS
 
 __all__ = ["TARGETS", "IdleDriver", "Target", "compile_launch", "gpu_target", "inspect_launch"]
 
@@ -57,9 +58,6 @@ SASS = (
     r"|LDL\S*|STL\S*|FFMA|DFMA)"
 )
 AMDGCN = r"\b(v_mfma\w+|global_load\w+|buffer_load\w+|global_store\w+|buffer_store\w+|ds_read\w+|ds_write\w+|scratch_\w+)"
-
-# Dense bf16 FLOP per clock and multiprocessor of Hopper, four issue slots per clock beside it.
-HOPPER_DENSE_BF16 = 4096
 
 
 class IdleDriver:
@@ -140,7 +138,7 @@ def inspect_launch(launch: Launch, target: Target) -> dict[str, Any]:
     return dict(
         registers=registers, stack=stack if spilled or target.gpu.arch < 100 else 0, shared=kernel.metadata.shared,
         serialized="instructions are serialized" in notes if target.gpu.arch == 90 else None,
-        issue_ratio=issue_ratio(sass, launch.num_warps) if target.gpu.arch == 90 else None, counts=counts,
+        issue_ratio=issue_ratio(sass, launch.options["num_warps"]) if target.gpu.arch == 90 else None, counts=counts,
     )  # fmt: skip
 
 
@@ -159,8 +157,8 @@ def issue_ratio(sass: str, num_warps: int) -> float | None:
     body = min(loops, key=len)
     shapes = re.findall(r"HGMMA\.64x(\d+)x(\d+)", "\n".join(body))
     # A step is 32 bytes deep whatever the type, so that bytes count as the 2-byte types' 16 elements do.
-    cycles = sum(64 * int(n) * 16 * 2 for n, _ in shapes) * (num_warps // 4) / HOPPER_DENSE_BF16
-    return round(len(body) * num_warps / (4 * cycles), 2)
+    cycles = sum(64 * int(n) * 16 * 2 for n, _ in shapes) * (num_warps // 4) / HOPPER_FLOP_PER_CLOCK
+    return round(len(body) * num_warps / (ISSUE_SLOTS * cycles), 2)
 
 
 def _inspect_amd(kernel: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,14 @@ def describe_run() -> dict[str, Any]:
     """What results depend on: GPU, driver, versions, commit, date. Without a GPU `gpu` is None: nothing is timed."""
     import tritonconv
     from tritonconv.bench.registry import operations
+    from tritonconv.tuning.cache import triton_version
     from tritonconv.tuning.sources import kernel_hash
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     kernels = sorted(kernel for operation in operations().values() for kernel in operation.kernels)
     return dict(
         stage="run", gpu=gpu, driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader,nounits"),
-        cuda=torch.version.cuda, hip=torch.version.hip, torch=torch.__version__, triton=metadata.version("triton"),
+        cuda=torch.version.cuda, hip=torch.version.hip, torch=torch.__version__, triton=triton_version(),
         cudnn=torch.backends.cudnn.version() if gpu else None, python=platform.python_version(),
         tritonconv=tritonconv.__version__, commit=_commit(),
         sources={kernel: kernel_hash(kernel) for kernel in kernels},

@@ -31,6 +31,7 @@ from tritonconv.bench.suites import (
 )
 from tritonconv.ops.launch import device_of
 from tritonconv.tuning import Device, device_named
+from tritonconv.tuning.measured import MARGIN
 
 __all__ = ["STAGES", "columns_of", "dry_run", "measure", "summary"]
 
@@ -221,7 +222,7 @@ def summary(records: Sequence[dict[str, Any]]) -> Table:
         ratios = [t["peer"] / t["ours"] for t in best.values() if len(t) == 2]
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
         table.add_row(
-            what, str(good), str(bad), str(sum(r > 1.03 for r in ratios)), str(sum(r < 0.97 for r in ratios)),
+            what, str(good), str(bad), str(sum(r > MARGIN for r in ratios)), str(sum(r * MARGIN < 1 for r in ratios)),
             f"{mean:.2f}x" if mean else "not measured",
         )  # fmt: skip
 

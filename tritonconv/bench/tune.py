@@ -278,10 +278,11 @@ def tune_case(case: Case, peer_ms: float | None, peer: str | None) -> dict[str, 
     if not entries:
         return dict(status="wrong", reason="; ".join(w for row in found for w in row.wrong) or "no candidate was right")
     ours = sum(entry.ms for entry in entries)
-    best_peer = min(peer_ms or math.inf, sum(entry.peer_ms or 0.0 for entry in entries))
+    torch_ms = sum(entry.peer_ms or 0.0 for entry in entries)
+    best_ms, best = min((peer_ms or math.inf, peer or "torch"), (torch_ms, "torch"))
     return dict(
         status="ok", config=config_name(entries[-1].config),
         candidates=sum(row.tried for row in found), before_ms=sum(row.before_ms or 0.0 for row in found), ms=ours,
-        peer=peer or "torch", peer_ms=best_peer, wrong=[w for row in found for w in row.wrong],
+        peer=best, peer_ms=best_ms, wrong=[w for row in found for w in row.wrong],
         entries=[asdict(entry) for entry in entries],
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from tritonconv.ops.launch import precision
-from tritonconv.tuning import Products, device_named
+from tritonconv.tuning import device_named, products_of
 
 __all__ = ["ASSUMPTION", "roofline_us"]
 
@@ -26,9 +26,4 @@ def roofline_us(macs: int, size: int, dtype: torch.dtype, kind: Literal["conv", 
     >>> round(roofline_us(0, 43_000_000, torch.float16, "conv"), 6)
     10.0
     """
-    products: Products = "fp64" if dtype == torch.float64 else "fp32"
-    if dtype in (torch.float16, torch.bfloat16):
-        products = "16"
-    elif precision(dtype, kind) == "tf32":
-        products = "tf32"
-    return _device.roofline(macs, size, products) * 1e6
+    return _device.roofline(macs, size, products_of(str(dtype)[6:], precision(dtype, kind) == "tf32")) * 1e6

@@ -1,7 +1,7 @@
 """Calls seen before: one key, one look-up, the result's memory, and the launch.
 
 A call's signature is everything that checks, backend, plan, config and constants depend on, but no tensor. Whoever looks
-at single calls (tracing, transforms, dispatch modes, observers) keeps them away from here: `backend.is_watched`.
+at single calls (tracing, transforms, dispatch modes, observers) keeps them away from here: `watch.is_watched`.
 """
 
 from __future__ import annotations

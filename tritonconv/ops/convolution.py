@@ -10,10 +10,10 @@ from torch import Tensor
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import Box, Recipe, device_of, epilogue_constants, forcing, precision
+from tritonconv.ops.launch import Box, Recipe, axis_constants, config_for, device_of, epilogue_constants, precision
 from tritonconv.ops.layout import is_dense, suggests_channels_last
 from tritonconv.ops.plan import ConvPlan, plan_convolution, power_of_two_divisor
-from tritonconv.tuning import Device, Problem, choose
+from tritonconv.tuning import Device, Problem
 
 __all__ = ["check_convolution", "output_format", "plan_for", "prepare", "problem_of"]
 
@@ -82,8 +82,7 @@ def _recipe(
     c = g.in_channels // g.groups
     problem = problem_of(plan, dtype, products == "tf32", device)
     m, n, k = problem.gemm
-    forced = forcing()
-    config = (forced and forced.config) or choose(problem)
+    config = config_for(problem)
     tiles = dict(config.kwargs)
     block_m, block_n, block_k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     # A descriptor reads whole boxes of rows that start on 16 bytes.
@@ -107,11 +106,7 @@ def _recipe(
         return Recipe(matmul_kernel, programs, constants, x_box, w_box, config, problem)
 
     sn, sc, sd, sh, sw = plan.strides
-    names = (
-        "D", "H", "W", "O", "P", "Q", "T", "R", "S", "STRIDE_D", "STRIDE_H", "STRIDE_W", "PAD_D", "PAD_H", "PAD_W",
-        "DIL_D", "DIL_H", "DIL_W",
-    )  # fmt: skip
-    constants |= dict(zip(names, g.input + g.output + g.kernel + g.stride + g.padding + g.dilation, strict=True))
+    constants |= axis_constants(g)
     constants |= dict(
         stride_xn=sn, stride_xd=sd, stride_xh=sh, stride_xw=sw, GROUPS=g.groups, PADDED=any(g.padding + g.padding_after)
     )

@@ -111,18 +111,17 @@ def convolution(
         slow = grouped and current_backend(backend) == "auto" and mostly_zeros(groups, weight.shape[0] // groups)
         if refused is not None or slow:
             return _on_torch("conv", x, weight, epilogue, numbers)
-        y = _operator(batched, weight, batched_epilogue, stride, padding, dilation, groups, "conv")
-        return y.squeeze(0) if unbatched else y
-    geometry = ConvGeometry.parse(
-        x.shape, weight.shape, nd=nd, stride=stride, padding=padding, dilation=dilation, groups=groups
-    )
-    call = _resolve(op, batched, weight, batched_epilogue, geometry, backend, "conv")
-    if isinstance(call, Prepared) and needs_gradients((x, weight, *epilogue.tensors())):
-        y = _operator(batched, weight, batched_epilogue, stride, padding, dilation, groups, "conv")
-        return y.squeeze(0) if unbatched else y
-    if isinstance(call, Prepared) and unbatched:
-        call = call.unbatched()
-    return _first_run(op, call, geometry, key, Example("conv", x, weight, epilogue, numbers), backend)
+    else:
+        geometry = ConvGeometry.parse(
+            x.shape, weight.shape, nd=nd, stride=stride, padding=padding, dilation=dilation, groups=groups
+        )
+        call = _resolve(op, batched, weight, batched_epilogue, geometry, backend, "conv")
+        if isinstance(call, Prepared) and unbatched:
+            call = call.unbatched()
+        if call is not None:
+            return _first_run(op, call, geometry, key, Example("conv", x, weight, epilogue, numbers), backend)
+    y = _operator(batched, weight, batched_epilogue, stride, padding, dilation, groups, "conv")
+    return y.squeeze(0) if unbatched else y
 
 
 def linear(x: Tensor, weight: Tensor, epilogue: Epilogue, backend: Backend | None = None) -> Tensor:
@@ -160,28 +159,32 @@ def linear(x: Tensor, weight: Tensor, epilogue: Epilogue, backend: Backend | Non
         refused = decide((x, weight, *epilogue.tensors()), backend, lambda: op, _missing(rows, weight, epilogue))
         if refused is not None:
             return _on_torch("matmul", x, weight, epilogue, ())
-        return _operator(rows, filters, row_epilogue, 1, 0, 1, 1, "matmul").reshape(shape)
-    geometry = ConvGeometry.parse(rows.shape, filters.shape, nd=1)
-    call = _resolve(op, rows, filters, row_epilogue, geometry, backend, "matmul")
-    if isinstance(call, Prepared) and needs_gradients((x, weight, *epilogue.tensors())):
-        return _operator(rows, filters, row_epilogue, 1, 0, 1, 1, "matmul").reshape(shape)
-    if isinstance(call, Prepared):
-        call = call.of_rows(x, weight, epilogue, shape, rows.data_ptr() != x.data_ptr())
-    return _first_run(op, call, geometry, key, Example("matmul", x, weight, epilogue, ()), backend)
+    else:
+        geometry = ConvGeometry.parse(rows.shape, filters.shape, nd=1)
+        call = _resolve(op, rows, filters, row_epilogue, geometry, backend, "matmul")
+        if isinstance(call, Prepared):
+            call = call.of_rows(x, weight, epilogue, shape, rows.data_ptr() != x.data_ptr())
+        if call is not None:
+            return _first_run(op, call, geometry, key, Example("matmul", x, weight, epilogue, ()), backend)
+    return _operator(rows, filters, row_epilogue, 1, 0, 1, 1, "matmul").reshape(shape)
 
 
 def _resolve(
     op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, backend: Backend | None, kind: Kind
-) -> Prepared | OnTorch:  # fmt: skip
-    """Check a batched call and decide who runs it and how; all of it holds for every call of its signature."""
+) -> Prepared | OnTorch | None:  # fmt: skip
+    """Check a batched call and decide who runs it and how; all of it holds for every call of its signature.
+
+    None: the registered operator runs it, which autograd knows.
+    """
     check_convolution(op, x, weight, epilogue, geometry)
+    tensors = (x, weight, *epilogue.tensors())
     refused = decide(
-        (x, weight, *epilogue.tensors()),
+        tensors,
         backend,
         lambda: str(geometry) if str(geometry).startswith(f"{op} ") else f"{op} of {geometry}",
         _missing(x, weight, epilogue),
     )
-    if refused is not None:
+    if refused is not None or needs_gradients(tensors):
         return refused
     call = prepare(x, weight, epilogue, geometry, kind)
     if current_backend(backend) == "auto" and call.recipe is not None:

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import device_of, epilogue_constants, forcing, launch, precision
+from tritonconv.ops.launch import Launch, axis_constants, config_for, device_of, epilogue_constants, launch, precision
 from tritonconv.ops.layout import as_format, empty_output
-from tritonconv.ops.plan import power_of_two_divisor
-from tritonconv.tuning import Problem, choose
+from tritonconv.ops.plan import lift, power_of_two_divisor
+from tritonconv.tuning import Problem
 from tritonconv.tuning.ranges import ranges
 
 __all__ = ["conv_dgrad", "conv_wgrad"]
 
 Kind = Literal["conv", "matmul"]
-AXES = ("T", "R", "S", "STRIDE_D", "STRIDE_H", "STRIDE_W", "PAD_D", "PAD_H", "PAD_W", "DIL_D", "DIL_H", "DIL_W")
 # Columns that the sums are added by.
 REDUCE_BLOCK = 1024
 
@@ -39,10 +38,12 @@ def conv_dgrad(dy: Tensor, weight: Tensor, geometry: ConvGeometry, channels_last
         return dx
     dy, weight = as_format(dy, True), as_format(weight, True)
     c, k = g.in_channels // g.groups, g.out_channels // g.groups
-    sn, _, sd, sh, sw = _lifted(dy, g, g.output)
+    sn, _, sd, sh, sw = lift(dy.stride(), (g.batch, g.out_channels, *g.output))
     vec_y, vec_c = power_of_two_divisor(k, sn, sd, sh, sw), power_of_two_divisor(c)
-    problem, config = _chosen("conv_dgrad", g, dy, kind, "dgrad", vec_y > 1 and vec_c > 1)
-    tiles = {name: value for name, value in config.kwargs.items() if name != "USE_TMA"}
+    products = precision(dy.dtype, kind)
+    problem = _problem("conv_dgrad", g, dy, products, "dgrad", vec_y > 1 and vec_c > 1)
+    config = config_for(problem)
+    tiles = _tiles(config)
     step = tuple(s // math.gcd(s, d) for s, d in zip(g.stride, g.dilation, strict=True))
     # Every phase has as many programs as the largest.
     most = g.batch * math.prod(-(-size // s) for size, s in zip(g.input, g.stride, strict=True))
@@ -50,13 +51,11 @@ def conv_dgrad(dy: Tensor, weight: Tensor, geometry: ConvGeometry, channels_last
     arguments: dict[str, Any] = dict(
         dy_ptr=dy, stride_yn=sn, stride_yd=sd, stride_yh=sh, stride_yw=sw, w_ptr=weight, stride_wk=c * g.taps, dx_ptr=dx,
         residual_ptr=None, bias_ptr=None, mean_ptr=None, var_ptr=None, gamma_ptr=None, beta_ptr=None,
-        N=g.batch, D=g.input[0], H=g.input[1], W=g.input[2], C=c, K=k, O=g.output[0], P=g.output[1], Q=g.output[2],
-        GROUPS=g.groups, STEP_D=step[0], STEP_H=step[1], STEP_W=step[2],
-        EVEN_K=k % tiles["BLOCK_K"] == 0, VEC_Y=vec_y, VEC_C=vec_c,
-        X_CHANNELS_LAST=channels_last, INDEX_64=g.needs_int64, PRECISION=precision(dy.dtype, kind),
-        STAGES=config.num_stages, **epilogue_constants(Epilogue()), **_axes(g), **tiles,
+        N=g.batch, C=c, K=k, GROUPS=g.groups, STEP_D=step[0], STEP_H=step[1], STEP_W=step[2],
+        EVEN_K=k % tiles["BLOCK_K"] == 0, VEC_Y=vec_y, VEC_C=vec_c, X_CHANNELS_LAST=channels_last,
+        INDEX_64=g.needs_int64, PRECISION=products, **epilogue_constants(Epilogue()), **axis_constants(g), **tiles,
     )  # fmt: skip
-    launch(conv_dgrad_kernel, programs, arguments, config, problem, dy.device)
+    launch(Launch(conv_dgrad_kernel, programs, arguments, problem, config), dy.device)
     return dx
 
 
@@ -80,10 +79,12 @@ def conv_wgrad(
         return dw.zero_(), db if db is None else db.zero_()
     dy, x = as_format(dy, True), as_format(x, True)
     c, k = g.in_channels // g.groups, g.out_channels // g.groups
-    sn, _, sd, sh, sw = _lifted(x, g, g.input)
+    sn, _, sd, sh, sw = lift(x.stride(), (g.batch, g.in_channels, *g.input))
     vec_x, vec_k = power_of_two_divisor(c, sn, sd, sh, sw), power_of_two_divisor(k, g.out_channels)
-    problem, config = _chosen("conv_wgrad", g, dy, kind, "wgrad", vec_x > 1 and vec_k > 1)
-    tiles = {name: value for name, value in config.kwargs.items() if name != "USE_TMA"}
+    products = precision(dy.dtype, kind)
+    problem = _problem("conv_wgrad", g, dy, products, "wgrad", vec_x > 1 and vec_k > 1)
+    config = config_for(problem)
+    tiles = _tiles(config)
     blocks = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     filters, columns, pixels = problem.gemm
     count, size = ranges(problem, *blocks)
@@ -99,37 +100,28 @@ def conv_wgrad(
         sw = g.in_channels
     arguments: dict[str, Any] = dict(
         x_ptr=x, stride_xn=sn, stride_xd=sd, stride_xh=sh, stride_xw=sw, dy_ptr=dy, stride_ym=g.out_channels,
-        dw_ptr=sums, db_ptr=bias_sums, M=pixels, D=g.input[0], H=g.input[1], W=g.input[2], C=c, K=filters, O=g.output[0],
-        P=g.output[1], Q=g.output[2], GROUPS=g.groups, RANGE=size, LINEAR=linear, ONE_TAP=c % blocks[1] == 0,
-        PADDED=any(g.padding + g.padding_after), VEC_X=vec_x, VEC_K=vec_k, INDEX_64=g.needs_int64,
-        PRECISION=precision(dy.dtype, kind), STAGES=config.num_stages, **_axes(g), **tiles,
+        dw_ptr=sums, db_ptr=bias_sums, M=pixels, C=c, K=filters, GROUPS=g.groups, RANGE=size, LINEAR=linear,
+        ONE_TAP=c % blocks[1] == 0, PADDED=any(g.padding + g.padding_after), VEC_X=vec_x, VEC_K=vec_k,
+        INDEX_64=g.needs_int64, PRECISION=products, **axis_constants(g), **tiles,
     )  # fmt: skip
-    launch(conv_wgrad_kernel, programs, arguments, config, problem, dy.device)
+    launch(Launch(conv_wgrad_kernel, programs, arguments, problem, config), dy.device)
     for parts, result, inner, taps in ((sums, dw, c, g.taps), (bias_sums, db, 1, 1)):
         if parts is not None and result is not None:
             reduce: dict[str, Any] = dict(
                 sums_ptr=parts, dw_ptr=result, SIZE=result.numel(), SPLITS=count, C=inner, TAPS=taps,
                 W_CHANNELS_LAST=channels_last, BLOCK=REDUCE_BLOCK,
             )  # fmt: skip
-            launch(wgrad_reduce_kernel, -(-result.numel() // REDUCE_BLOCK), reduce, None, None, dy.device)
+            blocks_of_sums = -(-result.numel() // REDUCE_BLOCK)
+            launch(Launch(wgrad_reduce_kernel, blocks_of_sums, reduce, None, None), dy.device)
     return dw, db
 
 
-def _chosen(
-    kernel: str, g: ConvGeometry, dy: Tensor, kind: Kind, pass_: Literal["dgrad", "wgrad"], vectors: bool
-) -> tuple[Problem, Any]:
-    tf32 = precision(dy.dtype, kind) == "tf32"
-    problem = Problem(kernel, g, str(dy.dtype)[6:], tf32, vectors, device_of(dy.device), pass_)
-    forced = forcing()
-    return problem, (forced and forced.config) or choose(problem)
+def _problem(
+    kernel: str, g: ConvGeometry, dy: Tensor, products: str, pass_: Literal["dgrad", "wgrad"], vectors: bool
+) -> Problem:
+    return Problem(kernel, g, str(dy.dtype)[6:], products == "tf32", vectors, device_of(dy.device), pass_)
 
 
-def _lifted(t: Tensor, g: ConvGeometry, sizes: tuple[int, int, int]) -> tuple[int, ...]:
-    """Strides of a batched tensor with three spatial dimensions; 0 where there is only one element."""
-    n, c, *spatial = t.stride()
-    strides = (n, c, *(0,) * (3 - g.nd), *spatial)
-    return tuple(s if size > 1 else 0 for s, size in zip(strides, (g.batch, 2, *sizes), strict=True))
-
-
-def _axes(g: ConvGeometry) -> dict[str, int]:
-    return dict(zip(AXES, g.kernel + g.stride + g.padding + g.dilation, strict=True))
+def _tiles(config: Any) -> dict[str, Any]:
+    """The config's constants; no operand comes by descriptor."""
+    return {name: value for name, value in config.kwargs.items() if name != "USE_TMA"} | dict(STAGES=config.num_stages)

@@ -12,34 +12,34 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.backend import capability, capture, interpreting
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.tuning import INTERPRETER, Device, Problem, like
+from tritonconv.tuning import INTERPRETER, Device, Problem, choose, like
 
 __all__ = [
-    "Box", "Launch", "Recipe", "captured", "device_of", "epilogue_constants", "forced", "forcing", "launch", "precision",
-    "record_launches",
+    "Box", "Launch", "Recipe", "axis_constants", "captured", "config_for", "device_of", "epilogue_constants", "forced",
+    "forcing", "launch", "precision", "record_launches",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: a jit function, how many programs, its arguments by name, warps and pipeline stages."""
+    """One launch: a jit function, how many programs, and its arguments by name."""
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    problem: Problem | None = None
-    config: Any = None
-    """The triton.Config that was chosen for the problem, or forced."""
+    problem: Problem | None
+    config: Any
+    """The triton.Config that was chosen for the problem, or forced; both are None for a kernel without candidates."""
 
     @property
     def options(self) -> dict[str, Any]:
         """Compiler options."""
+        warps, stages = (self.config.num_warps, self.config.num_stages) if self.config else (4, 2)
         # Said aloud: Triton 3.10 will fuse multiply and add only where asked.
-        return dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
+        return dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 class Box:
@@ -66,6 +66,11 @@ class Box:
 # The tensors behind image and weight, side by side in every kernel.
 RESULT_AND_EPILOGUE = ("y_ptr", "residual_ptr", "bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr")
 NO_NORM = (None,) * 4
+# Of ConvGeometry's triples, each by the names that kernels give its numbers.
+AXES = (
+    "D", "H", "W", "O", "P", "Q", "T", "R", "S", "STRIDE_D", "STRIDE_H", "STRIDE_W", "PAD_D", "PAD_H", "PAD_W",
+    "DIL_D", "DIL_H", "DIL_W",
+)  # fmt: skip
 
 
 class Recipe:
@@ -92,7 +97,7 @@ class Recipe:
         self.behind_w = tuple(constants[name] for name in names[w + 1 : y])
         self.behind_all = tuple(constants[name] for name in names[end:])
         self.x_box, self.w_box, self.names, self.problem = x_box, w_box, names, problem
-        self.empty = Launch(kernel, programs, {}, config.num_warps, config.num_stages, problem, config)
+        self.empty = Launch(kernel, programs, {}, problem, config)
         self.name, self.options = kernel.__name__, self.empty.options
         self.launcher: Callable[..., Any] = kernel[(programs,)]
         self.interpreted = interpreting()
@@ -123,23 +128,15 @@ class Recipe:
                 self.launcher(*arguments, **self.options)
 
 
-def launch(
-    kernel: Any, programs: int, arguments: dict[str, Any], config: Any, problem: Problem | None, device: torch.device
-) -> None:
-    """Launch once, with arguments by name, on the current stream of `device`; or keep it where `captured` asks for it.
-
-    `config` is None for a kernel without candidates.
-    """
-    one = Launch(
-        kernel, programs, arguments, config.num_warps if config else 4, config.num_stages if config else 2, problem, config
-    )
+def launch(one: Launch, device: torch.device) -> None:
+    """Launch on the current stream of `device`, or keep the launch where `captured` asks for it."""
     if _state.log is not None:
-        _state.log.append(kernel.__name__)
+        _state.log.append(one.kernel.__name__)
     if _state.captured is not None:
         _state.captured.append(one)
         return
     with _interpreter if interpreting() else torch.cuda.device(device):
-        kernel[(programs,)](**arguments, **one.options)
+        one.kernel[(one.programs,)](**one.arguments, **one.options)
 
 
 class Forced(NamedTuple):
@@ -232,6 +229,16 @@ def precision(dtype: torch.dtype, kind: Literal["conv", "matmul"]) -> str:
         return "ieee"
     switch: Any = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     return "tf32" if switch.fp32_precision == "tf32" else "ieee"
+
+
+def config_for(problem: Problem) -> Any:
+    """The triton.Config that `forced` asks for, or the chosen one."""
+    return (_state.forced and _state.forced.config) or choose(problem)
+
+
+def axis_constants(g: ConvGeometry) -> dict[str, int]:
+    """Sizes and geometry of a convolution by the names that kernels give them."""
+    return dict(zip(AXES, g.input + g.output + g.kernel + g.stride + g.padding + g.dilation, strict=True))
 
 
 def epilogue_constants(epilogue: Epilogue) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from tritonconv.geometry import INT32_MAX, ConvGeometry
 from tritonconv.ops.layout import dense_strides
 
-__all__ = ["ConvPlan", "Strides", "plan_convolution", "power_of_two_divisor"]
+__all__ = ["ConvPlan", "Strides", "lift", "plan_convolution", "power_of_two_divisor"]
 
 Strides = tuple[int, int, int, int, int]
 """Elements between neighbors along N, C, D, H, W; 0 where there is only one."""
@@ -102,9 +102,13 @@ def _plan_in_place(
 
 
 def _lift(geometry: ConvGeometry, strides: tuple[int, ...]) -> Strides:
+    return lift(strides, (geometry.batch, geometry.in_channels, *geometry.input))
+
+
+def lift(strides: tuple[int, ...], sizes: tuple[int, ...]) -> Strides:
+    """Strides of (N, C, *spatial) with three spatial dimensions, 0 where the lifted size is one."""
     n, c, *spatial = strides
-    sizes = (geometry.batch, geometry.in_channels, *geometry.input)
-    lifted = (n, c, *(0,) * (3 - geometry.nd), *spatial)
+    lifted = (n, c, *(0,) * (3 - len(spatial)), *spatial)
     return tuple(s if size > 1 else 0 for s, size in zip(lifted, sizes, strict=True))  # type: ignore[return-value]
 
 

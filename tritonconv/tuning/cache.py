@@ -86,7 +86,7 @@ def remember(gpu: str, entries: Iterable[Entry]) -> Path:
             table.merge(e for e in found.entries.values() if is_current(e))
         table.merge(entries)
         write(path, table)
-    _read_once.cache_clear()
+    forget()
     return path
 
 

@@ -24,7 +24,9 @@ from tritonconv.tuning.devices import Device
 from tritonconv.tuning.problem import Problem
 from tritonconv.tuning.ranges import ranges
 
-__all__ = ["HOPPER_FLOP_PER_CLOCK", "Prediction", "Resources", "perf_model", "predict", "resources_of", "variant"]
+__all__ = [
+    "HOPPER_FLOP_PER_CLOCK", "ISSUE_SLOTS", "Prediction", "Resources", "perf_model", "predict", "resources_of", "variant",
+]  # fmt: skip
 
 # Estimates. A load's way from L2 and back, and from device memory; a launch on an idle stream; a program's start.
 LOAD_LATENCY = 350e-9
@@ -104,10 +106,7 @@ def _predict(problem: Problem, blocks: Blocks) -> Prediction:
     full, rest = divmod(programs, slots)
     waves = [wave(resident)] * min(full, 1) + ([wave(math.ceil(rest / device.multiprocessors))] if rest else [])
     counts = [full] * min(full, 1) + ([1] if rest else [])
-    terms = {
-        name: sum(c * w[name] for c, w in zip(counts, waves, strict=True)) for name in ("products", "instructions", "L2")
-    }
-    terms["latency"] = sum(c * w["latency"] for c, w in zip(counts, waves, strict=True))
+    terms = {name: sum(c * w[name] for c, w in zip(counts, waves, strict=True)) for name in wave(0)}
     busy = sum(c * max(w.values()) for c, w in zip(counts, waves, strict=True))
     terms["memory"] = _traffic(problem) / device.bandwidth
     longest = max(busy, terms["memory"])
@@ -117,7 +116,7 @@ def _predict(problem: Problem, blocks: Blocks) -> Prediction:
 
 
 def predict(problem: Problem, config: Any) -> Prediction:
-    """The time of a problem with a triton.Config, grows with every size of the problem."""
+    """The time of a problem with a triton.Config."""
     return _predict(problem, blocks_of(as_dict(config)))
 
 

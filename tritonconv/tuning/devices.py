@@ -9,10 +9,23 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal
 
-__all__ = ["INTERPRETER", "Device", "Products", "device_named", "known_devices", "like"]
+__all__ = ["INTERPRETER", "Device", "Products", "device_named", "known_devices", "like", "products_of"]
 
 Products = Literal["16", "tf32", "fp32", "fp64"]
 """How products are computed: from 16-bit floats, TF32, or plain fp32 and fp64."""
+
+
+def products_of(dtype: str, tf32: bool) -> Products:
+    """How products of elements of torch's type of this name are computed.
+
+    >>> products_of("bfloat16", False), products_of("float32", True)
+    ('16', 'tf32')
+    """
+    if dtype in ("float16", "bfloat16"):
+        return "16"
+    if dtype == "float64":
+        return "fp64"
+    return "tf32" if tf32 else "fp32"
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 
 from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.tuning.devices import Device, Products
+from tritonconv.tuning.devices import Device, Products, products_of
 
 __all__ = ["ITEMSIZE", "Problem"]
 
@@ -36,11 +36,7 @@ class Problem:
 
     @property
     def products(self) -> Products:
-        if self.itemsize == 2:
-            return "16"
-        if self.dtype == "float64":
-            return "fp64"
-        return "tf32" if self.tf32 else "fp32"
+        return products_of(self.dtype, self.tf32)
 
     @property
     def tensor_cores(self) -> bool:
