@@ -28,10 +28,10 @@ from rich.table import Table
 
 import tritonconv.tuning
 from tritonconv.bench.offline import TARGETS, inspect_launch
-from tritonconv.bench.registry import Operation, Specimen, specimens
+from tritonconv.bench.registry import Operation, Specimen, configs_of, operations, specimens
 from tritonconv.ops.launch import Launch
 from tritonconv.tuning import Problem, candidates
-from tritonconv.tuning.configs import as_dict, config_name
+from tritonconv.tuning.configs import name_of
 from tritonconv.tuning.cost import HOPPER_FLOP_PER_CLOCK, variant
 
 __all__ = ["main"]
@@ -49,15 +49,25 @@ def rows_of(task: tuple[int, str]) -> list[dict[str, Any]]:
     operation, specimen = specimens()[index]
     case, target = specimen.case, TARGETS[name]
     rows = []
-    for config in candidates(problem_of(operation, specimen, name))[: specimen.configs]:
+    for config in candidates_of(operation, specimen, name)[: specimen.configs]:
         launch = launch_of(operation, specimen, name, config)
         rows.append(
             dict(
-                kernel=specimen.kernel, case=case.id, config=config_name(as_dict(config)), target=name,
+                kernel=specimen.kernel, case=case.id, config=name_of(launch.config), target=name,
                 triton=triton.__version__, **inspect_launch(launch, target), lane_instructions_per_output=None,
             )
         )  # fmt: skip
     return rows
+
+
+def candidates_of(operation: Operation, specimen: Specimen, target: str) -> list[Any]:
+    """The configs that a specimen is compiled with; None stands for a kernel's only one."""
+    if not specimen.function:
+        return candidates(problem_of(operation, specimen, target))
+    launch = launch_of(operation, specimen, target, None)
+    # Kernels that walk have several stages, the others one.
+    walks = launch.options["num_stages"] > 1
+    return [config for config in configs_of(launch) if (config.num_stages > 1) == walks] or [None]
 
 
 def problem_of(operation: Operation, specimen: Specimen, target: str) -> Problem:
@@ -72,7 +82,8 @@ def launch_of(operation: Operation, specimen: Specimen, target: str, config: Any
     """The launch of the specimen's kernel; others may follow it."""
     launches = operation.launches(specimen.case, TARGETS[target].device, config)
     for launch in launches:
-        if launch.problem is not None and launch.problem.kernel == specimen.kernel:
+        name = launch.problem.kernel if launch.problem is not None else ""
+        if launch.kernel.__name__ == specimen.function or (not specimen.function and name == specimen.kernel):
             return launch
     names = ", ".join(launch.kernel.__name__ for launch in launches)
     raise ValueError(f"{specimen.case.id} runs {names}, expected {specimen.kernel}")
@@ -82,6 +93,8 @@ def resources(rows: list[dict[str, Any]]) -> str:
     """What the cost model reads of the table: registers, shared bytes and clocks of a step, the most of any specimen."""
     kernels: dict[str, Any] = {}
     for operation, specimen in specimens():
+        if not operation.products:
+            continue
         case = specimen.case
         problem = problem_of(operation, specimen, "sm_90")
         known = kernels.setdefault(specimen.kernel, {}).setdefault(variant(problem), {})
@@ -127,7 +140,11 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
         wrong.append(f"spills ({row['stack']} bytes of stack)")
     if row["shared"] > limit:
         wrong.append(f"{row['shared']} bytes of shared memory, limit {limit}")
+    if not has_products(row):
+        return wrong + narrow_accesses(row)
     plain = case.endswith(("ieee", "fp64"))
+    # Along the product's free axis, not along its reduction.
+    reads_rows = row["kernel"] in ("conv_dgrad", "conv_up", "conv_wgrad")
     m, n, k = map(int, row["config"].split()[0].split("x"))
     # wgmma and tcgen05 need 64 rows.
     mma = "HMMA" if target.gpu.backend == "cuda" and m < 64 else target.mma
@@ -139,15 +156,19 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
         wide_store = count(row, "STG.E.128", "UTMASTG")
         wide_load = count(row, "LDGSTS.E.BYPASS.128", "LDG.E.128", "UTMALDG")
         # Rows of 3 or 5 elements cannot be read otherwise. TF32's wgmma wants operands that lie along the reduction, and
-        # those of gradients do not: they are copied element by element into their places.
-        scattered = case.endswith("odd") or (case.endswith("tf32") and "grad" in row["kernel"])
+        # those that are read by rows do not: they are copied element by element into their places.
+        scattered = case.endswith("odd") or (case.endswith("tf32") and reads_rows)
         if not scattered and (not wide_store or (not wide_load and "stem" not in case)):
             wrong.append("no 128-bit global accesses")
     else:
-        # Triton stores from MFMA's own layout, 4 elements a lane: 64 bits of bf16. Loads have no such limit; but rows of 16
-        # elements, where tiles are read by rows, are 32 bytes: too few to go round among 256 lanes by 16.
-        narrow = case.endswith("odd") or (min(n, k) == 16 and "grad" in row["kernel"])
-        if not narrow and not count(row, "global_load_dwordx4", "buffer_load_dwordx4"):
+        # Triton stores from MFMA's own layout, 4 elements a lane: 64 bits of bf16. Loads have no such limit; but small
+        # tiles have too few bytes to go round among the lanes by 16: 64 x 32 among 512, 64 x 16 among 256. Stems read the
+        # image by elements.
+        lanes = 64 * int(row["config"].split()[1].removeprefix("w"))
+        largest = 64 * min(n, k) if reads_rows else (n if "stem" in case else max(m, n)) * k
+        if not case.endswith("odd") and 2 * largest >= 16 * lanes and not count(
+            row, "global_load_dwordx4", "buffer_load_dwordx4"
+        ):  # fmt: skip
             wrong.append("no 128-bit global accesses")
     if row["kernel"] == "conv_fprop" and case == "3x3" and row["target"] == "sm_90":
         goal = 0.30 if m * n == 256 * 128 else 0.45 if m == 128 else None
@@ -155,6 +176,21 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
         if goal is not None and (row["issue_ratio"] is None or row["issue_ratio"] > goal + 1e-9):
             wrong.append(f"issue ratio {row['issue_ratio']}, goal {goal}")
     return wrong
+
+
+def has_products(row: dict[str, Any]) -> bool:
+    return all(operation.products for operation in operations().values() if row["kernel"] in operation.kernels)
+
+
+def narrow_accesses(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a kernel that moves memory and little else: 128 bits at once, wherever sizes allow."""
+    loads = count(row, "LDGSTS.E.BYPASS.128", "LDG.E.128", "global_load_dwordx4", "buffer_load_dwordx4")
+    stores = count(row, "STG.E.128", "global_store_dwordx4", "buffer_store_dwordx4")
+    # The others store a few sums.
+    writes = row["case"].startswith(("normalize", "input_gradient")) or row["case"] == "reduce residual"
+    if not row["case"].endswith("odd") and (not loads or (writes and not stores)):
+        return ["no 128-bit global accesses"]
+    return []
 
 
 def got_worse(row: dict[str, Any], before: dict[str, Any]) -> list[str]:

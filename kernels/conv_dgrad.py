@@ -11,6 +11,10 @@ A program owns one BLOCK_M x BLOCK_N tile of one phase; the phases share one lau
 pixel's address formed once per tile and moved by one scalar a step; the weight, [filters, taps, channels] as the forward
 has it, is read in tiles of filters x channels. dy rows are read once per tap and column of tiles, from L2 but for the
 first time.
+
+Where a batch norm (and an activation) lies between, the gradient of the convolution's result z can be computed on the way
+in, from dy, z and five numbers a channel. A filter of one tap sees each pixel of it once, and the programs of the first
+column of tiles write it for the weight gradient: two reads and a write where a pass of its own would take a read more.
 """
 
 import triton
@@ -18,6 +22,7 @@ import triton.language as tl
 
 from .dot import matmul_acc, zero_tile
 from .epilogue import finish_rows
+from .statistics import input_gradient, load_table
 from .tiles import grouped_tile, taps_outside, tile
 
 __all__ = ["configs", "conv_dgrad_kernel"]
@@ -33,6 +38,10 @@ def configs() -> list[triton.Config]:
         # Few channels, or too few tiles to fill the GPU.
         tile(128, 64, 64, 4, 3, tma=False),
         tile(64, 64, 64, 8, 4, tma=False),
+        # Few filters, and operands computed on the way in.
+        tile(64, 256, 32, 8, 3, tma=False),
+        tile(64, 128, 32, 4, 3, tma=False),
+        tile(64, 64, 32, 8, 3, tma=False),
         tile(64, 32, 64, 4, 3, tma=False),
         tile(64, 16, 64, 4, 3, tma=False),
         # Products without tensor cores, and few filters.
@@ -61,9 +70,11 @@ def axis_taps(phase, TAPS: tl.constexpr, STRIDE: tl.constexpr, DIL: tl.constexpr
 @triton.jit
 def conv_dgrad_kernel(
     dy_ptr, stride_yn, stride_yd, stride_yh, stride_yw,  # filters have stride 1
-    w_ptr, stride_wk,  # [groups * K, taps, C], channels innermost
-    dx_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
-    # sizes: dx is [N, D, H, W], dy is [N, O, P, Q]; C and K are those of one group
+    w, stride_wk,  # [groups * K, taps, C], channels innermost
+    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
+    # where dy is the gradient behind a batch norm: the convolution's result and its gradient, strided as dy; the table
+    z_ptr, dz_ptr, table_ptr,
+    # sizes: y is dx, [N, D, H, W], and dy is [N, O, P, Q]; C and K are those of one group
     N, D, H, W, C, K, O, P, Q, GROUPS,
     # geometry; STEP: stride / gcd(stride, dilation)
     T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
@@ -75,6 +86,8 @@ def conv_dgrad_kernel(
     EVEN_K: tl.constexpr, VEC_Y: tl.constexpr, VEC_C: tl.constexpr,
     X_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr,
     EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    # of that batch norm, as statistics.input_gradient takes them
+    SLOPED: tl.constexpr, ACT_GRADIENT: tl.constexpr, GRADIENT_A: tl.constexpr, GRADIENT_B: tl.constexpr,
     # tiles
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +101,8 @@ def conv_dgrad_kernel(
     if VEC_C > 1:
         C = C // VEC_C * VEC_C
         stride_wk = stride_wk // VEC_C * VEC_C
-    HAS_D: tl.constexpr = T > 1 or PAD_D > 0 or STRIDE_D > 1
+    # A dilation alone matters too: a transposed convolution may then have output padding.
+    HAS_D: tl.constexpr = T > 1 or PAD_D > 0 or STRIDE_D > 1 or DIL_D > 1
     # Taps of a phase at most, and pixels of dy from one to the next.
     MOST_D: tl.constexpr = (T + STEP_D - 1) // STEP_D
     MOST_H: tl.constexpr = (R + STEP_H - 1) // STEP_H
@@ -117,32 +131,38 @@ def conv_dgrad_kernel(
     group = pid // (tiles_m * tiles_n)
     pid_m, pid_n = grouped_tile(pid % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
     if pid_m * BLOCK_M >= M:
+        if counts_ptr is not None:
+            if pid_n + group == 0:
+                tl.store(counts_ptr + phase * tiles_m + pid_m, 0.0)
         return
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     # Pixels past the end repeat the last one: their loads are valid and their results are not stored.
     row = tl.minimum(offs_m, M - 1)
     n = row // (size_d * size_h * size_w)
-    d = first_d + row // (size_h * size_w) % size_d * STRIDE_D
-    h = first_h + row // size_w % size_h * STRIDE_H
-    w = first_w + row % size_w * STRIDE_W
+    at_d = first_d + row // (size_h * size_w) % size_d * STRIDE_D
+    at_h = first_h + row // size_w % size_h * STRIDE_H
+    at_w = first_w + row % size_w * STRIDE_W
     # The pixel of dy under the first tap; exact but where there is no tap. Negative ones lie outside.
-    o = (d + PAD_D - tap_d * DIL_D + T * DIL_D * STRIDE_D) // STRIDE_D - T * DIL_D
-    p = (h + PAD_H - tap_h * DIL_H + R * DIL_H * STRIDE_H) // STRIDE_H - R * DIL_H
-    q = (w + PAD_W - tap_w * DIL_W + S * DIL_W * STRIDE_W) // STRIDE_W - S * DIL_W
+    o = (at_d + PAD_D - tap_d * DIL_D + T * DIL_D * STRIDE_D) // STRIDE_D - T * DIL_D
+    p = (at_h + PAD_H - tap_h * DIL_H + R * DIL_H * STRIDE_H) // STRIDE_H - R * DIL_H
+    q = (at_w + PAD_W - tap_w * DIL_W + S * DIL_W * STRIDE_W) // STRIDE_W - S * DIL_W
     if COUNTED:
         outside = taps_outside(o, p, q, O, P, Q, MOST_D, MOST_H, MOST_W, -HOP_D, -HOP_H, -HOP_W, HAS_D)
     if INDEX_64:
         n = n.to(tl.int64)
     # Where the results go, in one register a pixel across the loop.
     if X_CHANNELS_LAST:
-        rows = (((n * D + d) * H + h) * W + w) * (GROUPS * C)
+        rows = (((n * D + at_d) * H + at_h) * W + at_w) * (GROUPS * C)
     else:
-        rows = ((n * (GROUPS * C) * D + d) * H + h) * W + w
+        rows = ((n * (GROUPS * C) * D + at_d) * H + at_h) * W + at_w
     offs_k = tl.arange(0, BLOCK_K)
     offs_y = n * stride_yn + group * K
     offs_y += o.to(n.dtype) * stride_yd + p.to(n.dtype) * stride_yh + q.to(n.dtype) * stride_yw
-    dy_ptrs = dy_ptr + (offs_y[:, None] + offs_k[None, :])  # [BLOCK_M, BLOCK_K]
+    offs_y = offs_y[:, None] + offs_k[None, :]
+    dy_ptrs = dy_ptr + offs_y  # [BLOCK_M, BLOCK_K]
+    if z_ptr is not None:
+        z_ptrs = z_ptr + offs_y
     filters = group * K + offs_k
     if INDEX_64:
         filters = filters.to(tl.int64)
@@ -151,9 +171,12 @@ def conv_dgrad_kernel(
     if VEC_C > 1:
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < C
-    w_ptrs = w_ptr + ((filters * stride_wk)[:, None] + offs_n[None, :])  # [BLOCK_K, BLOCK_N]
+    w_ptrs = w + ((filters * stride_wk)[:, None] + offs_n[None, :])  # [BLOCK_K, BLOCK_N]
 
-    acc = zero_tile(dx_ptr, BLOCK_M, BLOCK_N)
+    # wgmma would take a computed operand of rows from registers, and wait for each product to let go of them. As the other
+    # operand it goes through shared memory.
+    TURNED: tl.constexpr = table_ptr is not None and BLOCK_N >= 64
+    acc = zero_tile(y_ptr, BLOCK_N if TURNED else BLOCK_M, BLOCK_M if TURNED else BLOCK_N)
     blocks_k = tl.cdiv(K, BLOCK_K)
     # The step's offsets and its bits are counted along, as in conv_fprop. Moving on by a tap, a filter row or a plane takes
     # back what the filters, columns or rows have added.
@@ -187,14 +210,25 @@ def conv_dgrad_kernel(
             # Unsigned comparison: a negative coordinate is a large number.
             inside = ((p - j_h * HOP_H).to(tl.uint32) < P) & ((q - j_w * HOP_W).to(tl.uint32) < Q)
             inside = inside & ((o - j_d * HOP_D).to(tl.uint32) < O)
-        if EVEN_K:
-            a = tl.load(dy_ptrs + offset, mask=inside[:, None], other=0.0)
-            b = tl.load(w_ptrs + w_offset, mask=mask_n[None, :], other=0.0)
-        else:
-            mask_k = offs_k < K - k
-            a = tl.load(dy_ptrs + offset, mask=inside[:, None] & mask_k[None, :], other=0.0)
-            b = tl.load(w_ptrs + w_offset, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = matmul_acc(a, b, acc, PRECISION)
+        mask_k = offs_k < K - k
+        mask_a = inside[:, None]
+        mask_b = mask_n[None, :]
+        if not EVEN_K:
+            mask_a = mask_a & mask_k[None, :]
+            mask_b = mask_b & mask_k[:, None]
+        a = tl.load(dy_ptrs + offset, mask=mask_a, other=0.0)
+        b = tl.load(w_ptrs + w_offset, mask=mask_b, other=0.0)
+        if table_ptr is not None:
+            table = load_table(table_ptr, group * K + k + offs_k, mask_k, GROUPS * K, 0, SLOPED, ACT_GRADIENT)
+            z = a
+            if z_ptr is not None:
+                z = tl.load(z_ptrs + offset, mask=mask_a, other=0.0)
+            # Outside of the image there is no gradient, and the table's offset is none of nothing.
+            gradient = input_gradient(a, z, table, SLOPED, ACT_GRADIENT, GRADIENT_A, GRADIENT_B)
+            a = tl.where(mask_a, gradient, 0.0).to(a.dtype)
+            if dz_ptr is not None:
+                tl.store(dz_ptr + (offs_y + offset), a, mask=mask_a & (pid_n == 0))
+        acc = matmul_acc(b.T, a.T, acc, PRECISION) if TURNED else matmul_acc(a, b, acc, PRECISION)
         if COUNTED:
             offset += BLOCK_K
             w_offset += BLOCK_K * stride_wk
@@ -217,7 +251,10 @@ def conv_dgrad_kernel(
                 bit_h = tl.where(plane_ends, 1 << MOST_W, bit_h)
                 bit_d = tl.where(plane_ends, bit_d << 1, bit_d)
 
+    if TURNED:
+        acc = tl.trans(acc)
     finish_rows(
-        acc, rows, offs_m < M, D * H * W, group, pid_n * BLOCK_N, C, dx_ptr, residual_ptr, bias_ptr, mean_ptr,
-        var_ptr, gamma_ptr, beta_ptr, EPS, ACT, ACT_A, ACT_B, X_CHANNELS_LAST,
+        acc, rows, offs_m < M, D * H * W, group, pid_n * BLOCK_N, C, GROUPS * C, phase * tiles_m + pid_m, PHASES * tiles_m,
+        y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A,
+        ACT_B, X_CHANNELS_LAST,
     )  # fmt: skip

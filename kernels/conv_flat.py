@@ -47,7 +47,7 @@ def configs() -> list[triton.Config]:
 def conv_flat_kernel(
     x_ptr, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
     w, stride_wk,  # [groups * K, taps * C], dense rows: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
-    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
     # sizes; K is that of one group
     M, D, H, W, K, O, P, Q, GROUPS,
     # geometry; C is that of one group
@@ -144,6 +144,6 @@ def conv_flat_kernel(
         acc = matmul_acc(a, b.T, acc, PRECISION)
 
     finish_tile(
-        acc, offs_m, M, O * P * Q, group, pid_n * BLOCK_N, K, GROUPS * K, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr,
-        gamma_ptr, beta_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
+        acc, offs_m, M, O * P * Q, group, pid_n * BLOCK_N, K, GROUPS * K, pid_m, tiles_m, y_ptr, residual_ptr, bias_ptr,
+        mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def configs() -> list[triton.Config]:
 def conv_fprop_kernel(
     x_ptr, stride_xn, stride_xd, stride_xh, stride_xw,  # channels have stride 1
     w, stride_wk,  # [groups * K, taps * C], channels innermost: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
-    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
     # sizes; C and K are those of one group, and BLOCK_K divides C
     M, D, H, W, C, K, O, P, Q, GROUPS,
     # geometry
@@ -157,6 +157,6 @@ def conv_fprop_kernel(
                 bit_d = tl.where(plane_ends, bit_d << 1, bit_d)
 
     finish_tile(
-        acc, offs_m, M, O * P * Q, group, pid_n * BLOCK_N, K, GROUPS * K, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr,
-        gamma_ptr, beta_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
+        acc, offs_m, M, O * P * Q, group, pid_n * BLOCK_N, K, GROUPS * K, pid_m, tiles_m, y_ptr, residual_ptr, bias_ptr,
+        mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
     )  # fmt: skip

@@ -3,17 +3,21 @@
 M = filters of one group, N = filter taps x channels of one group (in the order of a channels-last weight), K = output
 pixels. A program owns one BLOCK_M x BLOCK_N tile of dw and one range of the pixels, which it adds up in steps of BLOCK_K.
 Each range writes its sums to a workspace of its own in fp32 (fp64 for fp64), and a second kernel adds the ranges in their
-order and rounds: no atomics, the same bits on every run. The bias gradient is the sum of dy's columns, taken by the
-programs of the first column of tiles.
+order and rounds: no atomics, the same bits on every run. A single range writes the gradient itself. The bias gradient is
+the sum of dy's columns, taken by the programs of the first column of tiles.
 
 dy is read once per column of tiles, x once per row of tiles and tap, both from L2 but for the first time. Where BLOCK_N
 divides the channels a tile has one tap, and padding is one bit a pixel; elsewhere each column has its own.
+
+Where a batch norm (and an activation) lies between, the gradient of the convolution's result z can be computed on the way
+in, from dy, z and five numbers a channel, as in conv_dgrad.
 """
 
 import triton
 import triton.language as tl
 
-from .dot import matmul_acc
+from .dot import matmul_acc, zero_tile
+from .statistics import input_gradient, load_table
 from .tiles import grouped_tile, tile
 
 __all__ = ["configs", "conv_wgrad_kernel", "wgrad_reduce_kernel"]
@@ -35,6 +39,8 @@ def configs() -> list[triton.Config]:
         tile(64, 64, 64, 8, 3, tma=False),
         tile(64, 32, 64, 4, 3, tma=False),
         tile(64, 16, 64, 4, 3, tma=False),
+        # Single elements: few input channels.
+        tile(64, 64, 32, 8, 3, tma=False),
         # Few pixels.
         tile(64, 16, 16, 4, 3, tma=False),
     ]
@@ -51,7 +57,9 @@ def carry(x, X):
 def conv_wgrad_kernel(
     x_ptr, stride_xn, stride_xd, stride_xh, stride_xw,  # channels have stride 1
     dy_ptr, stride_ym,  # [pixels, groups * K], filters side by side
-    dw_ptr, db_ptr,  # sums of each range: [SPLITS, groups * K, taps * C] and [SPLITS, groups * K]
+    # sums of each range: [SPLITS, groups * K, taps * C] and [SPLITS, groups * K]; DIRECT: the gradients
+    dw_ptr, db_ptr,
+    z_ptr, table_ptr,  # where dy is the gradient behind a batch norm: the convolution's result, as dy lies; its table
     # sizes; C and K are those of one group
     M, D, H, W, C, K, O, P, Q, GROUPS, RANGE,
     # geometry
@@ -60,10 +68,11 @@ def conv_wgrad_kernel(
     PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     # flags: LINEAR: the window of output pixel m begins m pixels along a dense image, but for padding. ONE_TAP: BLOCK_N
-    # divides C. VEC_X, VEC_K: powers of two up to 16 that divide C and the image's strides, and K
-    # and dy's stride
+    # divides C. VEC_X, VEC_K: powers of two up to 16 that divide C and the image's strides, and K and dy's stride
     LINEAR: tl.constexpr, ONE_TAP: tl.constexpr, PADDED: tl.constexpr, VEC_X: tl.constexpr, VEC_K: tl.constexpr,
-    INDEX_64: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECT: tl.constexpr, W_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr,
+    # of that batch norm, as statistics.input_gradient takes them
+    SLOPED: tl.constexpr, ACT_GRADIENT: tl.constexpr, GRADIENT_A: tl.constexpr, GRADIENT_B: tl.constexpr,
     # tiles
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +126,12 @@ def conv_wgrad_kernel(
     if INDEX_64:
         rows = rows.to(tl.int64)
         first_c = first_c.to(tl.int64)
-    dy_ptrs = dy_ptr + ((rows * stride_ym)[:, None] + (group * K + offs_m)[None, :])  # [BLOCK_K, BLOCK_M]
+    offs_y = (rows * stride_ym)[:, None] + (group * K + offs_m)[None, :]
+    dy_ptrs = dy_ptr + offs_y  # [BLOCK_K, BLOCK_M]
+    if z_ptr is not None:
+        z_ptrs = z_ptr + offs_y
+    if table_ptr is not None:
+        table = load_table(table_ptr, group * K + offs_m, mask_m, GROUPS * K, 0, SLOPED, ACT_GRADIENT)
 
     if ONE_TAP:
         # One scalar a tile; in the other case one offset a column.
@@ -126,10 +140,17 @@ def conv_wgrad_kernel(
         offs_c = offs_c + (t * stride_xd + r * stride_xh + s * stride_xw)
     x_ptrs = x_ptr + ((rows * stride_xw)[:, None] + (first_c + offs_c)[None, :])  # [BLOCK_K, BLOCK_N], where LINEAR
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dw_ptr.dtype.element_ty)
+    acc = zero_tile(dy_ptr, BLOCK_M, BLOCK_N)
     for _ in tl.range(split * RANGE, last, BLOCK_K, num_stages=STAGES):
         inside = row < last
         dy = tl.load(dy_ptrs, mask=inside[:, None] & mask_m[None, :], other=0.0)
+        if table_ptr is not None:
+            z = dy
+            if z_ptr is not None:
+                z = tl.load(z_ptrs, mask=inside[:, None] & mask_m[None, :], other=0.0)
+                z_ptrs += BLOCK_K * stride_ym
+            # Past the end the table's offset meets an x of zero.
+            dy = input_gradient(dy, z, table, SLOPED, ACT_GRADIENT, GRADIENT_A, GRADIENT_B).to(dy.dtype)
         if not LINEAR:
             wide = n.to(rows.dtype)
             offs_x = wide * stride_xn + o.to(rows.dtype) * (STRIDE_D * stride_xd)
@@ -163,20 +184,29 @@ def conv_wgrad_kernel(
                 n += step_n + over
 
     filters = (split * GROUPS + group) * K + offs_m
-    offs_w = (filters.to(tl.int64) * columns)[:, None] + offs_n[None, :]
-    tl.store(dw_ptr + offs_w, acc, mask=mask_m[:, None] & mask_n[None, :])
+    # A single range's weights may lie as [filters, C, taps].
+    ahead = offs_n if W_CHANNELS_LAST or not DIRECT else offs_n % C * (T * R * S) + offs_n // C
+    offs_w = (filters.to(tl.int64) * columns)[:, None] + ahead[None, :]
+    tl.store(dw_ptr + offs_w, acc.to(dw_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
     if db_ptr is not None:
         # A loop of its own, so that the products' loop has no tile to hold for it; dy is in L2.
         if pid_n == 0:
-            sums = tl.zeros((BLOCK_M,), db_ptr.dtype.element_ty)
+            sums = tl.zeros((BLOCK_M,), acc.dtype)
             row = split * RANGE + tl.arange(0, BLOCK_K)
             rows = row.to(rows.dtype)
-            dy_ptrs = dy_ptr + ((rows * stride_ym)[:, None] + (group * K + offs_m)[None, :])
+            offs_y = (rows * stride_ym)[:, None] + (group * K + offs_m)[None, :]
             for start in tl.range(split * RANGE, last, BLOCK_K):
-                dy = tl.load(dy_ptrs, mask=(start + tl.arange(0, BLOCK_K) < last)[:, None] & mask_m[None, :], other=0.0)
+                mask = (start + tl.arange(0, BLOCK_K) < last)[:, None] & mask_m[None, :]
+                dy = tl.load(dy_ptr + offs_y, mask=mask, other=0.0)
+                if table_ptr is not None:
+                    z = dy
+                    if z_ptr is not None:
+                        z = tl.load(z_ptr + offs_y, mask=mask, other=0.0)
+                    gradient = input_gradient(dy, z, table, SLOPED, ACT_GRADIENT, GRADIENT_A, GRADIENT_B)
+                    dy = tl.where(mask, gradient, 0.0)
                 sums += tl.sum(dy.to(sums.dtype), 0)
-                dy_ptrs += BLOCK_K * stride_ym
-            tl.store(db_ptr + filters, sums, mask=mask_m)
+                offs_y += BLOCK_K * stride_ym
+            tl.store(db_ptr + filters, sums.to(db_ptr.dtype.element_ty), mask=mask_m)
 
 
 @triton.jit

@@ -2,13 +2,19 @@
 
     y = act(bn(acc + bias) + residual),   bn(v) = (v - mean) * gamma / sqrt(var + eps) + beta
 
-in fp32 (fp64 for fp64). A batch norm in eval mode is folded here, per output channel, from its own tensors: weights are
-never rounded with a scale in them, nothing is cached on the host that an optimizer, a moving average or a checkpoint
-could make stale, and the cost is four BLOCK_N vectors a tile.
+in fp32 (fp64 for fp64), or, where a batch norm needs the batch's own statistics first,
+
+    y = acc + bias   and, for each tile of pixels, their number, each channel's mean and sum of squared deviations
+
+from the accumulators before they are rounded, so that no pass over y is needed for them. A batch norm in eval mode is
+folded here, per output channel, from its own tensors: weights are never rounded with a scale in them, nothing is cached on
+the host that an optimizer, a moving average or a checkpoint could make stale, and the cost is four BLOCK_N vectors a tile.
 """
 
 import triton
 import triton.language as tl
+
+from .statistics import moments
 
 __all__ = ["finish_rows", "finish_tile"]
 
@@ -47,19 +53,36 @@ def affine(
 @triton.jit
 def finish_slice(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr,
                  ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr):  # fmt: skip
-    rows, stride_c, mask_m, group, K = where
-    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr = tensors
+    rows, stride_c, mask_m, group, K, channels, slot, slots, patches = where
+    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr = tensors
     offs_n = first_n + tl.arange(0, acc.shape[1])
     mask_n = offs_n < K
-    offs_n = group * K + offs_n
+    if patches is None:
+        offs_n = group * K + offs_n
+        ahead = offs_n if Y_CHANNELS_LAST else offs_n * stride_c
+    else:
+        R, S, P, Q, tiles_m = patches
+        tap = offs_n // channels
+        # Not the remainder, whose alignment the compiler cannot prove.
+        offs_n = offs_n - tap * channels
+        pixel = ((tap // (R * S) * P + tap // S % R) * Q + tap % S).to(rows.dtype)
+        ahead = pixel * channels + offs_n if Y_CHANNELS_LAST else offs_n.to(rows.dtype) * stride_c + pixel
+        slot = slot + tap * tiles_m
     acc = affine(acc, offs_n, mask_n, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS)
+    if moments_ptr is not None:
+        count = tl.sum(mask_m.to(acc.dtype))
+        mean, squares = moments(acc, mask_m[:, None], count, 0)
+        slot_64 = slot.to(tl.int64)
+        tl.store(moments_ptr + slot_64 * channels + offs_n, mean, mask=mask_n)
+        tl.store(moments_ptr + (slots + slot_64) * channels + offs_n, squares, mask=mask_n)
+        tl.store(counts_ptr + slot + tl.zeros_like(offs_n), count, mask=mask_n & (offs_n == 0))
     if Y_CHANNELS_LAST:
-        offs_y = rows[:, None] + offs_n[None, :]
+        offs_y = rows[:, None] + ahead[None, :]
         mask = mask_m[:, None] & mask_n[None, :]
     else:
         # Neighboring threads take neighboring pixels, which lie side by side in memory.
         acc = tl.trans(acc)
-        offs_y = rows[None, :] + (offs_n * stride_c)[:, None]
+        offs_y = rows[None, :] + ahead[:, None]
         mask = mask_n[:, None] & mask_m[None, :]
     if residual_ptr is not None:
         acc = acc + tl.load(residual_ptr + offs_y, mask=mask, other=0.0).to(acc.dtype)
@@ -101,16 +124,19 @@ def finish_4(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.constexpr,
 def finish_rows(
     acc,  # [BLOCK_M, BLOCK_N]
     rows, mask_m, pixels,  # each pixel's first channel in the output, which pixels there are, and how many in an image
-    group, first_n, K,  # the tile's group and first column, channels of a group
-    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    group, first_n, K, channels,  # the tile's group and first column, channels of a group and of the output
+    slot, slots,  # where its statistics go
+    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
     EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr,
+    patches=None,  # where columns are filter taps x channels: (R, S, P, Q, rows of tiles); each tap has slots of its own
 ):  # fmt: skip
     """Apply the epilogue to one tile of pixels and store it into a dense output, channels-last or contiguous.
 
-    The residual has the output's layout. Each element of it is read once and each output written once.
+    The residual has the output's layout. Each element of it is read once and each output written once. Statistics, where
+    there are pointers for them, are counts [slots] and moments [2, slots, channels], as kernels/statistics.py has them.
     """
-    where = (rows, pixels, mask_m, group, K)
-    tensors = (y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+    where = (rows, pixels, mask_m, group, K, channels, slot, slots, patches)
+    tensors = (y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr)
     if acc.shape[1] <= 4 * SLICE_N:
         finish_4(acc, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
     else:
@@ -123,8 +149,8 @@ def finish_rows(
 def finish_tile(
     acc,  # [BLOCK_M, BLOCK_N]
     offs_m, M, pixels,  # output pixels, how many there are, and how many in an image
-    group, first_n, K, channels,  # as finish_rows has them, and channels of the output
-    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    group, first_n, K, channels, slot, slots,  # as finish_rows has them
+    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
     EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
     Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
 ):  # fmt: skip
@@ -137,6 +163,6 @@ def finish_tile(
     else:
         rows = offs_m // pixels * channels * pixels + offs_m % pixels
     finish_rows(
-        acc, rows, mask_m, pixels, group, first_n, K, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
-        EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST,
+        acc, rows, mask_m, pixels, group, first_n, K, channels, slot, slots, y_ptr, residual_ptr, bias_ptr, mean_ptr,
+        var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST,
     )  # fmt: skip

@@ -43,7 +43,7 @@ def configs() -> list[triton.Config]:
 def matmul_kernel(
     x, stride_xm,  # [M, C], channels side by side: a pointer, or a descriptor of [BLOCK_M, BLOCK_K] boxes
     w, stride_wk,  # [K, C]: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
-    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
     # sizes: rows, channels in and out, and rows of one image (for a contiguous output)
     M, C, K, PIXELS,
     # flags: EVEN_C: BLOCK_K divides C. VEC_C, VEC_K: powers of two up to 16 that divide C and both strides, and K
@@ -60,7 +60,8 @@ def matmul_kernel(
         stride_wk = stride_wk // VEC_C * VEC_C
     if VEC_K > 1:
         K = K // VEC_K * VEC_K
-    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(K, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if not USE_TMA:
@@ -89,6 +90,6 @@ def matmul_kernel(
         acc = matmul_acc(a, b.T, acc, PRECISION)
 
     finish_tile(
-        acc, offs_m, M, PIXELS, 0, pid_n * BLOCK_N, K, K, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr,
-        gamma_ptr, beta_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
+        acc, offs_m, M, PIXELS, 0, pid_n * BLOCK_N, K, K, pid_m, tiles_m, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr,
+        gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
     )  # fmt: skip

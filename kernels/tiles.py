@@ -14,19 +14,22 @@ def tile(m: int, n: int, k: int, warps: int, stages: int, *, tma: bool = True) -
 
 def fitting(
     candidates: list[triton.Config], *, m: int, n: int, k: int, itemsize: int, tensor_cores: bool, shared: int,
-    even: bool = False, vectors: bool = True, turned: bool = False,
+    even: bool = False, vectors: bool = True, turned: bool = False, computed: bool = False, scattered: bool = False,
+    statistics: bool = False, arch: str = "",
 ) -> list[triton.Config]:  # fmt: skip
     """The candidates that suit an M x N output with a reduction in runs of K elements of `itemsize` bytes.
 
     `tensor_cores`: not for fp64 and IEEE fp32. `shared` is the shared memory of a program in bytes; `even` asks for blocks
-    that divide K; `vectors`: whether the image is read by vectors; `turned`: operands lie across the reduction. This is the
-    one statement of what is valid; the choice of a config and the tuner both call it.
+    that divide K; `vectors`: whether the image is read by vectors; `turned`: operands lie across the reduction; `computed`:
+    the operand of rows is made of two tensors on its way in; `scattered`: results go to one phase of a stride; `statistics`
+    of the results are taken. This is the one statement of what is valid; the choice of a
+    config and the tuner both call it.
     """
     kept = []
     for config in candidates:
         m_, n_, k_ = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
         # More than twice as large as the output or the reduction: mostly zeros are computed.
-        if m_ > max(64, 2 * m - 1) or n_ > max(16, 2 * n - 1) or k_ > max(16, 2 * k - 1):
+        if m_ > max(64, 2 * m - 1) or n_ > max(64 if computed else 16, 2 * n - 1) or k_ > max(16, 2 * k - 1):
             continue
         if even and k % k_:
             continue
@@ -40,7 +43,24 @@ def fitting(
         # wgmma with 8.
         if turned and tensor_cores and 64 * 128 <= m_ * n_ <= 128 * 128 and config.num_warps != (8 if itemsize == 4 else 4):
             continue
-        # So do deep steps of single elements, each with an address and a mask of its own.
+        # Its columns are wgmma's rows (conv_dgrad): less than 64 would be computed without.
+        if computed and not turned and tensor_cores and n_ < 64:
+            continue
+        # A thread holds two tiles of such an operand in fp32 at once, and more than 16 elements of each would spill.
+        if computed and (m_ * k_ > 16 * 32 * config.num_warps or (k_ > 32 and not turned)):
+            continue
+        # Registers are handed out differently there, and a few bytes would spill.
+        if arch == "sm_100" and (
+            (scattered and m_ * n_ > 128 * 128) or (statistics and config.num_warps == 4 and n_ in (64, 256))
+        ):
+            continue
+        # So they would here, where the compiler cannot see that 16 divides the pixels.
+        if arch == "sm_80" and turned and k % 16 and m_ * n_ > 128 * 128:
+            continue
+        # Steps of 32 pixels are for single elements; of vectors a product takes 64.
+        if turned and tensor_cores and vectors and k_ == 32:
+            continue
+        # Deep steps of single elements spill too, each with an address and a mask of its own.
         if not vectors and k_ > 32:
             continue
         kept.append(config)

@@ -58,32 +58,40 @@ def test_a_layers_own_choice_yields_to_the_global_one(x: torch.Tensor) -> None:
     assert len(launches) == 1
 
 
-def test_gradients_run_on_torch_and_warn_once_per_layer(x: torch.Tensor, w: torch.Tensor) -> None:
+def test_what_runs_on_torch_warns_once_per_layer(x: torch.Tensor, w: torch.Tensor) -> None:
     backend._warned.clear()
-    w.requires_grad_()
-    with record_launches() as launches, pytest.warns(UserWarning, match=r"conv2d 2x8x5x5.*gradients are needed"):
-        TF.conv2d(x, w).sum().backward()
-    assert not launches and w.grad is not None
+    with record_launches() as launches, pytest.warns(UserWarning, match=r"conv2d 2x8x5x5.*negated view"):
+        TF.conv2d(torch._neg_view(x), w)
+    assert not launches
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        TF.conv2d(x, w)
+        TF.conv2d(torch._neg_view(x), w)
+
+
+def test_gradients_are_ours_where_torch_is_not_known_to_be_faster(x: torch.Tensor, w: torch.Tensor) -> None:
+    with record_launches() as launches:
+        TF.conv2d(x, w.requires_grad_()).sum().backward()
+    assert "conv_wgrad_kernel" in launches
+    with record_launches() as launches, tritonconv.set_backend("torch"):
+        TF.conv2d(x, w).sum().backward()
+    assert not launches
 
 
 def test_forced_triton_names_what_is_unsupported(x: torch.Tensor, w: torch.Tensor) -> None:
     with tritonconv.set_backend("triton"):
         with pytest.raises(RuntimeError, match=r"asked for, but torch.int32 has no kernel.*conv2d 2x8x5x5 -> 2x4x3x3"):
             TF.conv2d(x.int(), w.int())
-        with pytest.raises(RuntimeError, match=r"own statistics has no kernel"):
-            TF.conv2d_bn_act(x, w, None, None, None, None, None, training=True)
+        with pytest.raises(RuntimeError, match=r"asked for, but torch.int32 has no kernel.*conv2d_bn_act in training"):
+            TF.conv2d_bn_act(x.int(), w.int(), None, None, None, None, None, training=True)
 
 
-def test_training_form_runs_on_torch_and_updates_the_statistics(x: torch.Tensor, w: torch.Tensor) -> None:
+def test_training_form_updates_the_statistics(x: torch.Tensor, w: torch.Tensor) -> None:
     mean, var = torch.zeros(4, device=x.device), torch.ones(4, device=x.device)
     their_mean, their_var = mean.clone(), var.clone()
     out = TF.conv2d_bn_act(x, w, None, mean, var, None, None, training=True, momentum=0.3, activation="relu")
     y = torch.nn.functional.conv2d(x, w)
     ref = torch.relu(torch.nn.functional.batch_norm(y, their_mean, their_var, training=True, momentum=0.3))
-    assert torch.allclose(out, ref) and torch.allclose(mean, their_mean) and torch.allclose(var, their_var)
+    assert torch.allclose(out, ref, atol=1e-5) and torch.allclose(mean, their_mean) and torch.allclose(var, their_var)
 
 
 def test_an_observed_run_reports_and_launches_nothing(x: torch.Tensor, w: torch.Tensor) -> None:

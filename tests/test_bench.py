@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from tritonconv.bench import check, clock, layers, networks, registry, suites
 from tritonconv.bench.ahead import compile_ahead
@@ -25,6 +26,7 @@ from tritonconv.bench.clock import Timing, copies_for_cold_cache
 from tritonconv.bench.dry import dry_records, verdict
 from tritonconv.bench.results import Results, read_records
 from tritonconv.bench.run import columns_of, measure, summary
+from tritonconv.bench.sanitize import sanitize_jobs
 from tritonconv.bench.session import Job, Session
 from tritonconv.bench.tune import case_compilations
 from tritonconv.bench.worker import Worker, WorkerError
@@ -374,10 +376,12 @@ def test_what_is_compiled_ahead_is_what_waits() -> None:
 def test_every_possible_config_of_every_kernel_is_checked() -> None:
     seen: dict[str, set[str]] = {}
     for case, config, _ in suites.check_layers(H200):
-        # Others may follow that have no configs to choose from.
-        problem = registry.operations()[case.kind].launches(case, H200, config)[0].problem
-        assert problem is not None
-        seen.setdefault(problem.kernel, set()).add(str(config))
+        launches = registry.operations()[case.kind].launches(case, H200, config)
+        # Others beside them may have no configs to choose from.
+        taken = {registry.module_of(launch) for launch in launches if str(launch.config) == str(config)}
+        assert taken
+        for kernel in taken:
+            seen.setdefault(kernel, set()).add(str(config))
     for operation in registry.operations().values():
         for kernel in operation.kernels:
             module = __import__(f"tritonconv.kernels.{kernel}", fromlist=["configs"])
@@ -454,8 +458,12 @@ def test_what_is_timed_in_both_modes_is_prepared_once(monkeypatch: pytest.Monkey
     assert len(networks._prepared) == 1
 
 
-def test_training_of_our_own_is_not_built() -> None:
-    assert networks.measure_module("separable", "training", 1, "tritonconv", "eager")["status"] == "not built"
+def test_gradients_of_modules_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = networks.measure_module("conv_bn_relu", "training", 1, "tritonconv", "eager")
+    assert record["status"] == "ok" and 0 < record["error"] < 0.1 and record["torch_error"] > 0
+    wrong = networks.gradients
+    monkeypatch.setattr(networks, "gradients", lambda *a, **k: wrong(*a, **k) * (2 if a[2] == "tritonconv" else 1))
+    assert networks.measure_module("conv_bn_relu", "training", 1, "tritonconv", "eager")["status"] == "wrong"
 
 
 # A whole run, with a stub for the GPU's clock
@@ -511,9 +519,12 @@ def stub_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         "tritonconv.bench.run.module_jobs",
         lambda suite, columns: [j for j in blocks if suite == "blocks" and j.identity["column"] in columns],
     )
-    monkeypatch.setattr(
-        "tritonconv.bench.modules.ModuleCase.images", lambda _, n, **options: torch.randn(min(n, 2), 256, 4, 4, **options)
-    )
+    # A block of few channels.
+    block = replace(networks.MODULES["conv_bn_relu"], make=lambda: nn.Sequential(
+        nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()), input=(8, 4, 4))  # fmt: skip
+    monkeypatch.setitem(networks.MODULES, "conv_bn_relu", block)
+    images = networks.ModuleCase.images
+    monkeypatch.setattr("tritonconv.bench.modules.ModuleCase.images", lambda case, n, **kw: images(case, min(n, 2), **kw))
     with forced(device=H200):
         yield
 
@@ -521,12 +532,13 @@ def stub_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @interpreted
 @pytest.mark.usefixtures("stub_gpu")
 def test_a_run_does_its_stages_and_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cases = [replace(SMALL, family="f"), replace(SMALL, id="transposed", kind="convT", family="f")]
+    cases = [replace(SMALL, family="f"), replace(SMALL, id="deformable", kind="deform", family="f")]
     columns = columns_of(("cudnn",))
     assert measure(cases, tmp_path / "out", columns=columns, console=QUIET) == 0
     records = list(read_records(tmp_path / "out" / "results.jsonl"))
     count = {stage: sum(r["stage"] == stage for r in records) for stage in ("ceilings", "check", "layer", "tune", "module")}
-    assert count == {"ceilings": 1, "check": 3 + 5, "layer": 3 * 3 + 1, "tune": 1, "module": 6}
+    checks = 3 + len(sanitize_jobs())
+    assert count == {"ceilings": 1, "check": checks, "layer": 3 * 3 + 1, "tune": 1, "module": 6}
     layers_ = {r["column"]: r for r in records if r["stage"] == "layer" and r["id"] == "small" and r["pass"] == "wgrad"}
     assert all(r["timed"] and r["status"] == "ok" for r in layers_.values()) and len(layers_) == 3
     (tuned,) = (r for r in records if r["stage"] == "tune")
@@ -534,8 +546,7 @@ def test_a_run_does_its_stages_and_continues(tmp_path: Path, capsys: pytest.Capt
     table = Table.from_json((tmp_path / "out" / "table.json").read_text(), "table.json")
     assert table.gpu == "NVIDIA H200" and [e.ms for e in table.entries.values()] == [1.0]
     modules = [r for r in records if r["stage"] == "module"]
-    assert {r["status"] for r in modules if r["column"] == "tritonconv" and r["pass"] == "training"} == {"not built"}
-    assert all(r["status"] == "ok" and r["timed"] for r in modules if r["status"] != "not built"), modules
+    assert all(r["status"] == "ok" and r["timed"] for r in modules), modules
     assert "checks of candidates" in capsys.readouterr().out
     # Continued, nothing is done twice.
     measure(cases, tmp_path / "out", columns=columns, resume=True, console=QUIET)
@@ -564,9 +575,8 @@ def test_a_dry_run_goes_through_all_cases_and_its_results_make_a_page(tmp_path: 
     assert "Predictions of the cost model for NVIDIA H200; no time was measured." in done.stdout
     results = tmp_path / "results.jsonl"
     records = list(read_records(results))
-    assert sum(r["stage"] == "layer" and r["status"] == "ok" for r in records) == 2 * 3 * len(
-        registry.operations()["conv"].checks()
-    )
+    small = sum(len(operation.passes) * len(operation.checks()) for operation in registry.operations().values())
+    assert sum(r["stage"] == "layer" and r["status"] == "ok" for r in records) == 2 * small
     page = tmp_path / "page.md"
     report = [sys.executable, "-m", "benchmarks.report", str(results), "--out", str(page)]
     subprocess.run(report, cwd=ROOT, check=True, capture_output=True)

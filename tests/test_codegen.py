@@ -29,14 +29,24 @@ def test_every_config_keeps_the_rules_on_every_target_and_is_no_worse_than_the_t
 
 
 def test_the_table_has_every_config_of_every_kernel() -> None:
-    from tritonconv.kernels import conv_dgrad, conv_flat, conv_fprop, conv_wgrad, matmul
+    from tritonconv.kernels import conv_dgrad, conv_flat, conv_fprop, conv_up, conv_wgrad, matmul
 
     rows = json.loads(TABLE.read_text())
     assert all(set(row) == KEYS for row in rows)
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    for module in (conv_dgrad, conv_flat, conv_fprop, conv_wgrad, matmul):
+    for module in (conv_dgrad, conv_flat, conv_fprop, conv_up, conv_wgrad, matmul):
         kernel = module.__name__.rsplit(".", 1)[1]
         tiles = {row["config"] for row in rows if row["kernel"] == kernel}
         for config in module.configs():
             m, n, k = list(config.kwargs.values())[:3]
             assert any(tile.startswith(f"{m}x{n}x{k} w{config.num_warps}") for tile in tiles), (kernel, config)
+
+
+def test_the_table_has_every_config_of_batch_norm() -> None:
+    from tritonconv.kernels.batch_norm import configs
+
+    from tritonconv.tuning.configs import name_of
+
+    rows = json.loads(TABLE.read_text())
+    for kernel in ("batch_norm", "batch_norm_backward"):
+        assert {row["config"] for row in rows if row["kernel"] == kernel} >= set(map(name_of, configs()))

@@ -109,6 +109,23 @@ def test_every_candidate_config(case: ConvCase, config: object, dtype: torch.dty
         compared(case, x, w)
 
 
+MANY_PIXELS = ConvCase("many pixels", (2, 16, 40, 32), (24, 16, 3, 3), "", dict(padding=1))
+
+
+@pytest.mark.parametrize(("dtype", "w_cl"), [(torch.float32, False), (torch.bfloat16, True)], ids=["fp32", "bf16"])
+def test_ranges_of_many_pixels_are_added(dtype: torch.dtype, w_cl: bool, device: str) -> None:
+    # A GPU with many multiprocessors wants many ranges.
+    gpu, config = device_named("H200"), conv_wgrad.configs()[6]
+    x, w = make_tensors(MANY_PIXELS, dtype, device, w_cl=w_cl)
+    b, dy = torch.randn(24, device=device).to(x), torch.randn_like(conv(MANY_PIXELS, x, w))
+    with record_launches() as launches, forced(device=gpu, config=config):
+        first, second = (gradients(MANY_PIXELS, x, w, b, dy, TF) for _ in range(2))
+    assert launches.count("wgrad_reduce_kernel") == 4 and all(map(torch.equal, first, second))
+    reference = gradients(MANY_PIXELS, x.double(), w.double(), b.double(), dy.double(), torch.nn.functional)
+    for name, out, ref in zip("xwb", first, reference, strict=True):
+        assert_close(out, ref, depth=2560, what=f"d{name}")
+
+
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_two_runs_are_bit_equal(case: ConvCase, device: str) -> None:
     x, w = make_tensors(case, torch.float16, device)
@@ -128,8 +145,9 @@ def test_only_the_gradients_that_are_needed_are_computed(device: str) -> None:
         return [name for name in dict.fromkeys(launches) if "grad" in name]
 
     assert kernels(True, False, False) == ["conv_dgrad_kernel"]
-    assert kernels(False, True, False) == ["conv_wgrad_kernel", "wgrad_reduce_kernel"]
-    assert kernels(True, True, False) == ["conv_dgrad_kernel", "conv_wgrad_kernel", "wgrad_reduce_kernel"]
+    # So few pixels are one range, whose sums no one needs to add.
+    assert kernels(False, True, False) == ["conv_wgrad_kernel"]
+    assert kernels(True, True, False) == ["conv_dgrad_kernel", "conv_wgrad_kernel"]
     assert kernels(False, False, True) == []
 
 

@@ -144,9 +144,8 @@ def test_operands_and_constants_reach_their_parameters(arguments: list[tuple[Any
     name, grid, named, options = arguments[1]
     assert (name, grid) == ("matmul_kernel", (1,))
     pointers = {k: v for k, v in named.items() if k.endswith("_ptr") and k != "y_ptr"}
-    assert pointers == dict(
-        bias_ptr=shown(bias), **dict.fromkeys(("residual_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"))
-    )
+    absent = ("residual_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr", "counts_ptr", "moments_ptr")
+    assert pointers == dict(bias_ptr=shown(bias), **dict.fromkeys(absent))
     assert (named["M"], named["C"], named["K"], named["stride_xm"], named["stride_wk"]) == (15, 24, 16, 24, 24)
     assert set(options) == {"num_warps", "num_stages", "enable_fp_fusion"}
 
@@ -278,12 +277,13 @@ def test_gradients_are_seen(block: torch.nn.Module) -> None:
     for _ in range(2):
         with torch.enable_grad(), record_launches() as log:
             y = block(x, x)
-        assert y.requires_grad and not log
+        assert y.requires_grad and len(log) == 2
         block.requires_grad_(False)
         with torch.enable_grad(), record_launches() as log:
             assert not block(x, x).requires_grad
             assert block(x, x.clone().requires_grad_()).requires_grad
-        assert len(log) == 1
+        # The convolution keeps its result for the batch norm's gradient.
+        assert len(log) == 1 + 2
         block.requires_grad_(True)
     with torch.inference_mode():
         agrees(block)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from benchmarks import traffic
 from benchmarks.markdown import number, table
 from benchmarks.plots import write_plots
 from benchmarks.records import Record, bound_of, by_family, is_timed, latest, mean_of, outcome_of, read, rows_of
@@ -296,3 +297,16 @@ def test_the_committed_page_is_current() -> None:
     assert page == render(records)
     linked = [line.split("](")[1].rstrip(")") for line in page.split("\n") if line.startswith("![")]
     assert all((PAGE.parent / path).is_file() for path in linked)
+
+
+def test_the_bytes_of_training_are_current() -> None:
+    assert traffic.page() in traffic.PAGE.read_text(), "run python -m benchmarks.traffic"
+
+
+def test_every_tensor_is_read_and_written_once_at_least() -> None:
+    cases = [case for case in load_cases() if case.id.startswith("r50_") and case.kind in ("conv", "bn")]
+    for case in cases:
+        found = traffic.traffic_of(case)
+        assert all(a <= b for a, b in zip(found["floor"], found["ours"], strict=True)), case.id
+        # Forward we never move more than cuDNN and torch's batch norm.
+        assert found["ours"].forward < found["torch"].forward, case.id

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -113,6 +113,19 @@ class ConvGeometry:
         """(N, K, *spatial) as the user gets it."""
         return (self.batch, self.out_channels, *self.output[3 - self.nd :])
 
+    @property
+    def mirrored(self) -> ConvGeometry:
+        """The convolution whose data gradient this transposed convolution is: it maps (O, P, Q) to (D, H, W).
+
+        >>> g = ConvGeometry.parse((1, 8, 5, 5), (8, 4, 3, 3), nd=2, stride=2, transposed=True, output_padding=1)
+        >>> g.output_shape, g.mirrored.input_shape, g.mirrored.gemm("dgrad")
+        ((1, 4, 12, 12), (1, 4, 12, 12), (144, 4, 72))
+        """
+        return replace(
+            self, in_channels=self.out_channels, out_channels=self.in_channels, input=self.output, output=self.input,
+            transposed=False, output_padding=(0, 0, 0),
+        )  # fmt: skip
+
     def gemm(self, pass_: Pass = "fprop") -> tuple[int, int, int]:
         """(M, N, K) of one group's implicit matrix product.
 
@@ -187,6 +200,7 @@ class ConvGeometry:
             f"{name} {sizes(self.input_shape)} -> {sizes(self.output_shape)}, weight {sizes(self.weight_shape)}, "
             f"stride {sizes(self.stride[first:])}, padding {sizes(self.padding[first:])}, "
             f"dilation {sizes(self.dilation[first:])}, groups {self.groups}"
+            + (f", output padding {sizes(self.output_padding[first:])}" if any(self.output_padding) else "")
         )
 
 
@@ -265,9 +279,11 @@ def _parse(
     dilations = expand(dilation, nd, "dilation", op)
     extra = expand(output_padding, nd, "output_padding", op)
     before, after = _expand_padding(padding, filter_, strides, dilations, op, transposed)
+    # Dynamo joins no strings that hold symbolic sizes: one literal.
+    behind = f", output_padding={list(extra)}" if transposed else ""
     arguments = (
         f"input {list(input_shape)}, weight {list(weight_shape)}, stride={list(strides)}, padding={list(before)}, "
-        f"dilation={list(dilations)}, groups={groups}"
+        f"dilation={list(dilations)}, groups={groups}{behind}"
     )
     if groups < 1:
         raise RuntimeError(f"{op}: non-positive groups is not supported, got groups={groups} ({arguments})")
@@ -303,7 +319,9 @@ def _parse(
     for size, taps, s, p0, p1, d, e in zip(spatial, filter_, strides, before, after, dilations, extra, strict=True):
         reach = d * (taps - 1)
         out.append((size - 1) * s - p0 - p1 + reach + e + 1 if transposed else (size + p0 + p1 - reach - 1) // s + 1)
-    if min(out) < 1 or (min(spatial) < 1 and n > 0):
+    # Of an empty batch torch's transposed convolutions give results without pixels too.
+    least = 0 if transposed and n == 0 else 1
+    if min(out) < least or (min(spatial) < 1 and n > 0):
         padded = [x + a + b for x, a, b in zip(spatial, before, after, strict=True)]
         reach = [d * (t - 1) + 1 for t, d in zip(filter_, dilations, strict=True)]
         raise RuntimeError(

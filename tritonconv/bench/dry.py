@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from tritonconv.bench.ahead import pool
 from tritonconv.bench.cases import Case
@@ -15,11 +16,12 @@ from tritonconv.bench.layers import OURS, seconds_at_least
 from tritonconv.bench.registry import operation_for, operations
 from tritonconv.bench.session import Job, bar
 from tritonconv.bench.suites import layer_jobs
-from tritonconv.tuning import device_named
-from tritonconv.tuning.configs import as_dict, config_name
-from tritonconv.tuning.cost import predict
+from tritonconv.ops.launch import Launch
+from tritonconv.tuning import Device, device_named
+from tritonconv.tuning.configs import name_of
+from tritonconv.tuning.cost import Prediction, predict
 
-__all__ = ["MARK", "dry_records", "predict_layer", "prediction_table", "small_jobs", "verdict"]
+__all__ = ["MARK", "dry_records", "predict_layer", "predicted", "prediction_table", "small_jobs", "verdict"]
 
 MARK = "Predictions of the cost model for {}; no time was measured."
 
@@ -45,16 +47,25 @@ def predict_layer(case: Case, target: str) -> dict[str, Any]:
         shared = [compile_launch(launch, device).metadata.shared for launch in launches]
         if max(shared) > device.shared_memory:
             raise ValueError(f"{max(shared)} bytes of shared memory, limit {device.shared_memory}")
-        found = [predict(launch.problem, launch.config) for launch in launches if launch.problem]
+        found = [predicted(launch, device) for launch in launches]
     except Exception as error:
         return identity | dict(status="failed", reason=f"{type(error).__name__}: {error}")
     longest = max(range(len(found)), key=lambda i: found[i].seconds)
     roofline = 1e3 * seconds_at_least(macs, size, case, device, None)
     return identity | dict(
-        status="ok", kernel=launches[longest].kernel.__name__, config=config_name(as_dict(launches[longest].config)),
+        status="ok", kernel=launches[longest].kernel.__name__, config=name_of(launches[longest].config),
         predicted_ms=1e3 * sum(p.seconds for p in found), bound=found[longest].bound, waves=found[longest].waves,
         resident=found[longest].resident, shared=max(shared), roofline_ms=roofline,
     )  # fmt: skip
+
+
+def predicted(launch: Launch, device: Device) -> Prediction:
+    """The cost model's prediction; a kernel without products reads or writes each of its tensors once, and that is all."""
+    if launch.problem is not None:
+        return predict(launch.problem, launch.config)
+    size = sum(t.numel() * t.element_size() for t in launch.arguments.values() if isinstance(t, Tensor))
+    seconds = size / device.bandwidth
+    return Prediction(seconds, "memory", {"memory": seconds}, launch.programs, 0, 0)
 
 
 def dry_records(cases: Sequence[Case], target: str, console: Console) -> list[dict[str, Any]]:

@@ -28,13 +28,10 @@ def measure_module(
 ) -> dict[str, Any]:
     """Run a module in bf16 in the column's way: forward in eval mode, or forward, backward and a step of SGD.
 
-    Its outputs are compared with those of the same module in fp32, and may be off by twice what torch's channels-last
-    ones are. Without a GPU the comparison is all, on one small image; training of our own is "not built" before it
-    is fused.
+    Its outputs, in training all its gradients, are compared with those of the same module in fp32, and may be off by twice
+    what torch's channels-last ones are. Without a GPU the comparison is all, on two small images.
     """
     case = MODULES[name]
-    if pass_ == "training" and column == OURS:
-        return dict(status="not built", reason="training is not fused yet: under 'auto' all of it would run on torch")
     record: dict[str, Any] = dict(provider=case.provider(), timed=False)
     if pass_ == "inference":
         prepared = _prepared.get((name, column, batch))
@@ -46,8 +43,10 @@ def measure_module(
             return record
         return record | _time_inference(prepared.function, prepared.images, mode, seconds)
     _prepared.clear()
-    record["status"] = "ok"
-    return record | _time_training(case, make(case), ready(), batch, column, seconds) if can_time() else record
+    record |= check_training(case, column)
+    if record["status"] != "ok" or not can_time():
+        return record
+    return record | _time_training(case, make(case), ready(), batch, column, seconds)
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,34 @@ def prepare_module(case: ModuleCase, column: str, batch: int) -> Prepared:
     if not error <= limit:
         found |= dict(status="wrong", reason=f"relative error {error:.2e}, limit {limit:.2e}")
     return Prepared(function, images, found)
+
+
+def check_training(case: ModuleCase, column: str) -> dict[str, Any]:
+    """Compare the gradients of two images with fp32, as torch's own are."""
+    place = ready()
+    images = sample(case, 2, place)
+    with exactly():
+        reference = gradients(make(case), images, "cudnn contiguous", place, narrow=False)
+    torch_error = distance(gradients(make(case), images, "cudnn channels_last", place), reference)
+    error = distance(gradients(make(case), images, column, place), reference)
+    limit = SLACK * torch_error + 1e-2
+    found = dict(error=error, torch_error=torch_error, status="ok")
+    if not error <= limit:
+        found |= dict(status="wrong", reason=f"relative error {error:.2e}, limit {limit:.2e}")
+    return found
+
+
+def gradients(model: nn.Module, images: Tensor, column: str, place: str, narrow: bool = True) -> Tensor:
+    """Gradients of all parameters, one behind the other, with the batch's statistics; `narrow`: autocast to bf16."""
+    # All else stays as in eval mode: branches that are dropped at random would differ.
+    for module in model.modules():
+        module.train(isinstance(module, nn.modules.batchnorm._BatchNorm))
+    parameters = list(model.parameters())
+    function, layout = way(model, column)
+    with torch.enable_grad(), torch.autocast(place, torch.bfloat16, enabled=narrow):
+        loss = function(images.to(memory_format=layout)).float().square().mean()
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat([t.float().flatten() for t in found if t is not None])
 
 
 def distance(out: Tensor, reference: Tensor) -> float:

@@ -17,8 +17,11 @@ from tritonconv.geometry import Pass
 from tritonconv.ops.backend import set_backend
 from tritonconv.ops.launch import Launch, captured, forced
 from tritonconv.tuning import Device
+from tritonconv.tuning.candidates import possible
 
-__all__ = ["Operation", "Specimen", "dtype_of", "operation_for", "operations", "register", "specimens"]
+__all__ = [
+    "Operation", "Specimen", "configs_of", "dtype_of", "module_of", "operation_for", "operations", "register", "specimens",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Specimen:
     kernel: str
     case: Case
     configs: int | None = None
+    function: str = ""
+    """Which of the kernel's jit functions, where none of them computes products."""
 
 
 class Operation(abc.ABC):
@@ -39,6 +44,8 @@ class Operation(abc.ABC):
     """Modules of tritonconv.kernels that compute it."""
     passes: tuple[Pass, ...]
     """Those that have kernels."""
+    products: bool = True
+    """Whether its kernels multiply matrices: what the cost model and the tuner know, and what TF32 changes."""
 
     @abc.abstractmethod
     def count(self, case: Case) -> tuple[int, int]:
@@ -83,6 +90,22 @@ class Operation(abc.ABC):
     @abc.abstractmethod
     def specimens(self) -> list[Specimen]:
         """The layers that show what each kernel must be good at."""
+
+
+def module_of(launch: Launch) -> str:
+    """The file of tritonconv.kernels that a launch's kernel stands in."""
+    name: str = launch.kernel.fn.__module__
+    return name.rpartition(".")[2]
+
+
+def configs_of(launch: Launch) -> list[Any]:
+    """Every config that the launch may have in place of its own."""
+    if launch.problem is not None:
+        return possible(launch.problem)
+    if launch.config is None:
+        return []
+    configs = importlib.import_module(f"tritonconv.kernels.{module_of(launch)}").configs()
+    return [config for config in configs if config.kwargs.keys() == launch.config.kwargs.keys()]
 
 
 def dtype_of(case: Case) -> torch.dtype:

@@ -18,6 +18,7 @@ from tritonconv.bench.cases import Case
 from tritonconv.bench.clock import can_time
 from tritonconv.bench.dry import dry_records, prediction_table, small_jobs, verdict
 from tritonconv.bench.layers import COLUMNS, OURS, Ceilings, measure_ceilings
+from tritonconv.bench.registry import operations
 from tritonconv.bench.results import Results, read_records
 from tritonconv.bench.sanitize import sanitize_jobs
 from tritonconv.bench.session import Job, Session
@@ -135,7 +136,8 @@ def tune_layers(session: Session, cases: Sequence[Case], device: Device, out: Pa
     for r in layers:
         if r["column"] != OURS:
             peers[r["id"]] = min(peers.get(r["id"], (math.inf, "")), (r["ms"], r["column"]))
-    order = sorted((case for case in cases if case.id in ours), key=lambda case: ours[case.id]["percent"])
+    tunable = [case for case in cases if case.id in ours and operations()[case.kind].products]
+    order = sorted(tunable, key=lambda case: ours[case.id]["percent"])
     jobs = [
         Job(dict(stage="tune", id=case.id, column=OURS, batch=case.batch) | {"pass": "fprop"}, tune_case,
             (case, *peers.get(case.id, (None, None))), 120.0)

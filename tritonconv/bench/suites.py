@@ -13,12 +13,11 @@ from tritonconv.bench.cases import Case, load_cases
 from tritonconv.bench.layers import COLUMNS, OURS, Ceilings, check_layer, measure_layer
 from tritonconv.bench.modules import module_cases
 from tritonconv.bench.networks import measure_module
-from tritonconv.bench.registry import operation_for, operations
+from tritonconv.bench.registry import configs_of, module_of, operation_for, operations
 from tritonconv.bench.session import Job
 from tritonconv.geometry import Pass
 from tritonconv.tuning import Device
-from tritonconv.tuning.candidates import possible
-from tritonconv.tuning.configs import as_dict, config_name
+from tritonconv.tuning.configs import name_of
 
 __all__ = [
     "check_compilations", "check_jobs", "check_layers", "layer_compilations", "layer_jobs", "module_jobs",
@@ -35,17 +34,19 @@ KINDS = (("bf16", False), ("fp16", False), ("fp32", False), ("fp32", True))
 def check_layers(device: Device) -> Iterator[tuple[Case, Any, bool]]:
     """Every operation's small layers, in every pass, type, layout and possible config of the kernel that they take.
 
-    Gradients are computed channels-last whatever comes in, so that one layout will do for them.
+    Gradients of products are computed channels-last whatever comes in, so that one layout will do for them.
     """
     for operation in operations().values():
         for pass_, small in itertools.product(operation.passes, operation.checks()):
             for (dtype, tf32), channels_last in itertools.product(KINDS, (True, False)):
-                if pass_ != "fprop" and not channels_last:
+                if (tf32 and not operation.products) or (pass_ != "fprop" and operation.products and not channels_last):
                     continue
                 case = replace(small, dtype=dtype, tf32=tf32, pass_=pass_)
-                for launch in operation.launches(case, device, None, channels_last):
-                    for config in possible(launch.problem) if launch.problem else []:
-                        yield case, config, channels_last
+                launches = operation.launches(case, device, None, channels_last)
+                own = [launch for launch in launches if module_of(launch) in operation.kernels]
+                # Several kernels of a call may choose from the same configs.
+                for config in {str(config): config for launch in own for config in configs_of(launch)}.values():
+                    yield case, config, channels_last
 
 
 def check_jobs(device: Device) -> list[Job]:
@@ -93,7 +94,7 @@ def layer_compilations(jobs: Sequence[Job], device: Device) -> list[Compilation]
 
 
 def check_name(case: Case, config: Any) -> str:
-    return f"{case.id}, {config_name(as_dict(config)) if config is not None else 'its only config'}"
+    return f"{case.id}, {name_of(config)}"
 
 
 def check_compilations(jobs: Sequence[Job], device: Device) -> list[Compilation]:

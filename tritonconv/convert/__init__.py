@@ -19,7 +19,7 @@ __all__ = ["Report", "convert", "explain", "revert"]
 def convert(
     model: torch.nn.Module, *, inplace: bool = False, fuse: bool = True, backend: Backend = "auto"
 ) -> torch.nn.Module:
-    """The model with its convolutions and linear layers on our kernels, and with chains of layers fused in eval mode.
+    """The model with its convolutions, batch norms and linear layers on our kernels, and with chains of layers fused.
 
     Parameters, buffers, state_dict, hooks, shared submodules and the training flag stay as they are. Layers of exactly
     torch's classes become their twins in `tritonconv.nn`; subclasses with a forward of their own are left alone. Weights of
@@ -31,7 +31,8 @@ def convert(
         inplace: convert the model itself, with the very Parameter objects that an optimizer may hold; otherwise a deep
             copy.
         fuse: make one kernel call of convolution, batch norm, residual addition and activation, as far as they follow
-            each other. In training mode, and around modules that carry hooks, the parts run one by one.
+            each other; in training mode one operator with gradients. Around modules that carry hooks the parts run one by
+            one.
         backend: the choice of every converted layer: "auto", "triton" or "torch".
 
     Returns:

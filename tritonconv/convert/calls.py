@@ -58,8 +58,8 @@ def module_of(node: fx.Node, modules: dict[str, torch.nn.Module]) -> torch.nn.Mo
 
 
 def is_batch_norm(module: torch.nn.Module | None, nd: int) -> bool:
-    """Whether it is a batch norm with running statistics that fits behind a convolution of `nd` dimensions."""
-    return type(module) in BATCH_NORMS.get(nd, ()) and getattr(module, "running_mean", None) is not None
+    """Whether it is a batch norm that fits behind a convolution of `nd` dimensions."""
+    return type(module) in BATCH_NORMS.get(nd, ())
 
 
 @functools.cache

@@ -16,12 +16,18 @@ from tritonconv.ops.activation import ActivationSpec
 
 __all__ = ["Rewriting", "rewrite"]
 
-DIMENSIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.Linear: 0}
+DIMENSIONS = {
+    nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3,
+    nn.Linear: 0,
+}  # fmt: skip
 
 FUNCTIONS = {
     torch.conv1d: functional.conv1d,
     torch.conv2d: functional.conv2d,
     torch.conv3d: functional.conv3d,
+    torch.conv_transpose1d: functional.conv_transpose1d,
+    torch.conv_transpose2d: functional.conv_transpose2d,
+    torch.conv_transpose3d: functional.conv_transpose3d,
     torch.nn.functional.linear: functional.linear,
 }
 
@@ -78,7 +84,8 @@ def _chain_from(layer: fx.Node, modules: dict[str, torch.nn.Module], memory: Mem
     if carries_hook(module) or len(layer.all_input_nodes) != 1:
         return None
     source = layer.all_input_nodes[0]
-    if layer.args != (source,) and layer.kwargs != {"input": source}:
+    # A transposed convolution may also be given the size of its output.
+    if (layer.args, layer.kwargs) not in (((source,), {}), ((), {"input": source})):
         return None
     chain = Chain((layer,))
     for find in (_as_norm, _as_addition, _as_activation):
@@ -90,7 +97,7 @@ def _chain_from(layer: fx.Node, modules: dict[str, torch.nn.Module], memory: Mem
             continue
         longer = replace(chain, nodes=(*chain.nodes, users[0]), **link)
         # What is written before this link is written before every later one.
-        if not _may_move(longer, source, memory):
+        if not _may_move(longer, source, memory) or not _may_save(longer, memory):
             break
         chain = longer
     return chain if len(chain.nodes) > 1 else None
@@ -118,9 +125,22 @@ def _may_move(chain: Chain, source: fx.Node, memory: Memory) -> bool:
     first, last = chain.nodes[0], chain.nodes[-1]
     if memory.is_written(source, first, last, chain.nodes):
         return False
+    # In training a batch norm changes its statistics where it runs.
+    if chain.norm is not None and memory.is_used(chain.norm, last):
+        return False
     if chain.residual is None or chain.add is None:
         return True
     return not memory.is_written(chain.residual, chain.add, last, chain.nodes)
+
+
+def _may_save(chain: Chain, memory: Memory) -> bool:
+    """Whether the residual may be saved for a backward pass, as that of a batch norm, sum and activation in one needs it.
+
+    Torch saves the sum's activation instead, and lets the residual be changed in place afterwards.
+    """
+    if chain.norm is None or chain.residual is None or chain.activation is None:
+        return True
+    return not memory.may_change(chain.residual, chain.nodes[-1])
 
 
 def _replace(graph: fx.Graph, chain: Chain) -> None:

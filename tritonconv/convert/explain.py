@@ -22,6 +22,8 @@ from tritonconv.ops.watch import Call, observe
 
 __all__ = ["explain", "restored"]
 
+HOOKED = "carries a hook, so it is not fused"
+
 
 def explain(model: torch.nn.Module, *example_inputs: Any) -> Report:
     """What every layer of the model costs, who runs it and why, found by one run of it on example inputs.
@@ -83,8 +85,7 @@ def _fusion_of(model: torch.nn.Module) -> list[dict[str, Any]]:
     for name, module in model.named_modules():
         fused, mark = module.__dict__.get("forward"), mark_of(module)
         if isinstance(fused, FusedForward) and fused.program is not None:
-            why = "in training mode its own forward runs" if module.training else ""
-            entries.append(dict(root=name, how=fused.program.how, chains=fused.program.chains, reason=why))
+            entries.append(dict(root=name, how=fused.program.how, chains=fused.program.chains, reason=""))
         elif mark is not None and mark.untraceable:
             entries.append(dict(root=name, how="not traced", chains=0, reason=mark.untraceable))
         if mark is not None and mark.keep_contiguous:
@@ -165,6 +166,8 @@ class _Recorder:
         row.params = self._count(parameters)
         if frame.call is not None:
             self._take_call(row, frame.call)
+            if carries_hook(module):
+                row.reason += f", {HOOKED}"
         else:
             row.macs = frame.product.macs if frame.product is not None else 0
             row.bytes = sum(t.numel() * t.element_size() for t in (*inputs, *outputs, *parameters))
@@ -262,7 +265,7 @@ class _Recorder:
         if convolution and not plain:
             return "a subclass with a forward of its own is left alone"
         if carries_hook(module):
-            return "carries a hook, so it is not fused"
+            return HOOKED
         return f"{type(module).__name__} has no kernel of its own"
 
     def _why_function(self) -> str:

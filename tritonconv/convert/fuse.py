@@ -24,6 +24,7 @@ from torch import fx
 from torch.nn.modules import module as global_hooks
 
 from tritonconv.convert.chains import rewrite
+from tritonconv.convert.state import is_record
 from tritonconv.convert.swap import MARK, mark_of, set_mark
 from tritonconv.convert.trace import Survey, called_children, inlined_modules, is_layer, leaf_modules, parameters_of, survey
 from tritonconv.nn.fused import HOOKS, carries_hook
@@ -60,7 +61,7 @@ def ignoring_global_hooks() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Program:
-    """What was made of a graph; depends on paths alone, so that a deep copy of the module shares it."""
+    """What was made of a graph; it knows modules by their paths."""
 
     function: Callable[..., Any] | None
     """Called with the module and its required arguments; None where nothing was fused."""
@@ -73,6 +74,8 @@ class Program:
     """Names of functional convolutions in the order they run."""
     inlined: tuple[str, ...]
     """Paths of the modules whose own forwards the function stands for."""
+    training: tuple[bool, ...]
+    """Their training flags, as they were taken for granted."""
     hooked: tuple[str, ...]
     """Paths of modules that carried a hook and were kept out of every chain for it."""
 
@@ -88,22 +91,30 @@ class _Watch:
         self.children = [module._modules for module in self.inlined]
         self.had_children = [dict(children) for children in self.children]
         self.attributes = []
-        for module in self.inlined:
+        self.flags = program.training
+        for module, flag in zip(self.inlined, self.flags, strict=True):
             names = [k for k, v in module.__dict__.items() if k not in OWN_ATTRIBUTES and _is_plain(v)]
             names.remove("training")
             # Two names at least, so that the getter gives a tuple.
             read = operator.itemgetter("training", "training", *names)
-            expected = (False, False, *map(_snapshot, read(module.__dict__)[2:]))
+            expected = (flag, flag, *map(_snapshot, read(module.__dict__)[2:]))
             # The root may get its FusedForward only now.
             size = len(module.__dict__) + (module is root and "forward" not in module.__dict__)
             self.attributes.append((module.__dict__, size, read, expected))
+        # Options often lie in an object that all modules share.
+        records = {id(v): v.__dict__ for m in self.inlined for v in m.__dict__.values() if is_record(v)}
+        for state in records.values():
+            names = [k for k, v in state.items() if _is_plain(v)]
+            if names:
+                read = operator.itemgetter(names[0], *names)
+                self.attributes.append((state, len(state), read, tuple(map(_snapshot, read(state)))))
 
     def hooks_hold(self) -> bool:
         """Whether hooks are where they were when the module was traced."""
         return not any(self.free) and all(any(hooks) for hooks in self.hooked)
 
     def holds(self) -> bool:
-        """Whether all is as it was, and in eval mode."""
+        """Whether all is as it was."""
         if any(self.free) or self.children != self.had_children or not all(any(hooks) for hooks in self.hooked):
             return False
         try:
@@ -116,9 +127,9 @@ class _Watch:
             return False
         return True
 
-    def trains(self) -> bool:
-        """Whether a module that the program stands for is in training mode."""
-        return any(module.training for module in self.inlined)
+    def has_mode(self) -> bool:
+        """Whether every module that the program stands for is in training or eval mode as it was."""
+        return all(module.training == flag for module, flag in zip(self.inlined, self.flags, strict=True))
 
 
 def _is_plain(value: Any) -> bool:
@@ -136,19 +147,30 @@ def _snapshot(value: Any) -> Any:
     return value
 
 
+class _Mode:
+    """What was made of a forward in training or in eval mode."""
+
+    def __init__(self, program: Program | None = None, watch: _Watch | None = None) -> None:
+        self.program, self.watch, self.renewals = program, watch, 0
+
+
 class FusedForward:
     """The forward of one module, fused where that is the same and its own everywhere else.
 
-    It looks before every call whether hooks, submodules or attributes have changed since the module was traced, and traces
-    it again if so. A deep copy shares the generated code; a pickle leaves it out, and it is made again at the first call.
+    There is a graph for eval mode, and one for training, which is traced at the first call there. It looks before every
+    call whether hooks, submodules or attributes have changed since the module was traced, and traces it again if so. Copies
+    and pickles leave the generated code out, and make it at their first call: much may change before it.
     """
 
     def __init__(self, root: torch.nn.Module, program: Program, beneath: bool) -> None:
         self.root = root
-        self.program: Program | None = program
         self.beneath = beneath
-        self.renewals = 0
-        self.watch: _Watch | None = _Watch(root, program)
+        self.modes = (_Mode(program, _Watch(root, program)), _Mode())
+
+    @property
+    def program(self) -> Program | None:
+        """That of the module's present mode."""
+        return self.modes[self.root.training].program
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -179,52 +201,83 @@ class FusedForward:
         """The program, renewed if need be; None where the module's own forward must run."""
         if any(GLOBAL_HOOKS) and not _exempt.active:
             return None
-        watch = self.watch
+        mode = self.modes[self.root.training]
+        watch = mode.watch
         if watch is None or not watch.holds():
             return self._renewed()
-        return self.program
+        return mode.program
 
     def _compiled(self) -> Program | None:
         """The same under torch.compile and torch.export, which guard what they read themselves."""
         # Before anything is read, for what it changes would break the compiler's guards.
         _prepare(self)
-        watch = self.watch
-        if watch is None or watch.trains() or not watch.hooks_hold():
+        mode = self.modes[self.root.training]
+        watch = mode.watch
+        if watch is None or not watch.has_mode() or not watch.hooks_hold():
             return None
-        return self.program
+        return mode.program
 
     def _renewed(self) -> Program | None:
         with _renewing:
             root = self.root
-            if root.training or self.renewals >= MOST_RENEWALS:
+            training = root.training
+            mode = self.modes[training]
+            if mode.renewals >= MOST_RENEWALS:
                 return None
-            if self.program is not None and self.watch is None:
-                self.watch = _Watch(root, self.program)
-            if self.watch is not None:
-                if self.watch.holds():
-                    return self.program
-                if self.watch.trains():
+            if mode.watch is not None:
+                if mode.watch.holds():
+                    return mode.program
+                # A part of a model in eval mode that is trained is seldom trained for long.
+                if not training and not mode.watch.has_mode():
                     return None
                 # Hooks may come and go as they like.
-                self.renewals += self.watch.hooks_hold()
-            elif any(module.training for module in inlined_modules(root, leaf_modules(root)).values()):
+                mode.renewals += mode.watch.hooks_hold()
+            elif not training and any(m.training for m in inlined_modules(root, leaf_modules(root)).values()):
                 return None
             # torch.export has patched the modules itself; its model is whole without fusing.
             if torch.compiler.is_exporting():
                 return None
-            unfuse_chains(root, keep=self)
-            _install(root, self.beneath, {}, self)
-            return self.program
+            if training:
+                self._trace_training(mode)
+            else:
+                unfuse_chains(root, keep=self)
+                _install(root, self.beneath, {}, self)
+            return mode.program
+
+    def _trace_training(self, mode: _Mode) -> None:
+        """The graph that the module's forward has with the training flags as they are now."""
+        root = self.root
+        # What could not be traced in eval mode has its own parts fused.
+        fused = {m for m in root.modules() if m is not root and isinstance(m.__dict__.get("forward"), FusedForward)}
+        found: Survey = {}
+        leaves = leaf_modules(root) | fused
+        opaque = survey(root, leaves, found, as_is=True)
+        graph = found[root]
+        if isinstance(graph, str):
+            mode.program = mode.watch = None
+            mode.renewals = MOST_RENEWALS
+            return
+        inlined = inlined_modules(root, leaves | opaque)
+        program = _compile(graph, root, inlined, "fx", tuple(module.training for module in inlined.values()))
+        mode.program, mode.watch = program, _Watch(root, program)
+
+    def refill(self, program: Program | None) -> None:
+        """Take another program for eval mode, None for none; that for training is made anew."""
+        mode, trained = self.modes
+        mode.program, mode.watch = program, None if program is None else _Watch(self.root, program)
+        if program is None:
+            mode.renewals = MOST_RENEWALS
+        trained.program = trained.watch = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
         twin = object.__new__(FusedForward)
         memo[id(self)] = twin
-        twin.__dict__.update(self.__dict__, watch=None, renewals=0, root=copy.deepcopy(self.root, memo))
+        twin.__dict__.update(self.__dict__, modes=(_Mode(), _Mode()), root=copy.deepcopy(self.root, memo))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # A GraphModule is rebuilt from its state, which must not hold it.
-        state = {**self.__dict__, "program": None, "watch": None, "renewals": 0}
+        state = {**self.__dict__, "modes": (_Mode(), _Mode())}
         return state | {"root": None} if isinstance(self.root, fx.GraphModule) else state
 
 
@@ -273,8 +326,7 @@ def _install(root: torch.nn.Module, beneath: bool, found: Survey, fused: FusedFo
     graph = found[root]
     if isinstance(graph, str):
         if fused is not None:
-            fused.program = fused.watch = None
-            fused.renewals = MOST_RENEWALS
+            fused.refill(None)
         set_mark(root, untraceable=graph)
         _install_in(called_children(root), True, found)
         return
@@ -282,9 +334,9 @@ def _install(root: torch.nn.Module, beneath: bool, found: Survey, fused: FusedFo
         set_mark(root, untraceable="")
     inlined = inlined_modules(root, leaves | opaque)
     walked = type(root) is torch.nn.Sequential and (beneath or bool(opaque & set(root.modules())))
-    program = _compile(graph, root, inlined, "sequential" if walked else "fx")
+    program = _compile(graph, root, inlined, "sequential" if walked else "fx", (False,) * len(inlined))
     if fused is not None:
-        fused.program, fused.watch = program, _Watch(root, program)
+        fused.refill(program)
     elif program.function is not None or program.hooked:
         root.__dict__["forward"] = FusedForward(root, program, beneath)
     stops = [child for module in inlined.values() for child in called_children(module) if child in leaves | opaque]
@@ -326,9 +378,10 @@ def _reach_members(graph: fx.Graph, root: torch.nn.Module) -> None:
 
 
 def _compile(
-    graph: fx.Graph, root: torch.nn.Module, inlined: dict[str, torch.nn.Module], how: Literal["fx", "sequential"]
-) -> Program:
-    """Rewrite the graph and make a function of it."""
+    graph: fx.Graph, root: torch.nn.Module, inlined: dict[str, torch.nn.Module], how: Literal["fx", "sequential"],
+    training: tuple[bool, ...],
+) -> Program:  # fmt: skip
+    """Rewrite the graph and make a function of it; `training`: the flags of `inlined` that it was traced with."""
     names, defaults = parameters_of(type(root).forward)
     done = rewrite(graph, root)
     function = None
@@ -345,5 +398,5 @@ def _compile(
         for prefix, module in inlined.items() for name, child in module.named_children() if carries_hook(child)
     }  # fmt: skip
     return Program(
-        function, tuple(names), defaults, how, done.chains, tuple(done.functional), tuple(inlined), tuple(hooked)
+        function, tuple(names), defaults, how, done.chains, tuple(done.functional), tuple(inlined), training, tuple(hooked)
     )

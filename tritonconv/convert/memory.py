@@ -10,7 +10,7 @@ from torch import fx
 
 from tritonconv.convert.calls import in_place_target, module_of, overwrites, spec_of_call
 from tritonconv.nn.fused import BATCH_NORMS
-from tritonconv.ops.activation import module_types
+from tritonconv.ops.activation import from_module, module_types
 
 __all__ = ["Memory", "thread_in_place"]
 
@@ -25,7 +25,16 @@ NEW_MODULES = {
 }  # fmt: skip
 NEW_FUNCTIONS = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.matmul, torch.add, torch.sub,
-    torch.mul, torch.cat, torch.stack, torch.matmul, torch.conv1d, torch.conv2d, torch.conv3d, torch.nn.functional.linear,
+    torch.mul, torch.cat, torch.stack, torch.matmul, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d,
+    torch.conv_transpose2d, torch.conv_transpose3d, torch.nn.functional.linear,
+}  # fmt: skip
+SAVING_MODULES = (
+    torch.nn.modules.conv._ConvNd, torch.nn.Linear, torch.nn.modules.batchnorm._BatchNorm,
+    torch.nn.modules.pooling._MaxPoolNd,
+)  # fmt: skip
+SAVING_FUNCTIONS = {
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+    torch.nn.functional.linear,
 }  # fmt: skip
 NEW_METHODS = {"add", "sub", "mul", "div", "clone", "matmul", "sum", "mean"}
 
@@ -38,6 +47,7 @@ class Memory:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self._nodes = list(graph.nodes)
         self._origins: dict[fx.Node, frozenset[fx.Node | None]] = {}
+        self._tensors: set[fx.Node] = set()
         for node in self._nodes:
             self._origins[node] = self._find_origins(node)
 
@@ -56,11 +66,41 @@ class Memory:
                 return True
         return False
 
+    def is_used(self, call: fx.Node, before: fx.Node) -> bool:
+        """Whether the module that a node calls is called again before another node, or a buffer of it is read."""
+        module = module_of(call, self.modules)
+        for node in self._nodes[self.position[call] + 1 : self.position[before]]:
+            other = module_of(node, self.modules)
+            if other is not None and any(m is module for m in other.modules()):
+                return True
+            for read in (node, *node.all_input_nodes):
+                owner, _, name = str(read.target).rpartition(".")
+                if read.op == "get_attr" and self.modules.get(owner) is module and name in getattr(module, "_buffers", ()):
+                    return True
+        return False
+
+    def may_change(self, value: fx.Node, after: fx.Node) -> bool:
+        """Whether the value may be written into behind a node although torch has saved it for no backward pass."""
+        held = self.origins(value)
+        for node in self._nodes[self.position[after] + 1 :]:
+            targets, _ = overwrites(node, self.modules)
+            if any(held & self.origins(target) for target in targets):
+                return True
+        if saves_result(value, self.modules) or any(saves_arguments(user, self.modules) for user in value.users):
+            return False
+        return any(held & (self.origins(result) | {OUTSIDE}) for result in self._nodes[-1].all_input_nodes)
+
     def _find_origins(self, node: fx.Node) -> frozenset[fx.Node | None]:
         if node.op in ("placeholder", "get_attr"):
             return frozenset({OUTSIDE})
         if is_new(node, self.modules):
+            self._tensors.add(node)
             return frozenset({node})
+        target = in_place_target(node, self.modules)
+        # Of a tensor the result is that tensor alone; `+=` on a tuple makes one that holds both.
+        if target in self._tensors and target is not None:
+            self._tensors.add(node)
+            return self._origins[target] | {node}
         found: frozenset[fx.Node | None] = frozenset().union(*(self._origins[n] for n in node.all_input_nodes))
         module = module_of(node, self.modules)
         if node.op == "call_module" and (module is None or not type(module).__module__.startswith("torch.nn")):
@@ -83,6 +123,21 @@ def is_new(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
     if node.op == "call_function":
         return node.target in NEW_FUNCTIONS or spec_of_call(node) is not None
     return node.op == "call_method" and (node.target in NEW_METHODS or spec_of_call(node) is not None)
+
+
+def saves_result(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
+    """Whether torch saves the node's result for a backward pass, so that no one can change it and train."""
+    module = module_of(node, modules)
+    spec = spec_of_call(node) if module is None else from_module(module)
+    return spec is not None and spec.name in ("relu", "sigmoid", "tanh")
+
+
+def saves_arguments(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
+    """Whether torch saves what the node reads, unless nothing in the layer is trained."""
+    module = module_of(node, modules)
+    if module is not None:
+        return is_new(node, modules) and isinstance(module, SAVING_MODULES)
+    return node.op == "call_function" and node.target in SAVING_FUNCTIONS
 
 
 def thread_in_place(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> None:

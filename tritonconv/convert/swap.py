@@ -15,9 +15,16 @@ from tritonconv.ops.layout import as_format, dense_strides, is_dense
 __all__ = ["MARK", "Mark", "mark_of", "restore_layers", "swap_layers"]
 
 TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.BatchNorm1d: nn.BatchNorm1d,
+    torch.nn.BatchNorm2d: nn.BatchNorm2d,
+    torch.nn.BatchNorm3d: nn.BatchNorm3d,
+    torch.nn.SyncBatchNorm: nn.SyncBatchNorm,
     torch.nn.Conv1d: nn.Conv1d,
     torch.nn.Conv2d: nn.Conv2d,
     torch.nn.Conv3d: nn.Conv3d,
+    torch.nn.ConvTranspose1d: nn.ConvTranspose1d,
+    torch.nn.ConvTranspose2d: nn.ConvTranspose2d,
+    torch.nn.ConvTranspose3d: nn.ConvTranspose3d,
     torch.nn.Linear: nn.Linear,
 }
 
@@ -52,10 +59,11 @@ def set_mark(module: torch.nn.Module, **changes: Any) -> None:
 
 
 def swap_layers(model: torch.nn.Module, backend: Backend, keep_contiguous: str) -> None:
-    """Make every convolution and linear layer of exactly torch's class ours, with the same parameters, hooks and name.
+    """Make every convolution, batch norm and linear layer of exactly torch's class ours.
 
-    The new classes add no state, so a change of `__class__` is all; whoever shares the module shares the change. Weights
-    of convolutions move to channels-last memory behind the same Parameter, unless there is a reason to keep theirs.
+    Parameters, hooks and names stay: the new classes add no state, so a change of `__class__` is all, and whoever shares
+    the module shares the change. Weights of convolutions move to channels-last memory behind the same Parameter, unless
+    there is a reason to keep theirs.
     """
     modules = [m for m in model.modules() if type(m) in TWINS or type(m) in TWINS.values()]
     # Asked before anything moves: two layers that share a weight both had it contiguous.

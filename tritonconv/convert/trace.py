@@ -7,19 +7,25 @@ values or their types, switched gradients or autocast, tensors made from nothing
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
+import random
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from tritonconv.convert.calls import IN_PLACE
+from tritonconv.convert.state import Kept
 from tritonconv.nn.fused import carries_hook
+from tritonconv.ops.backend import current_backend
 
 __all__ = ["Survey", "called_children", "inlined_modules", "leaf_modules", "survey"]
 
@@ -89,6 +95,7 @@ class _Tracer(fx.Tracer):
         self._leaves = leaves
         self._modes = _modes()
         self._thread = threading.get_ident()
+        self._made: list[weakref.ref[fx.Proxy]] = []
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         return m in self._leaves
@@ -113,11 +120,24 @@ class _Tracer(fx.Tracer):
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
+        value = _Value(node, self)
+        self._made.append(weakref.ref(value))
+        return value
+
+    def stand_in(self, parameter: torch.nn.Parameter) -> Any:
+        """What stands for a parameter that the forward did not reach by its name."""
+        return parameter if threading.get_ident() != self._thread else super().getattr("", parameter, {})
+
+    def some_survive(self) -> bool:
+        """Whether stand-ins outlive the trace: someone keeps them."""
+        if any(value() is not None for value in self._made):
+            # A cycle may hold them, of a closure that calls itself for instance.
+            gc.collect()
+        return any(value() is not None for value in self._made)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:
-            raise UntraceableError("its forward switches gradients, inference mode or autocast on the way")
+            raise UntraceableError("its forward switches gradients, autocast, checkpoints or the backend on the way")
         node = super().create_node(kind, *args, **kwargs)
         node.type = None
         return node
@@ -147,7 +167,9 @@ def _rebuilt(value: object) -> bool:
 def _modes() -> tuple[object, ...]:
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), depth
+    # Those of checkpoints, and of tensors saved elsewhere.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), depth, hooks, current_backend()
 
 
 def parameters_of(forward: Callable[..., Any]) -> tuple[list[str], dict[str, object]]:
@@ -205,11 +227,8 @@ def inlined_modules(root: torch.nn.Module, leaves: Set[torch.nn.Module]) -> dict
 
 @contextmanager
 def _undisturbed(root: torch.nn.Module, inlined: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Trace as in eval mode, with gradients on; nothing that modules hold may change meanwhile."""
-    # A scripted module keeps its state elsewhere, and shows it in dicts that only look like ones.
-    states = [m.__dict__ for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    held = [*states, *(state[kind] for state in states for kind in ("_parameters", "_buffers", "_modules"))]
-    before = [dict(state) for state in held]
+    """Trace with these modules as in eval mode and gradients on; nothing that modules hold may change meanwhile."""
+    kept = Kept(root.modules())
     trained = [module.__dict__ for module in inlined if module.training]
     for state in trained:
         state["training"] = False
@@ -219,39 +238,81 @@ def _undisturbed(root: torch.nn.Module, inlined: Iterable[torch.nn.Module]) -> I
     finally:
         for state in trained:
             state["training"] = True
-        changed = False
-        for state, old in zip(held, before, strict=True):
-            if state.keys() != old.keys() or any(state[key] is not value for key, value in old.items()):
-                changed = True
-                state.clear()
-                state.update(old)
+        changed = kept.restore()
     if changed:
-        raise UntraceableError("its forward sets attributes of a module")
+        raise UntraceableError("its forward changes what modules hold")
 
 
-def trace(root: torch.nn.Module, leaves: Set[torch.nn.Module]) -> fx.Graph:
-    """The graph of root's own forward in eval mode; raises whatever a forward raises that cannot be traced."""
-    with _lock, _undisturbed(root, inlined_modules(root, leaves).values()):
-        graph = _Tracer(leaves).trace(root)
+@contextmanager
+def _without_chance() -> Iterator[None]:
+    """A number that is drawn while a forward is traced would be the same for ever."""
+    python, numpy, torchs = random.getstate(), np.random.get_state(legacy=False), torch.random.get_rng_state()
+    try:
+        yield
+        drawn = python != random.getstate() or not torch.equal(torchs, torch.random.get_rng_state())
+        drawn = drawn or str(numpy) != str(np.random.get_state(legacy=False))
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.random.set_rng_state(torchs)
+    if drawn:
+        raise UntraceableError("its forward draws random numbers")
+
+
+def trace(root: torch.nn.Module, leaves: Set[torch.nn.Module], as_is: bool = False) -> fx.Graph:
+    """The graph of root's own forward in eval mode; raises whatever a forward raises that cannot be traced.
+
+    `as_is`: with the training flags that modules have instead.
+    """
+    inlined = () if as_is else inlined_modules(root, leaves).values()
+    with _lock, _undisturbed(root, inlined), _without_chance():
+        graph = _traced(root, leaves)
         # A question without a value leaves no trace, but its answer does.
         with torch.no_grad():
-            without = _Tracer(leaves).trace(root)
+            without = _traced(root, leaves)
     if str(graph) != str(without):
         raise UntraceableError("its forward asks whether gradients are on")
     return graph
 
 
+def _traced(root: torch.nn.Module, leaves: Set[torch.nn.Module]) -> fx.Graph:
+    tracer = _Tracer(leaves)
+    with _parameters_stood_for(tracer):
+        graph = tracer.trace(root)
+    if tracer.some_survive():
+        raise UntraceableError("its forward keeps a value")
+    return graph
+
+
+@contextmanager
+def _parameters_stood_for(tracer: _Tracer) -> Iterator[None]:
+    """Let a forward that walks over parameters find stand-ins: their dtype, device and values may change."""
+    original = torch.nn.Module.named_parameters
+
+    def named_parameters(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        found = original(self, *args, **kwargs)
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.fx.", "tritonconv.")):
+            return found
+        return ((name, tracer.stand_in(parameter)) for name, parameter in found)
+
+    torch.nn.Module.named_parameters = named_parameters  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.named_parameters = original  # type: ignore[method-assign]
+
+
 Survey = dict[torch.nn.Module, "fx.Graph | str"]
 
 
-def survey(root: torch.nn.Module, leaves: Set[torch.nn.Module], found: Survey) -> set[torch.nn.Module]:
+def survey(root: torch.nn.Module, leaves: Set[torch.nn.Module], found: Survey, as_is: bool = False) -> set[torch.nn.Module]:
     """Trace `root`, and where that fails its parts; `found` gets graphs, and reasons where there is none.
 
     Returns:
         The modules in and under `root` that cannot be traced: a graph calls them as a whole.
     """
     try:
-        found[root] = trace(root, leaves)
+        found[root] = trace(root, leaves, as_is)
         return set()
     # A forward may raise anything.
     except Exception as error:
@@ -259,10 +320,10 @@ def survey(root: torch.nn.Module, leaves: Set[torch.nn.Module], found: Survey) -
     opaque = set()
     for child in called_children(root):
         if child not in leaves and child is not root:
-            opaque |= survey(child, leaves, found)
+            opaque |= survey(child, leaves, found, as_is)
     if opaque:
         try:
-            found[root] = trace(root, leaves | opaque)
+            found[root] = trace(root, leaves | opaque, as_is)
             return opaque
         except Exception as error:
             found[root] = _reason(error)

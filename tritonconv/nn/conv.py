@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.backend import Backend
-from tritonconv.ops.dispatch import convolution
+from tritonconv.ops.dispatch import convolution, transposed_convolution
 from tritonconv.ops.epilogue import Epilogue
+from tritonconv.ops.launch import Kind
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "convolve", "member", "output_shape"]
+__all__ = [
+    "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "convolve", "member",
+    "numbers_of", "output_shape",
+]  # fmt: skip
 
 
 def member(module: torch.nn.Module, name: str) -> Any:
@@ -22,8 +27,18 @@ def member(module: torch.nn.Module, name: str) -> Any:
     return module._buffers[name] if name in module._buffers else getattr(module, name)
 
 
+def numbers_of(conv: torch.nn.modules.conv._ConvNd) -> tuple[Kind, tuple[Any, ...]]:
+    """Which convolution the module is, and its numbers, as ops/dispatch.py takes them."""
+    nd = len(conv.kernel_size)
+    if conv.transposed:
+        return "conv_transpose", (nd, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+    return "conv", (nd, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
 def convolve(conv: torch.nn.modules.conv._ConvNd, op: str, input: Tensor, epilogue: Epilogue) -> Tensor:
     """The module's convolution with an epilogue; padding modes other than zeros pad beforehand, as torch does."""
+    if conv.transposed:
+        return _transposed(conv, op, input, epilogue, conv.output_padding)
     padding: str | tuple[int, ...] = conv.padding
     if conv.padding_mode != "zeros":
         input = torch.nn.functional.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
@@ -32,6 +47,26 @@ def convolve(conv: torch.nn.modules.conv._ConvNd, op: str, input: Tensor, epilog
         op, input, member(conv, "weight"), epilogue, len(conv.kernel_size), conv.stride, padding, conv.dilation,
         conv.groups, getattr(conv, "backend", None),
     )  # fmt: skip
+
+
+def _transposed(
+    conv: torch.nn.modules.conv._ConvNd, op: str, input: Tensor, epilogue: Epilogue, output_padding: Sequence[int]
+) -> Tensor:
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"Only `zeros` padding mode is supported for {type(conv).__name__}, got {conv.padding_mode!r}")
+    return transposed_convolution(
+        op, input, member(conv, "weight"), epilogue, len(conv.kernel_size), conv.stride, conv.padding, output_padding,
+        conv.groups, conv.dilation, getattr(conv, "backend", None),
+    )  # fmt: skip
+
+
+def _transpose(conv: Any, op: str, input: Tensor, output_size: list[int] | None) -> Tensor:
+    """The forward of torch's transposed convolutions: an output size that is asked for decides the output padding."""
+    extra: Sequence[int] = conv.output_padding
+    if output_size is not None:
+        sizes = conv.stride, conv.padding, conv.kernel_size, len(conv.kernel_size), conv.dilation
+        extra = conv._output_padding(input, output_size, *sizes)
+    return _transposed(conv, op, input, Epilogue(member(conv, "bias")), extra)
 
 
 def output_shape(conv: torch.nn.modules.conv._ConvNd, input: Tensor) -> tuple[int, ...]:
@@ -43,8 +78,9 @@ def output_shape(conv: torch.nn.modules.conv._ConvNd, input: Tensor) -> tuple[in
             shape[-axis] += sum(conv._reversed_padding_repeated_twice[2 * axis - 2 : 2 * axis])
         padding = (0,) * nd
     output = ConvGeometry.parse(
-        shape, conv.weight.shape, nd=nd, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups
-    ).output_shape
+        shape, conv.weight.shape, nd=nd, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups,
+        transposed=conv.transposed, output_padding=conv.output_padding,
+    ).output_shape  # fmt: skip
     return output if input.dim() == nd + 2 else output[1:]
 
 
@@ -91,3 +127,49 @@ class Conv3d(torch.nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         return convolve(self, "conv3d", input, Epilogue(member(self, "bias")))
+
+
+class ConvTranspose1d(torch.nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` on our kernels: (N, C, L) or (C, L) to (N, K, Q).
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> ConvTranspose1d(4, 2, 2, stride=2)(torch.ones(1, 4, 8)).shape
+    torch.Size([1, 2, 16])
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _transpose(self, "conv_transpose1d", input, output_size)
+
+
+class ConvTranspose2d(torch.nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` on our kernels: (N, C, H, W) or (C, H, W) to (N, K, P, Q).
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> ConvTranspose2d(4, 2, 2, stride=2)(torch.ones(1, 4, 8, 8)).shape
+    torch.Size([1, 2, 16, 16])
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _transpose(self, "conv_transpose2d", input, output_size)
+
+
+class ConvTranspose3d(torch.nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` on our kernels: (N, C, D, H, W) or (C, D, H, W) to
+    (N, K, O, P, Q).
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> ConvTranspose3d(4, 2, 2, stride=2)(torch.ones(1, 4, 3, 3, 3)).shape
+    torch.Size([1, 2, 6, 6, 6])
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _transpose(self, "conv_transpose3d", input, output_size)

@@ -11,23 +11,38 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from tritonconv.nn.conv import Conv1d, Conv2d, Conv3d, convolve, member, output_shape
+from tritonconv.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, begin_batch, group_of
+from tritonconv.nn.conv import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    convolve,
+    member,
+    numbers_of,
+    output_shape,
+)
 from tritonconv.nn.linear import Linear
 from tritonconv.ops.activation import ActivationSpec, from_module, parse_activation
 from tritonconv.ops.dispatch import linear, replay
+from tritonconv.ops.dispatch_training import convolution_batch_norm
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.library_training import OwnNorm
 
 __all__ = [
     "ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d", "ConvBNReLU2d", "Group", "carries_hook", "fused_call", "observe_groups",
 ]  # fmt: skip
 
 BATCH_NORMS: dict[int, tuple[type[torch.nn.Module], ...]] = {
-    1: (torch.nn.BatchNorm1d, torch.nn.SyncBatchNorm),
-    2: (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm),
-    3: (torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm),
+    1: (torch.nn.BatchNorm1d, BatchNorm1d, torch.nn.SyncBatchNorm, SyncBatchNorm),
+    2: (torch.nn.BatchNorm2d, BatchNorm2d, torch.nn.SyncBatchNorm, SyncBatchNorm),
+    3: (torch.nn.BatchNorm3d, BatchNorm3d, torch.nn.SyncBatchNorm, SyncBatchNorm),
 }
 """By the dimensions of the convolution before them."""
 
+LAYERS = (Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -70,19 +85,24 @@ def fused_call(
 ) -> Tensor:  # fmt: skip
     """activation(norm(layer(input)) + residual) in one kernel, or member by member where that would not be the same.
 
-    Decided at each call: members that carry hooks, normalize with the batch's statistics or have changed their class are
-    called themselves, in the order they stand; so is everything where the residual is broadcast.
+    Decided at each call: members that carry hooks or have changed their class are called themselves, in the order they
+    stand; so is everything where the residual is broadcast, and where torch is to run a batch norm that normalizes with the
+    batch's own statistics.
 
     Args:
-        layer: our Conv1d, Conv2d, Conv3d or Linear.
+        layer: our Conv1d, Conv2d, Conv3d, one of their transposed ones, or Linear.
         norm: a batch norm of torch.nn, or None.
         activation: a module of torch.nn, what `parse_activation` takes, or None.
         in_place: the sum has the dtype of norm(layer(input)), as `+=` gives it.
     """
     spec = from_module(activation) if isinstance(activation, Module) else parse_activation(activation)
     if _one_kernel(layer, norm, activation, spec, input):
-        batch_norm = None if norm is None else _batch_norm(norm)
-        y = _run(layer, input, Epilogue(member(layer, "bias"), batch_norm, residual, spec), in_place)
+        epilogue = Epilogue(member(layer, "bias"), None, residual, spec)
+        if norm is not None and (norm.training or norm._buffers.get("running_mean") is None):
+            y = _train(layer, norm, input, epilogue, in_place)
+        else:
+            batch_norm = None if norm is None else _batch_norm(norm)
+            y = _run(layer, input, epilogue._replace(batch_norm=batch_norm), in_place)
         if y is not None:
             if not torch.compiler.is_compiling() and _observer.callback is not None:
                 shown = activation if isinstance(activation, Module) else spec
@@ -109,6 +129,24 @@ def _batch_norm(norm: Any) -> BatchNorm:
         return BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
+def _train(layer: Any, norm: Any, input: Tensor, epilogue: Epilogue, in_place: bool) -> Tensor | None:
+    """The layer with a batch norm by the batch's own statistics, or None where the parts are to run one by one."""
+    residual = epilogue.residual
+    if in_place and residual is not None and getattr(residual, "dtype", None) != input.dtype:
+        return None
+    if isinstance(layer, Linear) or layer.padding_mode != "zeros" or not _fits(layer, input, residual):
+        return None
+    kind, numbers = numbers_of(layer)
+    # As `begin_batch` has it.
+    keeps = norm.track_running_stats or not norm.training
+    mean, var = (norm.running_mean, norm.running_var) if keeps else (None, None)
+    return convolution_batch_norm(
+        f"{kind}{numbers[0]}d_bn_act", kind, input, member(layer, "weight"), epilogue,
+        OwnNorm(mean, var, norm.weight, norm.bias, norm.eps), numbers, lambda: begin_batch(norm).momentum, layer.backend,
+        group_of(norm),
+    )  # fmt: skip
+
+
 def _run(layer: Any, input: Tensor, epilogue: Epilogue, in_place: bool) -> Tensor | None:
     """The layer with its epilogue, or None where the residual does not fit."""
     weight, residual = member(layer, "weight"), epilogue.residual
@@ -120,29 +158,24 @@ def _run(layer: Any, input: Tensor, epilogue: Epilogue, in_place: bool) -> Tenso
     if is_linear:
         y = replay("matmul", input, weight, epilogue, (), layer.backend)
     elif layer.padding_mode == "zeros":
-        numbers = (len(layer.kernel_size), layer.stride, layer.padding, layer.dilation, layer.groups)
-        y = replay("conv", input, weight, epilogue, numbers, layer.backend)
+        kind, numbers = numbers_of(layer)
+        y = replay(kind, input, weight, epilogue, numbers, layer.backend)
     if y is not None or not _fits(layer, input, residual):
         return y
     if is_linear:
         return linear(input, weight, epilogue, layer.backend)
-    return convolve(layer, f"conv{len(layer.kernel_size)}d_bn_act", input, epilogue)
+    return convolve(layer, f"{numbers_of(layer)[0]}{len(layer.kernel_size)}d_bn_act", input, epilogue)
 
 
 def _one_kernel(
     layer: torch.nn.Module, norm: torch.nn.Module | None, activation: Any, spec: ActivationSpec | None, input: Tensor
 ) -> bool:
     """Whether the members are what they were when they were put together, and no one watches them."""
-    if type(layer) not in (Conv1d, Conv2d, Conv3d, Linear) or _is_changed(layer):
+    if type(layer) not in LAYERS or _is_changed(layer):
         return False
     if norm is not None:
         nd = len(layer.kernel_size)  # type: ignore[arg-type]
-        if (
-            type(norm) not in BATCH_NORMS[nd]
-            or norm.training
-            or norm._buffers.get("running_mean") is None
-            or _is_changed(norm)
-        ):
+        if type(norm) not in BATCH_NORMS[nd] or _is_changed(norm):
             return False
         # A batch norm takes an unbatched image's channels for its batch, or refuses it.
         if input.dim() != nd + 2:
@@ -222,8 +255,8 @@ class ConvBNAct2d(_ConvBNAct):
         activation: as `tritonconv.functional.conv2d_bn_act` takes it.
         eps, momentum, affine, track_running_stats: as `torch.nn.BatchNorm2d`.
 
-    The state_dict has the keys of a convolution `conv` and a batch norm `bn`. In training mode, and for gradients, the
-    parts run one by one on torch.
+    The state_dict has the keys of a convolution `conv` and a batch norm `bn`. In training mode the convolution takes the
+    batch's statistics on its way, and one pass more does the rest; gradients run on our kernels.
 
     >>> block = ConvBNAct2d(3, 8, 3, padding=1, activation="silu").eval()
     >>> block(torch.ones(1, 3, 4, 4)).shape

@@ -214,8 +214,6 @@ def decide(
     if chosen == "torch":
         return OnTorch("the torch backend was chosen")
     why_not = missing or unsupported(tensors)
-    if why_not is None and chosen == "auto" and needs_gradients(tensors):
-        why_not = "gradients are needed, and ours were not measured yet (backend 'triton' computes them all the same)"
     if why_not is None:
         return None
     if chosen == "triton":

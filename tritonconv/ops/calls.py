@@ -11,17 +11,17 @@ import marshal
 from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonconv.ops.backend import Backend, OnTorch, current_backend, needs_gradients
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.launch import Recipe, forcing, precision
+from tritonconv.ops.launch import NO_STATISTICS, Kind, Recipe, Slots, forcing, precision
 from tritonconv.ops.layout import dense_strides
 
-__all__ = ["Dense", "Prepared", "clear_caches", "find", "remember", "signature"]
+__all__ = ["Dense", "Prepared", "Registered", "clear_caches", "find", "remember", "signature"]
 
 # A model has at most a few hundred; the bound only stops a service with endless input sizes from growing.
 MOST_CALLS = 4096
@@ -45,6 +45,10 @@ class Dense(NamedTuple):
         """`t` itself if it has these strides, else a copy that has."""
         return t if t.stride() == self.strides else self.copy(t)
 
+    def fits(self, t: Tensor) -> bool:
+        """Whether `t`, of this size, has exactly these elements; strides of unit sizes do not matter."""
+        return all(n <= 1 or s == e for n, s, e in zip(self.shape, t.stride(), self.strides, strict=True))
+
     def unbatched(self) -> Dense:
         return Dense(self.shape[1:], self.strides[1:])
 
@@ -63,6 +67,19 @@ class Prepared:
     copy_weight: Dense | None
     copy_residual: Dense | None
     copy_vectors: bool
+
+    @classmethod
+    def of(
+        cls, kernel: str, recipe: Recipe | None, output: Dense, x: Tensor, epilogue: Epilogue, copy_x: Dense | None,
+        copy_weight: Dense | None,
+    ) -> Prepared:  # fmt: skip
+        """With the copies that the epilogue's tensors need."""
+        residual, vectors = epilogue.residual, (epilogue.bias, *(epilogue.batch_norm or ())[:4])
+        return cls(
+            kernel, recipe, output, x.dtype, x.device, copy_x, copy_weight,
+            None if residual is None or output.fits(residual) else output,
+            not all(t is None or t.is_contiguous() for t in vectors),
+        )  # fmt: skip
 
     @property
     def copies(self) -> int:
@@ -96,14 +113,14 @@ class Prepared:
             copy_weight=Dense.of(weight.shape) if self.copy_weight else None, copy_residual=None if plain else output,
         )  # fmt: skip
 
-    def run(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
-        """Launch the kernel for tensors of this call's signature."""
+    def run(self, x: Tensor, weight: Tensor, epilogue: Epilogue, statistics: Slots = NO_STATISTICS) -> Tensor:
+        """Launch the kernel for tensors of this call's signature, and take statistics where there is room for them."""
         y = torch.empty_strided(self.output.shape, self.output.strides, dtype=self.dtype, device=self.device)
         if self.recipe is None:
             return y
         if self.rearranges:
             x, weight, epilogue = self._rearranged(x, weight, epilogue)
-        self.recipe.run(x, weight, y, epilogue, self.device)
+        self.recipe.run(x, weight, y, epilogue, self.device, statistics)
         return y
 
     def _rearranged(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor, Epilogue]:
@@ -119,10 +136,17 @@ class Prepared:
         return x, weight, epilogue._replace(residual=residual)
 
 
-_calls: dict[Hashable, Prepared | OnTorch] = {}
+class Registered(NamedTuple):
+    """A call for the registered operator, which autograd knows."""
+
+    call: Prepared
+    """What it runs forward."""
 
 
-def find(key: Hashable) -> Prepared | OnTorch | None:
+_calls: dict[Hashable, Prepared | Registered | OnTorch] = {}
+
+
+def find(key: Hashable) -> Prepared | Registered | OnTorch | None:
     """Who runs calls of this signature, if one was seen."""
     try:
         return _calls.get(key)
@@ -131,7 +155,7 @@ def find(key: Hashable) -> Prepared | OnTorch | None:
         return None
 
 
-def remember(key: Hashable, call: Prepared | OnTorch) -> None:
+def remember(key: Hashable, call: Prepared | Registered | OnTorch) -> None:
     """Let `find` give this for calls of this signature, unless it is None or can be no key."""
     if len(_calls) >= MOST_CALLS:
         _calls.clear()
@@ -146,7 +170,7 @@ def clear_caches() -> None:
 
 
 def signature(
-    kind: Literal["conv", "matmul"], x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...],
+    kind: Kind, x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...],
     backend: Backend | None,
 ) -> tuple[Any, ...] | None:  # fmt: skip
     """The key of a call; None where it can have none: unusual tensors, or arguments that are none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -43,24 +44,26 @@ def plan_for(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvPlan:
 
 
 def prepare(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Literal["conv", "matmul"]
-) -> Prepared:
-    """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory."""
+    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Literal["conv", "matmul"],
+    statistics: bool = False,
+) -> Prepared:  # fmt: skip
+    """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory.
+
+    `statistics`: whether it is to be run with room for them.
+    """
     channels_last = output_format(x, weight)
     plan = plan_for(x, weight, geometry)
     output = Dense.of(geometry.output_shape, channels_last)
-    residual, vectors = epilogue.residual, (epilogue.bias, *(epilogue.batch_norm or ())[:4])
     recipe = None
     if 0 not in output.shape:
         # A copy starts where the allocator likes, on 16 bytes at least.
         aligned = plan.copy_input or x.data_ptr() % 16 == 0, plan.copy_weight or weight.data_ptr() % 16 == 0
-        recipe = _recipe(plan, x.dtype, precision(x.dtype, kind), channels_last, device_of(x.device), aligned, epilogue)
-    return Prepared(
-        kernel=plan.kernel, recipe=recipe, output=output, dtype=x.dtype, device=x.device,
-        copy_x=Dense.of(x.shape, True) if plan.copy_input else None,
-        copy_weight=Dense.of(weight.shape, plan.weight_channels_last) if plan.copy_weight else None,
-        copy_residual=None if residual is None or is_dense(residual, channels_last) else output,
-        copy_vectors=not all(t is None or t.is_contiguous() for t in vectors),
+        products, device = precision(x.dtype, kind), device_of(x.device)
+        problem = replace(problem_of(plan, x.dtype, products == "tf32", device), statistics=statistics)
+        recipe = _recipe(plan, problem, products, channels_last, aligned, epilogue)
+    return Prepared.of(
+        plan.kernel, recipe, output, x, epilogue, Dense.of(x.shape, True) if plan.copy_input else None,
+        Dense.of(weight.shape, plan.weight_channels_last) if plan.copy_weight else None,
     )  # fmt: skip
 
 
@@ -70,17 +73,15 @@ def problem_of(plan: ConvPlan, dtype: torch.dtype, tf32: bool, device: Device) -
 
 
 def _recipe(
-    plan: ConvPlan, dtype: torch.dtype, products: str, channels_last: bool, device: Device, aligned: tuple[bool, bool],
-    epilogue: Epilogue,
-) -> Recipe:  # fmt: skip
+    plan: ConvPlan, problem: Problem, products: str, channels_last: bool, aligned: tuple[bool, bool], epilogue: Epilogue
+) -> Recipe:
     """The launch of a plan, with the config that is chosen or forced; `aligned`: image and weight start on 16 bytes."""
     from tritonconv.kernels.conv_flat import conv_flat_kernel
     from tritonconv.kernels.conv_fprop import conv_fprop_kernel
     from tritonconv.kernels.matmul import matmul_kernel
 
-    g = plan.geometry
+    g, device = plan.geometry, problem.device
     c = g.in_channels // g.groups
-    problem = problem_of(plan, dtype, products == "tf32", device)
     m, n, k = problem.gemm
     config = config_for(problem)
     tiles = dict(config.kwargs)
@@ -95,7 +96,8 @@ def _recipe(
         USE_TMA=tma, stride_wk=w_row, C=c, **tiles, STAGES=config.num_stages,
         **epilogue_constants(epilogue),
     )  # fmt: skip
-    programs = -(-m // block_m) * -(-n // block_n) * g.groups
+    slots = -(-m // block_m)
+    programs = slots * -(-n // block_n) * g.groups
     w_box = Box(g.groups * n, w_row, w_row, (block_n, block_k)) if tma else None
     if plan.kernel == "matmul":
         constants |= dict(
@@ -103,7 +105,7 @@ def _recipe(
             VEC_C=power_of_two_divisor(c, plan.row_stride),
         )  # fmt: skip
         x_box = Box(m, c, plan.row_stride, (block_m, block_k)) if tma else None
-        return Recipe(matmul_kernel, programs, constants, x_box, w_box, config, problem)
+        return Recipe(matmul_kernel, programs, constants, x_box, w_box, config, problem, slots)
 
     sn, sc, sd, sh, sw = plan.strides
     constants |= axis_constants(g)
@@ -112,10 +114,10 @@ def _recipe(
     )
     if plan.kernel == "conv_fprop":
         constants["VEC_X"] = power_of_two_divisor(sn, sd, sh, sw)
-        return Recipe(conv_fprop_kernel, programs, constants, None, w_box, config, problem)
+        return Recipe(conv_fprop_kernel, programs, constants, None, w_box, config, problem, slots)
     outer = (sd, sh, sw) if plan.weight_channels_last else (sc, sd, sh)
     constants |= dict(
         stride_xc=sc, W_CHANNELS_LAST=plan.weight_channels_last, VEC_X=power_of_two_divisor(sn, *outer),
         VEC_W=power_of_two_divisor(k),
     )  # fmt: skip
-    return Recipe(conv_flat_kernel, programs, constants, None, w_box, config, problem)
+    return Recipe(conv_flat_kernel, programs, constants, None, w_box, config, problem, slots)

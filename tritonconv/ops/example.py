@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonconv.ops.epilogue import Epilogue
+from tritonconv.ops.launch import Kind
 
 __all__ = ["Example"]
 
 
 class Example(NamedTuple):
-    """What a convolution or linear layer was called with."""
+    """What a convolution, a transposed one or a linear layer was called with."""
 
-    kind: Literal["conv", "matmul"]
+    kind: Kind
     x: Tensor
     weight: Tensor
     epilogue: Epilogue
     numbers: tuple[Any, ...]
-    """(nd, stride, padding, dilation, groups) of a convolution, () of a linear layer."""
+    """What the geometry is parsed from beside the sizes, as ops/dispatch.py has it."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Example:
         """The same with every tensor mapped."""

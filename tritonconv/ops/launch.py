@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -18,9 +19,12 @@ from tritonconv.ops.epilogue import Epilogue
 from tritonconv.tuning import INTERPRETER, Device, Problem, choose, like
 
 __all__ = [
-    "Box", "Launch", "Recipe", "axis_constants", "captured", "config_for", "device_of", "epilogue_constants", "forced",
-    "forcing", "launch", "precision", "record_launches",
+    "NO_STATISTICS", "Box", "Kind", "Launch", "Recipe", "Slots", "axis_constants", "captured", "config_for", "device_of",
+    "epilogue_constants", "forced", "forced_config", "forcing", "launch", "precision", "record_launches",
 ]  # fmt: skip
+
+Kind = Literal["conv", "conv_transpose", "matmul"]
+"""What a call is: a convolution, a transposed one, or a linear layer."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,23 @@ class Box:
 
 
 # The tensors behind image and weight, side by side in every kernel.
-RESULT_AND_EPILOGUE = ("y_ptr", "residual_ptr", "bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr")
+RESULT_AND_EPILOGUE = (
+    "y_ptr", "residual_ptr", "bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr", "counts_ptr", "moments_ptr",
+)  # fmt: skip
 NO_NORM = (None,) * 4
+Slots = tuple[Tensor, Tensor] | tuple[None, None]
+"""Where statistics go: counts [slots] and moments [2, slots, channels]."""
+NO_STATISTICS: Slots = (None, None)
 # Of ConvGeometry's triples, each by the names that kernels give its numbers.
 AXES = (
     "D", "H", "W", "O", "P", "Q", "T", "R", "S", "STRIDE_D", "STRIDE_H", "STRIDE_W", "PAD_D", "PAD_H", "PAD_W",
     "DIL_D", "DIL_H", "DIL_W",
 )  # fmt: skip
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 class Recipe:
@@ -82,13 +96,14 @@ class Recipe:
         x_box, w_box: where the operand goes by descriptor.
         config: tiles, warps and stages.
         problem: what the config was chosen for.
+        slots: rows of tiles, each with statistics of its own where they are asked for.
     """
 
     def __init__(
         self, kernel: Any, programs: int, constants: dict[str, Any], x_box: Box | None, w_box: Box | None, config: Any,
-        problem: Problem,
+        problem: Problem, slots: int,
     ) -> None:  # fmt: skip
-        names = tuple(inspect.signature(kernel.fn).parameters)
+        names = _parameters(kernel.fn)
         w, y = names.index("w"), names.index("y_ptr")
         end = y + len(RESULT_AND_EPILOGUE)
         assert names[y:end] == RESULT_AND_EPILOGUE, names
@@ -96,24 +111,29 @@ class Recipe:
         self.behind_x = tuple(constants[name] for name in names[1:w])
         self.behind_w = tuple(constants[name] for name in names[w + 1 : y])
         self.behind_all = tuple(constants[name] for name in names[end:])
-        self.x_box, self.w_box, self.names, self.problem = x_box, w_box, names, problem
+        self.x_box, self.w_box, self.names, self.problem, self.slots = x_box, w_box, names, problem, slots
         self.empty = Launch(kernel, programs, {}, problem, config)
         self.name, self.options = kernel.__name__, self.empty.options
         self.launcher: Callable[..., Any] = kernel[(programs,)]
         self.interpreted = interpreting()
 
-    def arguments(self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue) -> tuple[Any, ...]:
+    def arguments(
+        self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, statistics: Slots = NO_STATISTICS
+    ) -> tuple[Any, ...]:
         """The kernel's arguments in order."""
         bias, norm, residual, _ = epilogue
         return (
             x if self.x_box is None else self.x_box.descriptor(x), *self.behind_x,
             weight if self.w_box is None else self.w_box.descriptor(weight), *self.behind_w,
-            y, residual, bias, *(NO_NORM if norm is None else norm[:4]), *self.behind_all,
+            y, residual, bias, *(NO_NORM if norm is None else norm[:4]), *statistics, *self.behind_all,
         )  # fmt: skip
 
-    def run(self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, device: torch.device) -> None:
+    def run(
+        self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, device: torch.device,
+        statistics: Slots = NO_STATISTICS,
+    ) -> None:  # fmt: skip
         """Launch on the current stream of `device`, or keep the launch where `captured` asks for it."""
-        arguments = self.arguments(x, weight, y, epilogue)
+        arguments = self.arguments(x, weight, y, epilogue, statistics)
         if _state.log is not None:
             _state.log.append(self.name)
         if _state.captured is not None:
@@ -218,7 +238,7 @@ def described(device: torch.device) -> Device:
     return like(properties.name, arch, properties.multi_processor_count, shared)
 
 
-def precision(dtype: torch.dtype, kind: Literal["conv", "matmul"]) -> str:
+def precision(dtype: torch.dtype, kind: Kind) -> str:
     """How fp32 products are computed, by torch's switches: cudnn's for convolutions, cuda.matmul's for linear layers."""
     if dtype != torch.float32:
         return "ieee"
@@ -227,13 +247,19 @@ def precision(dtype: torch.dtype, kind: Literal["conv", "matmul"]) -> str:
     # Of AMD's GPUs only some have TF32-like products, and torch does not use them unasked.
     if torch.version.hip is not None:
         return "ieee"
-    switch: Any = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    switch: Any = torch.backends.cuda.matmul if kind == "matmul" else torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return "tf32" if switch.fp32_precision == "tf32" else "ieee"
+
+
+def forced_config(constant: str) -> Any:
+    """The triton.Config that `forced` asks for, or None if it has no such constant: it is another kernel's of the call."""
+    config = _state.forced and _state.forced.config
+    return config if config and constant in config.kwargs else None
 
 
 def config_for(problem: Problem) -> Any:
     """The triton.Config that `forced` asks for, or the chosen one."""
-    return (_state.forced and _state.forced.config) or choose(problem)
+    return forced_config("BLOCK_M") or choose(problem)
 
 
 def axis_constants(g: ConvGeometry) -> dict[str, int]:

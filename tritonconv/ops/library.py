@@ -20,7 +20,7 @@ from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.gradients import conv_dgrad, conv_wgrad
 from tritonconv.ops.layout import dense_strides, suggests_channels_last
 
-__all__ = ["call_operator"]
+__all__ = ["call_operator", "conv_geometry", "ints", "put_together", "register_autocast", "taken_apart"]
 
 
 def call_operator(
@@ -28,20 +28,33 @@ def call_operator(
     kind: Literal["conv", "matmul"],
 ) -> Tensor:  # fmt: skip
     """torch.ops.tritonconv.conv with an epilogue taken apart."""
-    norm, act = epilogue.batch_norm, epilogue.activation
-    numbers = dict(
-        stride=_ints(stride), padding=[] if isinstance(padding, str) else _ints(padding),
-        padding_name=padding if isinstance(padding, str) else "", dilation=_ints(dilation), groups=groups,
-        eps=norm.eps if norm else 0.0, activation=act.name if act else "",
-        a=act.a if act else 0.0, b=act.b if act else 0.0, kind=kind,
+    tensors, epilogue_numbers = taken_apart(epilogue)
+    result: Tensor = torch.ops.tritonconv.conv(
+        x, weight, *tensors, stride=ints(stride), padding=[] if isinstance(padding, str) else ints(padding),
+        padding_name=padding if isinstance(padding, str) else "", dilation=ints(dilation), groups=groups, kind=kind,
+        **epilogue_numbers,
     )  # fmt: skip
-    norm_tensors = norm[:4] if norm else (None,) * 4
-    result: Tensor = torch.ops.tritonconv.conv(x, weight, epilogue.bias, *norm_tensors, epilogue.residual, **numbers)
     return result
 
 
-def _ints(value: int | Sequence[int]) -> list[int]:
+def ints(value: int | Sequence[int]) -> list[int]:
     return [value] if isinstance(value, int) else list(value)
+
+
+def taken_apart(epilogue: Epilogue) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+    """An epilogue's tensors and numbers, as operators take them."""
+    norm, act = epilogue.batch_norm, epilogue.activation
+    numbers = dict(
+        eps=norm.eps if norm else 0.0, activation=act.name if act else "", a=act.a if act else 0.0, b=act.b if act else 0.0
+    )
+    return (epilogue.bias, *(norm[:4] if norm else (None,) * 4), epilogue.residual), numbers
+
+
+def put_together(tensors: Sequence[Tensor | None], *, eps: float, activation: str, a: float, b: float) -> Epilogue:
+    """The reverse of `taken_apart`."""
+    bias, mean, var, weight, shift, residual = tensors
+    norm = None if mean is None or var is None else BatchNorm(mean, var, weight, shift, eps)
+    return Epilogue(bias, norm, residual, ActivationSpec(activation, a, b) if activation else None)
 
 
 @torch.library.custom_op("tritonconv::conv", mutates_args=())
@@ -56,24 +69,22 @@ def conv(
     `padding_name` is "same", "valid" or "" (then `padding` counts); `activation` is a name or ""; `kind` "matmul" takes the
     TF32 switch of matrix products.
     """
-    norm = None
-    if running_mean is not None and running_var is not None:
-        norm = BatchNorm(running_mean, running_var, bn_weight, bn_bias, eps)
-    epilogue = Epilogue(bias, norm, residual, ActivationSpec(activation, a, b) if activation else None)
+    tensors = (bias, running_mean, running_var, bn_weight, bn_bias, residual)
+    epilogue = put_together(tensors, eps=eps, activation=activation, a=a, b=b)
     switch: Literal["conv", "matmul"] = "matmul" if kind == "matmul" else "conv"
     # These numbers are the operator's alone: no one asks here who runs a call.
     numbers = (tuple(stride), tuple(padding), padding_name, tuple(dilation), groups)
     key = signature(switch, x, weight, epilogue, numbers, None)
     call = find(key)
     if not isinstance(call, Prepared):
-        geometry = _geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
+        geometry = conv_geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
         check_convolution("tritonconv::conv", x, weight, epilogue, geometry)
         call = prepare(x, weight, epilogue, geometry, switch)
         remember(key, call)
     return call.run(x, weight, epilogue)
 
 
-def _geometry(
+def conv_geometry(
     x_shape: Sequence[int], w_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], padding_name: str,
     dilation: Sequence[int], groups: int,
 ) -> ConvGeometry:  # fmt: skip
@@ -88,7 +99,7 @@ def _(
     x: Tensor, weight: Tensor, *_epilogue: Any, stride: Sequence[int], padding: Sequence[int], padding_name: str,
     dilation: Sequence[int], groups: int, **_numbers: Any,
 ) -> Tensor:  # fmt: skip
-    geometry = _geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
+    geometry = conv_geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
     strides = dense_strides(geometry.output_shape, output_format(x, weight))
     return x.new_empty_strided(geometry.output_shape, strides)
 
@@ -99,7 +110,7 @@ def dgrad(
     padding_name: str, dilation: Sequence[int], groups: int, channels_last: bool, kind: str,
 ) -> Tensor:  # fmt: skip
     """Gradient of tritonconv::conv's x, of this size and format, on Triton alone."""
-    geometry = _geometry(input_shape, weight.shape, stride, padding, padding_name, dilation, groups)
+    geometry = conv_geometry(input_shape, weight.shape, stride, padding, padding_name, dilation, groups)
     return conv_dgrad(dy, weight, geometry, channels_last, "matmul" if kind == "matmul" else "conv")
 
 
@@ -114,7 +125,7 @@ def wgrad(
     padding_name: str, dilation: Sequence[int], groups: int, channels_last: bool, bias: bool, kind: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of tritonconv::conv's weight, in this format, and of its bias (empty without one), on Triton alone."""
-    geometry = _geometry(x.shape, weight_shape, stride, padding, padding_name, dilation, groups)
+    geometry = conv_geometry(x.shape, weight_shape, stride, padding, padding_name, dilation, groups)
     dw, db = conv_wgrad(dy, x, geometry, channels_last, bias, "matmul" if kind == "matmul" else "conv")
     return dw, dw.new_empty(0) if db is None else db
 
@@ -172,7 +183,7 @@ def _gradient_flops(
 ) -> int:  # fmt: skip
     del dy_shape
     x_shape, w_shape = input_shape or other_shape, weight_shape or other_shape
-    return 2 * _geometry(x_shape, w_shape, stride, padding, padding_name, dilation, groups).macs
+    return 2 * conv_geometry(x_shape, w_shape, stride, padding, padding_name, dilation, groups).macs
 
 
 @register_flop_formula(torch.ops.tritonconv.conv)
@@ -180,13 +191,17 @@ def _flops(
     x_shape: Sequence[int], w_shape: Sequence[int], *_epilogue: Any, stride: Sequence[int], padding: Sequence[int],
     padding_name: str, dilation: Sequence[int], groups: int, **_numbers: Any,
 ) -> int:  # fmt: skip
-    return 2 * _geometry(x_shape, w_shape, stride, padding, padding_name, dilation, groups).macs
+    return 2 * conv_geometry(x_shape, w_shape, stride, padding, padding_name, dilation, groups).macs
 
 
-def _register_autocast(device: str, key: Any) -> None:
+def register_autocast(operator: Any) -> None:
     """Cast x, weight, bias and residual to the dtype that autocast has at the call; batch norm's tensors stay."""
+    _autocast_on(operator, "cuda", torch._C.DispatchKey.AutocastCUDA)
+    _autocast_on(operator, "cpu", torch._C.DispatchKey.AutocastCPU)
 
-    def autocast_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+
+def _autocast_on(operator: Any, device: str, key: Any) -> None:
+    def autocast(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
 
         def cast(t: Tensor | None) -> Tensor | None:
@@ -194,12 +209,11 @@ def _register_autocast(device: str, key: Any) -> None:
 
         *norm, residual = args
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            result: Tensor = torch.ops.tritonconv.conv(cast(x), cast(weight), cast(bias), *norm, cast(residual), **kwargs)
+            result: Tensor = operator(cast(x), cast(weight), cast(bias), *norm, cast(residual), **kwargs)
             return result
 
-    _library.impl("conv", autocast_conv, f"Autocast{device.upper()}")
+    _library.impl(operator._qualified_op_name.split("::")[1], autocast, f"Autocast{device.upper()}")
 
 
 _library = torch.library.Library("tritonconv", "FRAGMENT")
-_register_autocast("cuda", torch._C.DispatchKey.AutocastCUDA)
-_register_autocast("cpu", torch._C.DispatchKey.AutocastCPU)
+register_autocast(torch.ops.tritonconv.conv)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from tritonconv.geometry import INT32_MAX, ConvGeometry
 from tritonconv.ops.layout import dense_strides
 
-__all__ = ["ConvPlan", "Strides", "lift", "plan_convolution", "power_of_two_divisor"]
+__all__ = ["ConvPlan", "Strides", "lift", "plan_convolution", "power_of_two_divisor", "row_stride"]
 
 Strides = tuple[int, int, int, int, int]
 """Elements between neighbors along N, C, D, H, W; 0 where there is only one."""
@@ -81,12 +81,12 @@ def plan_convolution(
     copy_input = not x_channels_last
     lifted = _lift(geometry, dense_strides(geometry.input_shape, True) if copy_input else strides)
     seen, lifted = _fold_patches(geometry, lifted) if patches else (geometry, lifted)
-    row_stride = _row_stride(seen, lifted)
+    rows = row_stride(seen, lifted)
     kernel = "matmul"
-    if row_stride is None:
+    if rows is None:
         block = CHANNEL_BLOCK if seen.out_channels // seen.groups > FEW_FILTERS else 2 * CHANNEL_BLOCK
         kernel = "conv_flat" if seen.in_channels // seen.groups % block else "conv_fprop"
-    return ConvPlan(kernel, seen, lifted, row_stride or 0, copy_input, not weight_channels_last, True)
+    return ConvPlan(kernel, seen, lifted, rows or 0, copy_input, not weight_channels_last, True)
 
 
 def _plan_in_place(
@@ -147,7 +147,7 @@ def _fold_patches(g: ConvGeometry, strides: Strides) -> tuple[ConvGeometry, Stri
     return seen, (n, 1 if run > 1 else c, d, h, w)
 
 
-def _row_stride(g: ConvGeometry, strides: Strides) -> int | None:
+def row_stride(g: ConvGeometry, strides: Strides) -> int | None:
     """Elements between consecutive pixels if the convolution is a plain product over them, else None."""
     if g.groups != 1 or g.taps != 1 or any(g.padding) or g.stride != (1, 1, 1):
         return None

@@ -28,5 +28,7 @@ def _fitting(problem: Problem, m: int, n: int) -> list[Any]:
         importlib.import_module(f"tritonconv.kernels.{problem.kernel}").configs(),
         m=m, n=n, k=problem.run, itemsize=problem.itemsize, tensor_cores=problem.tensor_cores,
         shared=problem.device.shared_memory, even=problem.kernel == "conv_fprop", vectors=problem.vectors,
-        turned=problem.kernel == "conv_wgrad",
+        turned=problem.kernel == "conv_wgrad", computed=problem.computed,
+        scattered=problem.pass_ == "dgrad" and max(problem.geometry.stride) > 1, statistics=problem.statistics,
+        arch=problem.device.arch,
     )  # fmt: skip

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["as_dict", "config_name"]
+__all__ = ["as_dict", "config_name", "name_of"]
 
 
 def as_dict(config: Any) -> dict[str, int | bool]:
     """A triton.Config as tables keep it."""
     return {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def name_of(config: Any) -> str:
+    """What a triton.Config is called, None for a kernel without a choice."""
+    return "its only config" if config is None else config_name(as_dict(config))
 
 
 def config_name(config: dict[str, int | bool]) -> str:
@@ -18,6 +23,7 @@ def config_name(config: dict[str, int | bool]) -> str:
     >>> config_name(dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, USE_TMA=False, num_warps=8, num_stages=3))
     '128x128x64 w8 s3 pointers'
     """
-    c = config
-    suffix = "" if c["USE_TMA"] else " pointers"
-    return f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_K']} w{c['num_warps']} s{c['num_stages']}{suffix}"
+    # In this order, whatever the dictionary's.
+    blocks = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_S", "BLOCK_C") if name in config)
+    suffix = "" if config.get("USE_TMA", True) else " pointers"
+    return f"{'x'.join(map(str, blocks))} w{config['num_warps']} s{config['num_stages']}{suffix}"

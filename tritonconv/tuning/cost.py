@@ -90,7 +90,8 @@ def _predict(problem: Problem, blocks: Blocks) -> Prediction:
     products = 2 * block_m * block_n * block_k / (device.flops[problem.products] / device.multiprocessors)
     cycles = code.issue_cycles
     instructions = 1.3 * products if cycles is None else cycles / device.clock
-    operands = (block_m + block_n) * block_k * problem.itemsize / (device.l2_bandwidth / device.multiprocessors)
+    rows = 2 * block_m if problem.computed else block_m
+    operands = (rows + block_n) * block_k * problem.itemsize / (device.l2_bandwidth / device.multiprocessors)
     latency = LOAD_LATENCY / max(1, stages - 1)
     results = block_m * block_n / (32 * warps)
     epilogue = EPILOGUE_INSTRUCTIONS * results * warps * (32 / device.warp_size) / ISSUE_SLOTS / device.clock
@@ -140,12 +141,14 @@ def _resident(device: Device, code: Resources, warps: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _traffic(problem: Problem) -> int:
-    return problem.geometry.bytes(problem.itemsize, problem.pass_)
+    size = problem.geometry.bytes(problem.itemsize, problem.pass_)
+    # What is computed on the way in comes from a second tensor of the result's size.
+    return size + (problem.geometry.elements()[2] * problem.itemsize if problem.computed else 0)
 
 
 def variant(problem: Problem) -> str:
-    """What of a problem changes a config's code: the kind of products, and how the image is read."""
-    return problem.products + ("" if problem.vectors else " elements")
+    """What of a problem changes a config's code: the kind of products, and how the operand of rows is read."""
+    return problem.products + ("" if problem.vectors else " elements") + (" computed" if problem.computed else "")
 
 
 def resources_of(problem: Problem, blocks: Blocks) -> Resources:

@@ -29,6 +29,10 @@ class Problem:
     """Whether the image is read by vectors."""
     device: Device
     pass_: Pass = "fprop"
+    computed: bool = False
+    """Whether the kernel computes an operand on its way in: a batch norm's gradient from two tensors."""
+    statistics: bool = False
+    """Whether it takes a batch norm's statistics of its result; what was measured without them counts."""
 
     @property
     def itemsize(self) -> int:

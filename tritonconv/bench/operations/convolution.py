@@ -10,18 +10,20 @@ from torch import Tensor
 import tritonconv.functional as ours
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
-from tritonconv.geometry import ConvGeometry
+from tritonconv.geometry import ConvGeometry, Pass
 from tritonconv.ops.gradients import conv_dgrad, conv_wgrad
 from tritonconv.ops.layout import as_format, suggests_channels_last
 
-__all__ = ["Convolution"]
+__all__ = ["Convolution", "layer"]
 
 
 @register
 class Convolution(Operation):
     kind = "conv"
-    kernels = ("conv_fprop", "conv_flat", "matmul", "conv_dgrad", "conv_wgrad")
-    passes = ("fprop", "dgrad", "wgrad")
+    kernels: tuple[str, ...] = ("conv_fprop", "conv_flat", "matmul", "conv_dgrad", "conv_wgrad")
+    passes: tuple[Pass, ...] = ("fprop", "dgrad", "wgrad")
+    function = "conv"
+    """Of torch.nn.functional and of ours, without the dimensions."""
 
     def geometry(self, case: Case) -> ConvGeometry:
         size, padding = case.size, case.padding
@@ -70,25 +72,28 @@ class Convolution(Operation):
 
     def ours(self, case: Case, *tensors: Tensor) -> Tensor:
         if case.pass_ != "fprop":
-            dy, other = tensors
-            geometry, channels_last = self.geometry(case), suggests_channels_last(other)
-            if case.pass_ == "dgrad":
-                return conv_dgrad(dy, other, geometry, channels_last, "conv")
-            return conv_wgrad(dy, other, geometry, channels_last, False, "conv")[0]
+            return self.gradient(case, *tensors)
         x, w, *rest = tensors
-        x, arguments = self._arguments(case, x)
+        x, arguments = self.arguments(case, x)
         if not rest:
-            return getattr(ours, f"conv{case.nd}d")(x, w, None, **arguments)
+            return getattr(ours, f"{self.function}{case.nd}d")(x, w, None, **arguments)
         mean, var, gamma, beta, residual = rest
-        function = getattr(ours, f"conv{case.nd}d_bn_act")
+        function = getattr(ours, f"{self.function}{case.nd}d_bn_act")
         return function(x, w, None, mean, var, gamma, beta, **arguments, activation="relu", residual=residual)
+
+    def gradient(self, case: Case, dy: Tensor, other: Tensor) -> Tensor:
+        """The gradient of the input from the weight, or of the weight from the input."""
+        geometry, channels_last = self.geometry(case), suggests_channels_last(other)
+        if case.pass_ == "dgrad":
+            return conv_dgrad(dy, other, geometry, channels_last, "conv")
+        return conv_wgrad(dy, other, geometry, channels_last, False, "conv")[0]
 
     def torch(self, case: Case, *tensors: Tensor) -> Tensor:
         if case.pass_ != "fprop":
             return self._torch_gradient(case, *tensors)
         x, w, *rest = tensors
-        x, arguments = self._arguments(case, x)
-        y: Tensor = getattr(torch.nn.functional, f"conv{case.nd}d")(x, w, None, **arguments)
+        x, arguments = self.arguments(case, x)
+        y: Tensor = getattr(torch.nn.functional, f"{self.function}{case.nd}d")(x, w, None, **arguments)
         if rest:
             mean, var, gamma, beta, residual = rest
             y = torch.nn.functional.batch_norm(y, mean, var, gamma, beta)
@@ -104,12 +109,13 @@ class Convolution(Operation):
         x, w = (unread, other) if wants_input else (other, unread)
         first = 3 - g.nd
         result: list[Tensor] = torch.ops.aten.convolution_backward(
-            dy, x, w, None, g.stride[first:], g.padding[first:], g.dilation[first:], False, [0] * g.nd, g.groups,
-            [wants_input, not wants_input, False],
+            dy, x, w, None, g.stride[first:], g.padding[first:], g.dilation[first:], g.transposed,
+            g.output_padding[first:], g.groups, [wants_input, not wants_input, False],
         )  # fmt: skip
         return result[0 if wants_input else 1]
 
-    def _arguments(self, case: Case, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def arguments(self, case: Case, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """What a function is called with: the image, and its options."""
         padding = case.padding
         if padding == "causal":
             # Neither library has causal padding in its convolution.
@@ -119,31 +125,32 @@ class Convolution(Operation):
     def checks(self) -> list[Case]:
         """Sizes that no tile divides, so that every edge is crossed; 128 channels take every BLOCK_K of conv_fprop."""
         return [
-            _layer("3x3 of 128", (1, 128, 9, 8), (40, 128, 3, 3), padding=1, fused=True),
-            _layer("3x3 of 24", (1, 24, 9, 8), (40, 24, 3, 3), padding=1, fused=True),
-            _layer("1x1 of 72", (1, 72, 13, 11), (72, 72, 1, 1), fused=True),
-            _layer("stem 5x5 stride 2", (1, 3, 17, 15), (20, 3, 5, 5), padding=2, stride=2),
-            _layer("3x3 stride 2, groups of 128", (2, 256, 7, 9), (36, 128, 3, 3), padding=1, stride=2, groups=2),
-            _layer("3x3 dilated", (1, 128, 11, 9), (17, 128, 3, 3), padding=2, dilation=2),
-            _layer("1-d of 128", (2, 128, 21), (17, 128, 5), padding=2),
-            _layer("3-d of 128", (1, 128, 4, 5, 3), (17, 128, 3, 2, 3), padding=1),
-            _layer("patches of a contiguous image", (2, 3, 16, 12), (40, 3, 4, 4), stride=4, channels_last=False),
-            _layer("sizes of one", (1, 1, 1, 1), (1, 1, 1, 1)),
+            layer("3x3 of 128", (1, 128, 9, 8), (40, 128, 3, 3), padding=1, fused=True),
+            layer("3x3 of 24", (1, 24, 9, 8), (40, 24, 3, 3), padding=1, fused=True),
+            layer("1x1 of 72", (1, 72, 13, 11), (72, 72, 1, 1), fused=True),
+            layer("stem 5x5 stride 2", (1, 3, 17, 15), (20, 3, 5, 5), padding=2, stride=2),
+            layer("3x3 stride 2, groups of 128", (2, 256, 7, 9), (36, 128, 3, 3), padding=1, stride=2, groups=2),
+            layer("3x3 dilated", (1, 128, 11, 9), (17, 128, 3, 3), padding=2, dilation=2),
+            layer("1-d of 128", (2, 128, 21), (17, 128, 5), padding=2),
+            layer("3-d of 128", (1, 128, 4, 5, 3), (17, 128, 3, 2, 3), padding=1),
+            layer("patches of a contiguous image", (2, 3, 16, 12), (40, 3, 4, 4), stride=4, channels_last=False),
+            layer("sizes of one", (1, 1, 1, 1), (1, 1, 1, 1)),
         ]
 
     def specimens(self) -> list[Specimen]:
-        def seen(kernel: str, name: str, *layer: Any, configs: int | None = None, **more: Any) -> Specimen:
-            return Specimen(kernel, _layer(name, *layer, fused=True, **more), configs)
+        def seen(kernel: str, name: str, *sizes: Any, configs: int | None = None, **more: Any) -> Specimen:
+            return Specimen(kernel, layer(name, *sizes, fused=True, **more), configs)
 
         large, strided = ((32, 256, 56, 56), (256, 256, 3, 3)), ((32, 256, 57, 57), (256, 256, 3, 3))
         # Counts that nothing divides: several taps a tile, rows of 48 bytes, single elements.
         narrow, odd = ((32, 24, 56, 56), (40, 24, 3, 3)), ((32, 3, 56, 56), (5, 3, 3, 3))
         gradients = [
-            seen(f"conv_{pass_}", f"{pass_} {name}", *layer, padding=1, pass_=pass_, **more)
+            seen(f"conv_{pass_}", f"{pass_} {name}", *sizes, padding=1, pass_=pass_, **more)
             for pass_ in ("dgrad", "wgrad")
-            for name, layer, more in (
+            for name, sizes, more in (
                 ("3x3", large, {}), ("3x3 s2", strided, dict(stride=2, configs=3)), ("3x3 of 24", narrow, dict(configs=2)),
                 ("3x3 odd", odd, {}), ("3x3 tf32", large, dict(dtype="fp32", tf32=True, configs=3)),
+                ("3x3 few pixels", ((1, 256, 14, 14), (256, 256, 3, 3)), dict(configs=3)),
                 ("3x3 ieee", large, dict(dtype="fp32", configs=1)), ("3x3 fp64", large, dict(dtype="fp64", configs=1)),
             )
         ]  # fmt: skip
@@ -175,12 +182,13 @@ class Convolution(Operation):
         ]
 
 
-def _layer(
+def layer(
     name: str, input: tuple[int, ...], weight: tuple[int, ...], *, stride: int = 1, padding: int = 0, dilation: int = 1,
-    groups: int = 1, **more: Any,
+    groups: int = 1, kind: str = "conv", **more: Any,
 ) -> Case:  # fmt: skip
+    """A layer by the sizes of its input and its weight, and one number for all axes."""
     nd = len(input) - 2
     return Case(
-        name, "conv", input[0], input[1], input[2:], weight[0], weight[2:], (stride,) * nd, (padding,) * nd,
+        name, kind, input[0], input[1], input[2:], weight[0], weight[2:], (stride,) * nd, (padding,) * nd,
         (dilation,) * nd, groups, **more,
     )  # fmt: skip

@@ -1,0 +1,99 @@
+"""The examples run as a user would run them, and train the same with torch's layers and with ours."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tritonconv
+from tritonconv.ops.launch import record_launches
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training example."""
+
+    name: str
+    steps: int
+    layers: int
+    """Whose weights are trained."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    # Three convolutions with batch norm and ReLU, two linear layers.
+    Case("lenet_digits", 5, 5),
+    # Ten such convolutions, two transposed ones, and a last one on its own.
+    Case("unet_segmentation", 2, 13),
+]
+# Without arguments they train to the end.
+BRIEFLY = {f"{case}.py": ("--impl", "torch", "--steps", "2") for case in CASES}
+
+
+@pytest.mark.parametrize("name", sorted({path.name for path in FOLDER.glob("*.py")} - {"common.py"}))
+def test_runs_in_another_folder(name: str, tmp_path: Path) -> None:
+    """As a user would who copied the examples."""
+    shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, name, *BRIEFLY.get(name, ())]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+
+
+def run(name: str, device: str, *argv: str) -> dict[str, list[float]]:
+    """An example's losses, by implementation, in small batches: kernels of few programs."""
+    # An example chooses devices itself.
+    with torch.device("cpu"):
+        result: dict[str, list[float]] = importlib.import_module(name).main([*argv, "--batch-size=4", f"--device={device}"])
+    return result
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_both_implementations_learn_the_same(case: Case, tmp_path: Path, device: str) -> None:
+    picture = tmp_path / "loss.png"
+    with record_launches() as launches:
+        expected = run(case.name, device, "--impl=torch", f"--steps={case.steps}")["torch"]
+    assert not launches
+    with tritonconv.set_backend("triton"), record_launches() as launches:
+        found = run(case.name, device, "--impl=tritonconv", f"--steps={case.steps}", f"--picture={picture}")["tritonconv"]
+    # Every gradient of a weight is ours, and so is every batch norm.
+    assert launches.count("conv_wgrad_kernel") == case.layers * case.steps
+    assert {"batch_norm_combine_kernel", "batch_norm_reduce_kernel", "conv_dgrad_kernel"} <= set(launches)
+    assert len(found) == case.steps
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=0)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_compares_both_from_one_seed(tmp_path: Path, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "loss.png"
+    losses = run("lenet_digits", device, "--compare", "--steps=2", f"--picture={picture}")
+    assert [len(values) for values in losses.values()] == [2, 2]
+    assert losses["torch"] == pytest.approx(losses["tritonconv"], rel=1e-4)
+    assert "largest relative difference of the losses" in capsys.readouterr().out
+    assert picture.exists()
+
+
+def test_says_where_it_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    common: Any = importlib.import_module("common")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    common.prepare(torch.nn.ReLU(), "tritonconv", "cpu")
+    assert "tensors on cpu run on torch" in capsys.readouterr().out
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    common.prepare(torch.nn.ReLU(), "tritonconv", "cpu")
+    assert "our kernels in Triton's interpreter" in capsys.readouterr().out

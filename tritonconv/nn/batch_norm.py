@@ -1,0 +1,122 @@
+"""torch.nn's batch norms on our kernels: same constructors, parameters, buffers, state_dict and hooks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonconv.ops.backend import Backend
+from tritonconv.ops.dispatch_batch_norm import batch_norm, norm_act, refused
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Norm", "SyncBatchNorm", "begin_batch", "group_of"]
+
+
+class Norm(NamedTuple):
+    """What a batch norm module gives torch.nn.functional.batch_norm beside the input, in its order."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+
+
+def begin_batch(norm: torch.nn.modules.batchnorm._BatchNorm) -> Norm:
+    """Count the batch, as the module's forward does, and say how it is to be normalized."""
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    running_mean, running_var = norm.running_mean, norm.running_var
+    training = norm.training or (running_mean is None and running_var is None)
+    if norm.training and not norm.track_running_stats:
+        running_mean = running_var = None
+    return Norm(running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps)
+
+
+def group_of(norm: torch.nn.Module) -> str:
+    """Name of the process group whose pixels a module normalizes together now; "" where it does so alone."""
+    if not isinstance(norm, torch.nn.SyncBatchNorm) or not norm.training or not torch.distributed.is_available():
+        return ""
+    if not torch.distributed.is_initialized():
+        return ""
+    group: Any = norm.process_group or torch.distributed.group.WORLD
+    return group.group_name if group.size() > 1 else ""
+
+
+def _forward(norm: Any, input: Tensor) -> Tensor:
+    norm._check_input_dim(input)
+    return batch_norm(input, *begin_batch(norm), backend=norm.backend)
+
+
+class BatchNorm1d(torch.nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` on our kernels: (N, C) or (N, C, L).
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> BatchNorm1d(3)(torch.randn(4, 3)).shape
+    torch.Size([4, 3])
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input)
+
+
+class BatchNorm2d(torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` on our kernels: (N, C, H, W).
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> BatchNorm2d(3)(torch.randn(2, 3, 4, 4)).shape
+    torch.Size([2, 3, 4, 4])
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input)
+
+
+class BatchNorm3d(torch.nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` on our kernels: (N, C, D, H, W).
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> BatchNorm3d(3)(torch.randn(2, 3, 2, 2, 2)).shape
+    torch.Size([2, 3, 2, 2, 2])
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input)
+
+
+class SyncBatchNorm(torch.nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm` on our kernels: (N, C, *), normalized over the pixels of a whole process group.
+
+    Every process must run it on the same backend. Unlike torch's, it takes tensors on any device that our kernels take.
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> SyncBatchNorm(3)(torch.randn(2, 3, 4, 4)).shape
+    torch.Size([2, 3, 4, 4])
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        group = group_of(self)
+        if not group:
+            return batch_norm(input, *begin_batch(self), backend=self.backend)
+        if refused(input, self.running_mean, self.running_var, self.weight, self.bias, True, self.backend):
+            return super().forward(input)
+        return norm_act(input, *begin_batch(self), group=group)

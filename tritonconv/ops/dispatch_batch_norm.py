@@ -1,0 +1,140 @@
+"""Who runs a batch norm: our kernels at once, the registered operators, or torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonconv.ops.activation import ActivationSpec
+from tritonconv.ops.backend import Backend, decide, needs_gradients
+from tritonconv.ops.batch_norm import check_sizes, normalize, update_running
+from tritonconv.ops.library_batch_norm import (
+    as_dense,
+    batch_norm_eval,
+    batch_norm_train,
+    batch_statistics,
+    update_running_stats,
+)
+from tritonconv.ops.registered import is_traced
+from tritonconv.ops.watch import Call, Decision, notify
+
+__all__ = ["batch_norm", "missing_norm", "norm_act", "refused"]
+
+
+def batch_norm(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float, eps: float, backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
+    """torch.nn.functional.batch_norm on the backend that is chosen for it.
+
+    Args:
+        backend: the layer's own choice.
+    """
+    on_torch = torch.nn.functional.batch_norm
+    arguments = (x, running_mean, running_var, weight, bias, training, momentum, eps)
+    # Torch says best what is wrong, and an empty batch has nothing to compute.
+    if not _is_valid(*arguments) or x.numel() == 0:
+        return on_torch(*arguments)
+    if refused(x, running_mean, running_var, weight, bias, training, backend):
+        return on_torch(*arguments)
+    # Who observes calls computes them all with torch.
+    if notify(lambda: _as_call(x, weight, bias, training)):
+        return on_torch(*arguments)
+    return norm_act(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def refused(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, backend: Backend | None,
+) -> bool:  # fmt: skip
+    """Whether torch must run a batch norm; `decide` has said why then."""
+    parameters = tuple(t for t in (weight, bias, running_mean, running_var) if t is not None)
+
+    def describe() -> str:
+        return f"batch_norm of {list(x.shape)}{' in training' if training else ''}"
+
+    missing = missing_norm(x, running_mean, running_var, weight, bias)
+    return decide((x, *parameters), backend, describe, missing) is not None
+
+
+def norm_act(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float, eps: float, residual: Tensor | None = None, activation: ActivationSpec | None = None,
+    group: str = "",
+) -> Tensor:  # fmt: skip
+    """act(batch_norm(x) + residual) on our kernels; running statistics are updated in training.
+
+    Args:
+        residual: of x's size and dtype.
+        group: name of the process group whose pixels are normalized together in training; "" for none.
+    """
+    check_sizes(x, residual, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    running = [t for t in (running_mean, running_var) if t is not None]
+    tensors = (x, *(t for t in (weight, bias, residual) if t is not None), *running)
+    numbers: dict[str, Any] = dict(
+        eps=eps, activation=activation.name if activation else "", a=activation.a if activation else 0.0,
+        b=activation.b if activation else 0.0,
+    )  # fmt: skip
+    if is_traced(tensors) or needs_gradients(tensors):
+        if not training:
+            assert running_mean is not None and running_var is not None
+            mean, var = running_mean.contiguous(), running_var.contiguous()
+            return batch_norm_eval(x, mean, var, weight, bias, residual, **numbers)
+        y, mean, var, count = batch_norm_train(x, weight, bias, residual, **numbers, group=group)
+        if running:
+            update_running_stats(mean, var, count, running_mean, running_var, momentum)
+        return y
+    x = as_dense(x)
+    if not training:
+        assert running_mean is not None and running_var is not None
+        mean, var = running_mean.contiguous(), running_var.contiguous()
+        return normalize(x, mean, var, weight, bias, eps, residual, activation)
+    mean, var, count = batch_statistics(x, group)
+    y = normalize(x, mean, var, weight, bias, eps, residual, activation)
+    if running:
+        update_running(mean, var, count, running_mean, running_var, momentum)
+        # As an operator of torch would: what was saved for a backward pass before must notice.
+        torch.autograd.graph.increment_version(running)
+    return y
+
+
+def _is_valid(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float, eps: float,
+) -> bool:  # fmt: skip
+    """Whether torch takes these arguments, but for their dtypes."""
+    parameters = [t for t in (weight, bias, running_mean, running_var) if t is not None]
+    if not all(isinstance(t, Tensor) for t in (x, *parameters)) or x.dim() < 2:
+        return False
+    if not isinstance(momentum, (int, float)) or not isinstance(eps, (int, float)):
+        return False
+    if training and (eps <= 0 or x.numel() == x.shape[1]):
+        return False
+    if eps < 0 or (running_mean is None) != (running_var is None) or (not training and running_mean is None):
+        return False
+    return all(tuple(t.shape) == (x.shape[1],) and t.device == x.device for t in parameters)
+
+
+def missing_norm(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> str | None:
+    """Why there is no kernel for a batch norm of `x` or what becomes of it, beside what `decide` finds."""
+    dtypes = {t.dtype for t in (running_mean, running_var, weight, bias) if t is not None}
+    if len(dtypes) > 1:
+        return f"parameters of {' and '.join(sorted(map(str, dtypes)))} together have no kernel"
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if dtypes and dtypes != {x.dtype} and not (half and dtypes == {torch.float32}):
+        return f"parameters of {dtypes.pop()} with an input of {x.dtype} have no kernel"
+    if any(t is not None and not t.is_contiguous() for t in (running_mean, running_var)):
+        return "running statistics that do not lie side by side have no kernel"
+    return None
+
+
+def _as_call(x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool) -> Call:
+    parameters = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
+    size = (3 if training else 2) * x.numel() * x.element_size() + parameters
+    kernel = "batch_norm_statistics_kernel" if training else "batch_norm_normalize_kernel"
+    return Call("batch_norm", Decision("triton", kernel), None, 0, size, x.dtype, x.device, None, "")

@@ -1,0 +1,100 @@
+"""Who runs a convolution and a batch norm with the batch's own statistics: our operators, or torch part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.backend import Backend, OnTorch, current_backend, decide, interpreting
+from tritonconv.ops.batch_norm import update_running
+from tritonconv.ops.convolution import check_convolution
+from tritonconv.ops.dispatch import autocast, check_tensors, is_thin, missing
+from tritonconv.ops.dispatch_batch_norm import missing_norm
+from tritonconv.ops.epilogue import Epilogue
+from tritonconv.ops.launch import Kind
+from tritonconv.ops.library_batch_norm import update_running_stats
+from tritonconv.ops.library_training import OwnNorm, call_training
+from tritonconv.ops.registered import arguments_of, is_traced
+from tritonconv.ops.watch import Call, Decision, notify
+
+__all__ = ["convolution_batch_norm", "parts_on_torch"]
+
+
+def convolution_batch_norm(
+    op: str, kind: Kind, x: Tensor, weight: Tensor, epilogue: Epilogue, norm: OwnNorm, numbers: tuple[Any, ...],
+    momentum: Callable[[], float], backend: Backend | None = None, group: str = "",
+) -> Tensor | None:  # fmt: skip
+    """act(batch_norm(conv(x)) + residual) by the batch's own statistics; None where torch is to run it part by part.
+
+    Args:
+        op: the public function's name, for messages.
+        kind: "conv" or "conv_transpose".
+        epilogue: bias, residual and activation.
+        norm: affine parameters, and the running statistics that are updated, or None for each.
+        numbers: as `dispatch.replay` takes them.
+        momentum: gives the weight of the batch in the running statistics; called once and only if the call runs here, so
+            that a module can count its batches.
+        group: name of the process group whose pixels are normalized together; "" for none.
+    """
+    check_tensors(op, x, weight, epilogue)
+    x, weight, epilogue = autocast(x, weight, epilogue)
+    given = arguments_of(kind, numbers)
+    running = tuple(t for t in norm[:2] if t is not None)
+    tensors = (x, weight, *epilogue.tensors(), *(t for t in norm[:4] if t is not None))
+    # Of an unbatched image the channels would be the batch.
+    if x.dim() != numbers[0] + 2:
+        return None
+    geometry = ConvGeometry.parse(x.shape, weight.shape, nd=numbers[0], transposed=kind == "conv_transpose", **given)
+    if not _is_valid(geometry, norm):
+        return None
+
+    def describe() -> str:
+        return f"{op} in training of {geometry}"
+
+    refused = decide(tensors, backend, describe, missing(x, weight, epilogue) or missing_norm(x, *norm[:4]))
+    grouped = geometry.groups > 1 and not interpreting() and current_backend(backend) == "auto"
+    if refused is None and grouped and is_thin(kind, weight, geometry.groups):
+        refused = OnTorch(f"of {geometry.groups} groups a kernel for dense ones would compute zeros mostly")
+    if refused is not None:
+        return None
+    check_convolution(op, x, weight, epilogue, geometry)
+
+    def seen() -> Call:
+        size = geometry.bytes(x.element_size(), residual=epilogue.residual is not None)
+        decision = Decision("triton", "convolution and batch norm in training")
+        return Call(op, decision, geometry, geometry.macs, size, x.dtype, x.device, None, "")
+
+    # Who observes calls computes them all with torch.
+    if notify(seen):
+        return parts_on_torch(kind, x, weight, epilogue, norm, numbers, momentum())
+    weight_of_batch = momentum()
+    y, mean, var, count = call_training(kind, x, weight, epilogue, norm, **given, fixed=False, group=group)
+    if running:
+        if is_traced(tensors):
+            update_running_stats(mean, var, count, norm.mean, norm.var, weight_of_batch)
+        else:
+            update_running(mean, var, count, norm.mean, norm.var, weight_of_batch)
+            # As an operator of torch would: what was saved for a backward pass before must notice.
+            torch.autograd.graph.increment_version(running)
+    return y
+
+
+def parts_on_torch(
+    kind: Kind, x: Tensor, weight: Tensor, epilogue: Epilogue, norm: OwnNorm, numbers: tuple[Any, ...], momentum: float
+) -> Tensor:
+    """What torch computes, one function after the other; arguments as `convolution_batch_norm` takes them."""
+    functional: Any = torch.nn.functional
+    y = getattr(functional, f"{kind}{numbers[0]}d")(x, weight, epilogue.bias, *numbers[1:])
+    y = functional.batch_norm(y, *norm[:4], training=True, momentum=momentum, eps=norm.eps)
+    return Epilogue(residual=epilogue.residual, activation=epilogue.activation).torch(y)
+
+
+def _is_valid(geometry: ConvGeometry, norm: OwnNorm) -> bool:
+    """Whether torch takes the batch norm; else it says best what is wrong. An empty batch has nothing to compute."""
+    pixels = geometry.elements()[2] // geometry.out_channels
+    shapes = all(tuple(t.shape) == (geometry.out_channels,) for t in norm[:4] if isinstance(t, Tensor))
+    return pixels > 1 and isinstance(norm.eps, (int, float)) and norm.eps > 0 and shapes
