@@ -1,4 +1,7 @@
-"""Chains of a graph that one kernel computes: convolution, batch norm, residual add, activation."""
+"""Chains of a graph that one kernel computes: convolution, batch norm, residual add, activation.
+
+A batch norm that no convolution of ours precedes begins a chain of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import fx
 from tritonconv import functional, nn
 from tritonconv.convert.calls import activation_of, addition_of, is_batch_norm, module_of
 from tritonconv.convert.memory import Memory, thread_in_place
-from tritonconv.nn.fused import carries_hook, fused_call
+from tritonconv.nn.fused import carries_hook, fused_call, fused_norm
 from tritonconv.ops.activation import ActivationSpec
 
 __all__ = ["Rewriting", "rewrite"]
@@ -20,6 +23,8 @@ DIMENSIONS = {
     nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3,
     nn.Linear: 0,
 }  # fmt: skip
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 FUNCTIONS = {
     torch.conv1d: functional.conv1d,
@@ -34,7 +39,7 @@ FUNCTIONS = {
 
 @dataclass(frozen=True)
 class Chain:
-    """Nodes from a layer to the end of what its kernel can do."""
+    """Nodes from a layer to the end of what its kernel can do; a batch norm may be the first."""
 
     nodes: tuple[fx.Node, ...]
     norm: fx.Node | None = None
@@ -68,6 +73,13 @@ def rewrite(graph: fx.Graph, root: torch.nn.Module) -> Rewriting:
             if chain is not None:
                 taken.update(chain.nodes)
                 chains.append(chain)
+    # What is left of batch norms has no convolution before it.
+    for node in reversed(graph.nodes):
+        if type(module_of(node, modules)) in NORMS and node not in taken:
+            chain = _chain_from(node, modules, memory, taken)
+            if chain is not None:
+                taken.update(chain.nodes)
+                chains.append(chain)
     for chain in chains:
         _replace(graph, chain)
     done.chains = len(chains)
@@ -87,7 +99,7 @@ def _chain_from(layer: fx.Node, modules: dict[str, torch.nn.Module], memory: Mem
     # A transposed convolution may also be given the size of its output.
     if (layer.args, layer.kwargs) not in (((source,), {}), ((), {"input": source})):
         return None
-    chain = Chain((layer,))
+    chain = Chain((layer,), norm=layer if type(module) in NORMS else None)
     for find in (_as_norm, _as_addition, _as_activation):
         users = list(chain.nodes[-1].users)
         if len(users) != 1 or users[0] in taken:
@@ -105,6 +117,8 @@ def _chain_from(layer: fx.Node, modules: dict[str, torch.nn.Module], memory: Mem
 
 def _as_norm(node: fx.Node, chain: Chain, modules: dict[str, torch.nn.Module]) -> dict[str, Any] | None:
     layer, norm = chain.nodes[0], module_of(node, modules)
+    if chain.norm is not None:
+        return None
     fits = norm is not None and is_batch_norm(norm, DIMENSIONS[type(modules[str(layer.target)])]) and not carries_hook(norm)
     return {"norm": node} if fits and node.all_input_nodes == [layer] else None
 
@@ -146,12 +160,14 @@ def _may_save(chain: Chain, memory: Memory) -> bool:
 def _replace(graph: fx.Graph, chain: Chain) -> None:
     layer, last = chain.nodes[0], chain.nodes[-1]
     with graph.inserting_before(last):
-        members = [graph.get_attr(str(layer.target)), graph.get_attr(str(chain.norm.target)) if chain.norm else None]
+        members: list[Any] = [graph.get_attr(str(layer.target))]
+        if chain.norm is not layer:
+            members.append(graph.get_attr(str(chain.norm.target)) if chain.norm else None)
         activation = chain.activation
         if isinstance(activation, torch.nn.Module):
             members.append(graph.get_attr(str(last.target)))
         elif activation is not None:
-            members.append(activation)  # type: ignore[arg-type]
+            members.append(activation)
         else:
             members.append(None)
         residual = None
@@ -160,7 +176,7 @@ def _replace(graph: fx.Graph, chain: Chain) -> None:
             added = addition_of(chain.add, chain.nodes[chain.nodes.index(chain.add) - 1])
             residual = added and added[0]
         arguments = (*members, layer.all_input_nodes[0], residual, chain.in_place)
-        fused = graph.call_function(fused_call, arguments)
+        fused = graph.call_function(fused_norm if chain.norm is layer else fused_call, arguments)
     last.replace_all_uses_with(fused)
     for node in reversed(chain.nodes):
         graph.erase_node(node)

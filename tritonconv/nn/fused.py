@@ -27,12 +27,14 @@ from tritonconv.nn.conv import (
 from tritonconv.nn.linear import Linear
 from tritonconv.ops.activation import ActivationSpec, from_module, parse_activation
 from tritonconv.ops.dispatch import linear, replay
+from tritonconv.ops.dispatch_batch_norm import batch_norm
 from tritonconv.ops.dispatch_training import convolution_batch_norm
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.library_training import OwnNorm
 
 __all__ = [
-    "ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d", "ConvBNReLU2d", "Group", "carries_hook", "fused_call", "observe_groups",
+    "ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d", "ConvBNReLU2d", "Group", "carries_hook", "fused_call", "fused_norm",
+    "observe_groups",
 ]  # fmt: skip
 
 BATCH_NORMS: dict[int, tuple[type[torch.nn.Module], ...]] = {
@@ -111,10 +113,41 @@ def fused_call(
     y = layer(input)
     if norm is not None:
         y = norm(y)
+    return _behind(y, residual, in_place, activation, spec)
+
+
+def fused_norm(
+    norm: torch.nn.Module, activation: Any, input: Tensor, residual: Tensor | None = None, in_place: bool = False
+) -> Tensor:
+    """activation(norm(input) + residual) in one pass, or member by member where that would not be the same.
+
+    Args:
+        norm: our BatchNorm1d, BatchNorm2d or BatchNorm3d, behind anything but a convolution of ours.
+        activation, in_place: as `fused_call` takes them.
+    """
+    spec = from_module(activation) if isinstance(activation, Module) else parse_activation(activation)
+    known = not isinstance(activation, Module) or (spec is not None and not _is_changed(activation))
+    fits = residual is None or (
+        isinstance(residual, Tensor) and (residual.shape, residual.dtype) == (input.shape, input.dtype)
+    )
+    if isinstance(norm, (BatchNorm1d, BatchNorm2d, BatchNorm3d)) and known and fits and not _is_changed(norm):
+        norm._check_input_dim(input)
+        y = batch_norm(input, *begin_batch(norm), backend=norm.backend, residual=residual, activation=spec)
+        if not torch.compiler.is_compiling() and _observer.callback is not None:
+            _observer.callback(
+                Group(norm, None, residual, activation if isinstance(activation, Module) else spec, input, y)
+            )
+        return y
+    return _behind(norm(input), residual, in_place, activation, spec)
+
+
+def _behind(y: Tensor, residual: Tensor | None, in_place: bool, activation: Any, spec: ActivationSpec | None) -> Tensor:
+    """What follows, one by one."""
     if residual is not None:
         y = y.add_(residual) if in_place else y + residual
     if isinstance(activation, Module):
-        return activation(y)
+        result: Tensor = activation(y)
+        return result
     return y if spec is None else spec.torch(y)
 
 

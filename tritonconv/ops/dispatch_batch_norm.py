@@ -10,6 +10,7 @@ from torch import Tensor
 from tritonconv.ops.activation import ActivationSpec
 from tritonconv.ops.backend import Backend, decide, needs_gradients
 from tritonconv.ops.batch_norm import check_sizes, normalize, update_running
+from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.library_batch_norm import (
     as_dense,
     batch_norm_eval,
@@ -25,24 +26,26 @@ __all__ = ["batch_norm", "missing_norm", "norm_act", "refused"]
 
 def batch_norm(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    training: bool, momentum: float, eps: float, backend: Backend | None = None,
+    training: bool, momentum: float, eps: float, backend: Backend | None = None, residual: Tensor | None = None,
+    activation: ActivationSpec | None = None,
 ) -> Tensor:  # fmt: skip
-    """torch.nn.functional.batch_norm on the backend that is chosen for it.
+    """act(torch.nn.functional.batch_norm(x) + residual) on the backend that is chosen for it.
 
     Args:
         backend: the layer's own choice.
+        residual: of x's size and dtype.
     """
-    on_torch = torch.nn.functional.batch_norm
     arguments = (x, running_mean, running_var, weight, bias, training, momentum, eps)
-    # Torch says best what is wrong, and an empty batch has nothing to compute.
-    if not _is_valid(*arguments) or x.numel() == 0:
-        return on_torch(*arguments)
-    if refused(x, running_mean, running_var, weight, bias, training, backend):
-        return on_torch(*arguments)
-    # Who observes calls computes them all with torch.
-    if notify(lambda: _as_call(x, weight, bias, training)):
-        return on_torch(*arguments)
-    return norm_act(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    # Torch says best what is wrong, and an empty batch has nothing to compute. Who observes calls computes them with torch.
+    if (
+        not _is_valid(*arguments)
+        or x.numel() == 0
+        or refused(x, running_mean, running_var, weight, bias, training, backend)
+        or notify(lambda: _as_call(x, weight, bias, training))
+    ):
+        y = torch.nn.functional.batch_norm(*arguments)
+        return Epilogue(residual=residual, activation=activation).torch(y)
+    return norm_act(*arguments, residual, activation)
 
 
 def refused(

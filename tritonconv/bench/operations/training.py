@@ -83,9 +83,11 @@ class ConvolutionBatchNorm(Convolution):
             y = functional.batch_norm(z, None, None, gamma, beta, training=True, eps=EPS)
             return torch.relu(y + rest[0] if rest else y)
         dy, other, z, table = tensors
-        mean, scale, beta, slope, offset = (row.view(-1, *(1,) * case.nd).to(z.dtype) for row in table)
-        g = torch.where(scale * (z - mean) + beta > 0, dy, 0.0)
-        return super().torch(case, scale * g + slope * (z - mean) + offset, other)
+        # In the table's type, as torch's batch norm computes its gradients.
+        mean, scale, beta, slope, offset = (row.view(-1, *(1,) * case.nd) for row in table)
+        centered = z.to(table.dtype) - mean
+        g = torch.where(scale * centered + beta > 0, dy.to(table.dtype), 0.0)
+        return super().torch(case, (scale * g + slope * centered + offset).to(dy.dtype), other)
 
     def checks(self) -> list[Case]:
         return [
@@ -143,6 +145,6 @@ class TransposedBatchNorm(ConvolutionBatchNorm, TransposedConvolution):
     def specimens(self) -> list[Specimen]:
         up, decoder = ((8, 128, 256, 256), (128, 64, 2, 2)), ((8, 256, 64, 64), (256, 128, 3, 3))
         return [
-            Specimen("conv_up", up_layer("up 2x2 statistics", *up, stride=2, kind=self.kind)),
-            Specimen("conv_dgrad", up_layer("up 3x3 s2 statistics", *decoder, stride=2, padding=1, kind=self.kind)),
+            Specimen("conv_up", up_layer("up 2x2 statistics", *up, stride=2, kind=self.kind), 6),
+            Specimen("conv_dgrad", up_layer("up 3x3 s2 statistics", *decoder, stride=2, padding=1, kind=self.kind), 6),
         ]
