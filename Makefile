@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n 2 --dist worksteal
-KERNEL_TESTS := $(filter-out tests/test_convert.py,$(wildcard tests/test_conv*.py)) \
-	$(addprefix tests/test_,operators.py codegen.py host.py tune.py bench.py)
+KERNEL_TESTS := $(addsuffix .py,$(addprefix tests/test_,conv gradients transposed batch_norm training operators codegen \
+	host tune bench))
 
 # Two workers with two threads each wait for one another.
 test compat-3.6 compat-3.9: export OMP_NUM_THREADS := 1

@@ -150,7 +150,8 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
     mma = "HMMA" if target.gpu.backend == "cuda" and m < 64 else target.mma
     if not plain and not count(row, mma):
         wrong.append(f"no {mma}")
-    if row["serialized"]:
+    # Triton 3.6 has the weight gradient wait for its computed operand; memory is that kernel's limit.
+    if row["serialized"] and (pinned or "computed" not in case):
         wrong.append("wgmma is serialized")
     if target.gpu.backend == "cuda":
         wide_store = count(row, "STG.E.128", "UTMASTG")

@@ -28,7 +28,8 @@ def seeded(device: str) -> Iterator[None]:
         return
     # By the older switches, which set the newer ones too: torch.compile fails where they contradict each other.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    with torch.device(device):
+    # Backward passes run on this thread, whose launches are recorded and forced.
+    with torch.device(device), torch.autograd.set_multithreading_enabled(False):
         yield
 
 

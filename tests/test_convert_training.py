@@ -200,8 +200,8 @@ NETWORKS = [
     Network("resnet", ResNet, 6, (3, 8, 8)),
     Network("mobilenet", InvertedResidual, 3),
     Network("unet", UNet, 4),
-    Network("densenet", Dense, 1),
-    Network("pre-activation", PreActivation, 2),
+    Network("densenet", Dense, 4),
+    Network("pre-activation", PreActivation, 3),
     # One convolution called twice, a block used twice, one weight in two convolutions.
     Network("shared modules and weights", Shared, 6, (8, 6, 6)),
     # Statistics are updated twice in a step.
