@@ -181,6 +181,7 @@ def test_inputs_and_gradients_of_any_strides(device: str) -> None:
     layer = Layer.random((4, 6, 8, 5), torch.float64, device=device)
     layer.x, layer.weight = layer.x[::2, :, ::3], layer.weight.repeat_interleave(2)[::2]
     layer.dy = torch.randn(2, 3, 5, 6, device=device, dtype=torch.float64).permute(0, 3, 1, 2)
+    layer.bias = layer.bias[:1].expand(6)
     for training in (True, False):
         compared(layer, training, "strided")
     layer.x = torch.randn(1, 6, 1, 1, device=device, dtype=torch.float64).expand(2, 6, 3, 4)

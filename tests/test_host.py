@@ -519,14 +519,14 @@ def test_tensors_without_memory_are_seen() -> None:
 
 def test_a_backend_that_changes_while_a_call_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
-    prepare = dispatch.prepare
+    prepare = dispatch.prepare_call
 
     def slowly(*arguments: Any) -> Any:
         # As another thread might, meanwhile.
         tritonconv.set_backend("torch")
         return prepare(*arguments)
 
-    monkeypatch.setattr(dispatch, "prepare", slowly)
+    monkeypatch.setattr(dispatch, "prepare_call", slowly)
     with tritonconv.set_backend("auto"):
         TF.conv2d(x, w)
         with record_launches() as log:

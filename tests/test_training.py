@@ -198,6 +198,43 @@ def test_a_frozen_batch_norm_passes_gradients(block: Block, dtype: torch.dtype, 
     assert "batch_norm_combine_kernel" not in launches
 
 
+@pytest.mark.parametrize("block", [BLOCKS[0], BLOCKS[2], BLOCKS[4], BLOCKS[14]], ids=str)
+@pytest.mark.parametrize("fixed", [False, True], ids=["train", "frozen"])
+def test_vectors_of_any_strides(block: Block, fixed: bool, device: str) -> None:
+    values, dy = make(block, torch.float32, device)
+    k = block.channels
+    every_second, one, mean, var = (torch.rand(n, device=device) + 0.5 for n in (2 * k, 1, 2 * k, 2 * k))
+    results = []
+    for function, wide in ((ours, False), (theirs, True)):
+        leaves = {name: leaf(t, wide) for name, t in values.items()}
+        roots = leaves | dict(bn_weight=leaf(every_second, wide), bn_bias=leaf(one, wide))
+        vectors = [roots["bn_weight"][::2], roots["bn_bias"].expand(k), *(t[::2] for t in (mean, var))]
+        if wide:
+            # Torch's gradient of channels-last images on CPUs takes strided weights for contiguous ones (2.13.0).
+            vectors = [t.double().contiguous() for t in vectors]
+        leaves |= dict(zip(("bn_weight", "bn_bias"), vectors, strict=False))
+        y = function(block, leaves, tuple(vectors[2:]) if fixed else (None, None), fixed)
+        wanted = {name: t for name, t in roots.items() if t is not None}
+        gradients = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype))
+        results.append(dict(y=y) | dict(zip(wanted, gradients, strict=True)))
+    for name, ref in results[1].items():
+        assert_close(results[0][name], ref, depth=max(ref.numel(), dy.numel() // k, 16), what=f"{block}, {name}")
+
+
+@pytest.mark.filterwarnings("ignore:tritonconv")
+def test_running_statistics_of_any_strides_go_to_torch_in_training(device: str) -> None:
+    values, _ = make(BLOCKS[0], torch.float32, device)
+    results = []
+    for function, wide in ((ours, False), (theirs, True)):
+        # Every second one belongs to someone else.
+        storage = torch.ones(2, 2 * BLOCKS[0].channels, device=device, dtype=torch.float64 if wide else torch.float32)
+        leaves = {name: leaf(t, wide) for name, t in values.items()}
+        with tritonconv.set_backend("auto"):
+            results.append((function(BLOCKS[0], leaves, tuple(storage[:, ::2])).double(), storage.double()))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert (results[0][1][:, 1::2] == 1).all()
+
+
 @pytest.mark.parametrize("needed", [
     ("x",), ("weight",), ("bn_weight",), ("bn_bias", "residual"), ("weight", "bn_weight", "bn_bias"), ("residual",), (),
 ], ids="+".join)  # fmt: skip

@@ -66,17 +66,12 @@ def rewrite(graph: fx.Graph, root: torch.nn.Module) -> Rewriting:
     done = Rewriting()
     taken: set[fx.Node] = set()
     chains = []
-    # Where two chains meet in one addition, the later one takes it: the other's value is there by then.
-    for node in reversed(graph.nodes):
-        if type(module_of(node, modules)) in DIMENSIONS:
-            chain = _chain_from(node, modules, memory, taken)
-            if chain is not None:
-                taken.update(chain.nodes)
-                chains.append(chain)
-    # What is left of batch norms has no convolution before it.
-    for node in reversed(graph.nodes):
-        if type(module_of(node, modules)) in NORMS and node not in taken:
-            chain = _chain_from(node, modules, memory, taken)
+    # What is left of batch norms when all layers have theirs has no convolution before it.
+    for firsts in (tuple(DIMENSIONS), NORMS):
+        # Where two chains meet in one addition, the later one takes it: the other's value is there by then.
+        for node in reversed(graph.nodes):
+            first = type(module_of(node, modules)) in firsts and node not in taken
+            chain = _chain_from(node, modules, memory, taken) if first else None
             if chain is not None:
                 taken.update(chain.nodes)
                 chains.append(chain)

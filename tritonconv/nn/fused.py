@@ -106,10 +106,7 @@ def fused_call(
             batch_norm = None if norm is None else _batch_norm(norm)
             y = _run(layer, input, epilogue._replace(batch_norm=batch_norm), in_place)
         if y is not None:
-            if not torch.compiler.is_compiling() and _observer.callback is not None:
-                shown = activation if isinstance(activation, Module) else spec
-                _observer.callback(Group(layer, norm, residual, shown, input, y))
-            return y
+            return _shown(y, layer, norm, residual, activation if isinstance(activation, Module) else spec, input)
     y = layer(input)
     if norm is not None:
         y = norm(y)
@@ -133,12 +130,18 @@ def fused_norm(
     if isinstance(norm, (BatchNorm1d, BatchNorm2d, BatchNorm3d)) and known and fits and not _is_changed(norm):
         norm._check_input_dim(input)
         y = batch_norm(input, *begin_batch(norm), backend=norm.backend, residual=residual, activation=spec)
-        if not torch.compiler.is_compiling() and _observer.callback is not None:
-            _observer.callback(
-                Group(norm, None, residual, activation if isinstance(activation, Module) else spec, input, y)
-            )
-        return y
+        return _shown(y, norm, None, residual, activation if isinstance(activation, Module) else spec, input)
     return _behind(norm(input), residual, in_place, activation, spec)
+
+
+def _shown(
+    y: Tensor, layer: Module, norm: Module | None, residual: Tensor | None, activation: Module | ActivationSpec | None,
+    input: Tensor,
+) -> Tensor:  # fmt: skip
+    """The result of a fused call, once its observer has seen it."""
+    if not torch.compiler.is_compiling() and _observer.callback is not None:
+        _observer.callback(Group(layer, norm, residual, activation, input, y))
+    return y
 
 
 def _behind(y: Tensor, residual: Tensor | None, in_place: bool, activation: Any, spec: ActivationSpec | None) -> Tensor:

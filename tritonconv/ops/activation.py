@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from tritonconv.ops.backend import HAS_TRITON
 if TYPE_CHECKING:
     from tritonconv.kernels.activations import Activation
 
-__all__ = ["ActivationSpec", "from_module", "module_types", "parse_activation", "table"]
+__all__ = ["ActivationSpec", "from_module", "from_numbers", "module_types", "parse_activation", "table", "to_numbers"]
 
 
 def table() -> dict[str, Activation]:
@@ -45,6 +45,17 @@ class ActivationSpec(NamedTuple):
     def __str__(self) -> str:
         numbers = (self.a, self.b)[: len(table()[self.name].parameters)]
         return f"{self.name}({', '.join(f'{n:g}' for n in numbers)})" if numbers else self.name
+
+
+def to_numbers(activation: ActivationSpec | None) -> dict[str, Any]:
+    """What registered operators take for an activation; the name is "" for none."""
+    name, a, b = activation or ("", 0.0, 0.0)
+    return dict(activation=name, a=a, b=b)
+
+
+def from_numbers(activation: str, a: float, b: float) -> ActivationSpec | None:
+    """The reverse of `to_numbers`."""
+    return ActivationSpec(activation, a, b) if activation else None
 
 
 ALIASES = {"swish": "silu", "clamp": "hardtanh"}

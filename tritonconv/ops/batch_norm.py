@@ -1,5 +1,6 @@
 """Launches of batch norm's kernels. Tensors (N, C, *spatial) are dense in either format, and results have that of z.
 
+Vectors (C,) may have any strides; only running statistics, which are written, must lie side by side.
 "Wide" is fp32, and fp64 for fp64: what is computed and handed from kernel to kernel. Nothing here waits for the device.
 """
 
@@ -198,7 +199,7 @@ def normalize(
     view = View.of(z)
     config = view.config(walks=False)
     arguments = dict(
-        z_ptr=z, residual_ptr=_as(residual, view), y_ptr=y, mean_ptr=mean, var_ptr=var, weight_ptr=weight, bias_ptr=bias,
+        z_ptr=z, residual_ptr=_as(residual, view), y_ptr=y, **_vectors(mean, var, weight, bias),
         **epilogue_constants(Epilogue(activation=activation)), **view.sizes(config),
     )  # fmt: skip
     arguments["EPS"] = float(eps)
@@ -226,7 +227,7 @@ def reduce_gradients(
     g = _like(z) if write else None
     arguments = dict(
         dy_ptr=_as(dy, view), z_ptr=z, residual_ptr=None if activation is None else _as(residual, view), g_ptr=g,
-        mean_ptr=mean, var_ptr=var, weight_ptr=weight, bias_ptr=bias, sums_ptr=parts, RANGE=size,
+        **_vectors(mean, var, weight, bias), sums_ptr=parts, RANGE=size,
         BLOCKS=view.blocks(config), EPS=float(eps), STAGES=config.num_stages, **_gradient_constants(activation),
         **view.sizes(config),
     )  # fmt: skip
@@ -261,8 +262,7 @@ def gradient_table(
     )
     arguments = dict(
         sums_ptr=sums if batch_statistics else None, count_ptr=count if batch_statistics else None, local_ptr=local,
-        mean_ptr=mean, var_ptr=var, weight_ptr=weight, bias_ptr=bias, table_ptr=result, dweight_ptr=dweight,
-        dbias_ptr=dbias, EPS=float(eps),
+        **_vectors(mean, var, weight, bias), table_ptr=result, dweight_ptr=dweight, dbias_ptr=dbias, EPS=float(eps),
     )  # fmt: skip
     _over_channels(batch_norm_table_kernel, mean, arguments)
     return result, dweight, dbias
@@ -290,6 +290,12 @@ def input_gradient(dy: Tensor, z: Tensor, table: Tensor, activation: ActivationS
     programs = view.blocks(config) * view.tiles(config)
     launch(Launch(batch_norm_input_gradient_kernel, programs, arguments, None, config), z.device)
     return dz
+
+
+def _vectors(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor | None]:
+    """A batch norm's vectors as kernels read them, side by side; users may give views of any strides."""
+    named = dict(mean_ptr=mean, var_ptr=var, weight_ptr=weight, bias_ptr=bias)
+    return {name: None if t is None else t.contiguous() for name, t in named.items()}
 
 
 def _gradient_constants(activation: ActivationSpec | None) -> dict[str, Any]:

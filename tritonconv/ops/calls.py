@@ -19,7 +19,7 @@ from torch import Tensor
 from tritonconv.ops.backend import Backend, OnTorch, current_backend, needs_gradients
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.launch import NO_STATISTICS, Kind, Recipe, Slots, forcing, precision
-from tritonconv.ops.layout import dense_strides
+from tritonconv.ops.layout import dense_strides, same_elements
 
 __all__ = ["Dense", "Prepared", "Registered", "clear_caches", "find", "remember", "signature"]
 
@@ -46,8 +46,8 @@ class Dense(NamedTuple):
         return t if t.stride() == self.strides else self.copy(t)
 
     def fits(self, t: Tensor) -> bool:
-        """Whether `t`, of this size, has exactly these elements; strides of unit sizes do not matter."""
-        return all(n <= 1 or s == e for n, s, e in zip(self.shape, t.stride(), self.strides, strict=True))
+        """Whether `t`, of this size, has exactly these elements."""
+        return same_elements(self.shape, t.stride(), self.strides)
 
     def unbatched(self) -> Dense:
         return Dense(self.shape[1:], self.strides[1:])

@@ -8,37 +8,20 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.backend import (
-    Backend,
-    OnTorch,
-    current_backend,
-    decide,
-    interpreting,
-    needs_gradients,
-    unusual,
-)
+from tritonconv.ops.backend import Backend, OnTorch, current_backend, decide, needs_gradients, unusual
 from tritonconv.ops.calls import Prepared, Registered, find, remember, signature
-from tritonconv.ops.convolution import check_convolution, prepare
+from tritonconv.ops.convolution import check_convolution
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.example import Example
 from tritonconv.ops.launch import Kind
+from tritonconv.ops.prepare import prepare_call
 from tritonconv.ops.registered import arguments_of, as_rows, batched, is_traced, through_operator
-from tritonconv.ops.transposed import prepare_transposed
 from tritonconv.ops.watch import Call, Decision, is_watched, notify
-from tritonconv.tuning import judge, mostly_zeros
+from tritonconv.tuning import judge
 
 __all__ = [
-    "autocast",
-    "check_tensors",
-    "convolution",
-    "is_thin",
-    "linear",
-    "missing",
-    "on_torch",
-    "replay",
-    "run",
-    "transposed_convolution",
-]
+    "autocast", "check_tensors", "convolution", "linear", "missing", "on_torch", "replay", "run", "transposed_convolution",
+]  # fmt: skip
 
 Numbers = tuple[Any, ...]
 
@@ -134,15 +117,13 @@ def _convolve(
     check_tensors(op, x, weight, epilogue)
     x, weight, epilogue = autocast(x, weight, epilogue)
     key = _key(kind, x, weight, epilogue, numbers, backend)
-    given = arguments_of(kind, numbers)
     if is_traced((x, weight, *epilogue.tensors())):
         refused = decide((x, weight, *epilogue.tensors()), backend, lambda: op, missing(x, weight, epilogue))
         # Times that were measured in eager mode say nothing of the compiler's, so that tables are not asked.
-        groups = given["groups"]
-        grouped = isinstance(groups, int) and groups > 1 and not interpreting()
-        if refused is not None or (grouped and current_backend(backend) == "auto" and is_thin(kind, weight, groups)):
+        if refused is not None:
             return _on_torch(kind, x, weight, epilogue, numbers)
         return through_operator(kind, x, weight, epilogue, numbers)
+    given = arguments_of(kind, numbers)
     geometry = ConvGeometry.parse(x.shape, weight.shape, nd=numbers[0], transposed=kind == "conv_transpose", **given)
     unbatched = x.dim() == numbers[0] + 1
     image, behind = batched(x, epilogue) if unbatched else (x, epilogue)
@@ -150,11 +131,6 @@ def _convolve(
     if isinstance(call, Prepared) and unbatched:
         call = call.unbatched()
     return _first_run(op, call, geometry, key, Example(kind, x, weight, epilogue, numbers), backend)
-
-
-def is_thin(kind: Kind, weight: Tensor, groups: int) -> bool:
-    """Whether groups have so few filters that our kernels would compute zeros mostly."""
-    return mostly_zeros(groups, weight.shape[1] if kind == "conv_transpose" else weight.shape[0] // groups)
 
 
 def linear(x: Tensor, weight: Tensor, epilogue: Epilogue, backend: Backend | None = None) -> Tensor:
@@ -211,10 +187,7 @@ def _resolve(
     )
     if refused is not None:
         return refused
-    if kind == "conv_transpose":
-        call = prepare_transposed(x, weight, epilogue, geometry)
-    else:
-        call = prepare(x, weight, epilogue, geometry, kind)
+    call = prepare_call(x, weight, epilogue, geometry, kind)
     if current_backend(backend) == "auto" and call.recipe is not None:
         verdict = judge(call.recipe.problem, call.conditions(epilogue))
         if verdict.torch:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from tritonconv.ops.activation import ActivationSpec
+from tritonconv.ops.activation import ActivationSpec, to_numbers
 from tritonconv.ops.backend import Backend, decide, needs_gradients
 from tritonconv.ops.batch_norm import check_sizes, normalize, update_running
 from tritonconv.ops.epilogue import Epilogue
@@ -21,7 +19,7 @@ from tritonconv.ops.library_batch_norm import (
 from tritonconv.ops.registered import is_traced
 from tritonconv.ops.watch import Call, Decision, notify
 
-__all__ = ["batch_norm", "missing_norm", "norm_act", "refused"]
+__all__ = ["batch_norm", "missing_norm", "move_running", "norm_act", "refused"]
 
 
 def batch_norm(
@@ -74,34 +72,45 @@ def norm_act(
         group: name of the process group whose pixels are normalized together in training; "" for none.
     """
     check_sizes(x, residual, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    running = [t for t in (running_mean, running_var) if t is not None]
-    tensors = (x, *(t for t in (weight, bias, residual) if t is not None), *running)
-    numbers: dict[str, Any] = dict(
-        eps=eps, activation=activation.name if activation else "", a=activation.a if activation else 0.0,
-        b=activation.b if activation else 0.0,
-    )  # fmt: skip
-    if is_traced(tensors) or needs_gradients(tensors):
-        if not training:
-            assert running_mean is not None and running_var is not None
-            mean, var = running_mean.contiguous(), running_var.contiguous()
-            return batch_norm_eval(x, mean, var, weight, bias, residual, **numbers)
-        y, mean, var, count = batch_norm_train(x, weight, bias, residual, **numbers, group=group)
-        if running:
-            update_running_stats(mean, var, count, running_mean, running_var, momentum)
-        return y
-    x = as_dense(x)
+    tensors = tuple(t for t in (x, weight, bias, residual, running_mean, running_var) if t is not None)
+    registered = is_traced(tensors) or needs_gradients(tensors)
     if not training:
-        assert running_mean is not None and running_var is not None
-        mean, var = running_mean.contiguous(), running_var.contiguous()
-        return normalize(x, mean, var, weight, bias, eps, residual, activation)
-    mean, var, count = batch_statistics(x, group)
-    y = normalize(x, mean, var, weight, bias, eps, residual, activation)
-    if running:
-        update_running(mean, var, count, running_mean, running_var, momentum)
-        # As an operator of torch would: what was saved for a backward pass before must notice.
-        torch.autograd.graph.increment_version(running)
+        if running_mean is None or running_var is None:
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise RuntimeError(f"batch_norm: {missing} must be defined in evaluation mode (input {list(x.shape)})")
+        if registered:
+            numbers = to_numbers(activation)
+            return batch_norm_eval(x, running_mean, running_var, weight, bias, residual, eps=eps, **numbers)
+        return normalize(as_dense(x), running_mean, running_var, weight, bias, eps, residual, activation)
+    if registered:
+        numbers = to_numbers(activation)
+        y, mean, var, count = batch_norm_train(x, weight, bias, residual, eps=eps, **numbers, group=group)
+    else:
+        x = as_dense(x)
+        mean, var, count = batch_statistics(x, group)
+        y = normalize(x, mean, var, weight, bias, eps, residual, activation)
+    move_running(mean, var, count, running_mean, running_var, momentum, registered)
     return y
+
+
+def move_running(
+    mean: Tensor, var: Tensor, count: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,
+    registered: bool,
+) -> None:  # fmt: skip
+    """Move running statistics, where there are any, towards the batch's.
+
+    Args:
+        registered: whether the registered operator must do it, for someone traces or intercepts.
+    """
+    running = [t for t in (running_mean, running_var) if t is not None]
+    if not running:
+        return
+    if registered:
+        update_running_stats(mean, var, count, running_mean, running_var, momentum)
+        return
+    update_running(mean, var, count, running_mean, running_var, momentum)
+    # As an operator of torch would: what was saved for a backward pass before must notice.
+    torch.autograd.graph.increment_version(running)
 
 
 def _is_valid(

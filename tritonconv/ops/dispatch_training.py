@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.backend import Backend, OnTorch, current_backend, decide, interpreting
-from tritonconv.ops.batch_norm import update_running
+from tritonconv.ops.backend import Backend, decide
 from tritonconv.ops.convolution import check_convolution
-from tritonconv.ops.dispatch import autocast, check_tensors, is_thin, missing
-from tritonconv.ops.dispatch_batch_norm import missing_norm
+from tritonconv.ops.dispatch import autocast, check_tensors, missing
+from tritonconv.ops.dispatch_batch_norm import missing_norm, move_running
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import Kind
-from tritonconv.ops.library_batch_norm import update_running_stats
 from tritonconv.ops.library_training import OwnNorm, call_training
 from tritonconv.ops.registered import arguments_of, is_traced
 from tritonconv.ops.watch import Call, Decision, notify
@@ -43,7 +41,6 @@ def convolution_batch_norm(
     check_tensors(op, x, weight, epilogue)
     x, weight, epilogue = autocast(x, weight, epilogue)
     given = arguments_of(kind, numbers)
-    running = tuple(t for t in norm[:2] if t is not None)
     tensors = (x, weight, *epilogue.tensors(), *(t for t in norm[:4] if t is not None))
     # Of an unbatched image the channels would be the batch.
     if x.dim() != numbers[0] + 2:
@@ -55,11 +52,7 @@ def convolution_batch_norm(
     def describe() -> str:
         return f"{op} in training of {geometry}"
 
-    refused = decide(tensors, backend, describe, missing(x, weight, epilogue) or missing_norm(x, *norm[:4]))
-    grouped = geometry.groups > 1 and not interpreting() and current_backend(backend) == "auto"
-    if refused is None and grouped and is_thin(kind, weight, geometry.groups):
-        refused = OnTorch(f"of {geometry.groups} groups a kernel for dense ones would compute zeros mostly")
-    if refused is not None:
+    if decide(tensors, backend, describe, missing(x, weight, epilogue) or missing_norm(x, *norm[:4])) is not None:
         return None
     check_convolution(op, x, weight, epilogue, geometry)
 
@@ -73,13 +66,7 @@ def convolution_batch_norm(
         return parts_on_torch(kind, x, weight, epilogue, norm, numbers, momentum())
     weight_of_batch = momentum()
     y, mean, var, count = call_training(kind, x, weight, epilogue, norm, **given, fixed=False, group=group)
-    if running:
-        if is_traced(tensors):
-            update_running_stats(mean, var, count, norm.mean, norm.var, weight_of_batch)
-        else:
-            update_running(mean, var, count, norm.mean, norm.var, weight_of_batch)
-            # As an operator of torch would: what was saved for a backward pass before must notice.
-            torch.autograd.graph.increment_version(running)
+    move_running(mean, var, count, norm.mean, norm.var, weight_of_batch, is_traced(tensors))
     return y
 
 

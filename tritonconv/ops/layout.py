@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["as_format", "dense_strides", "empty_output", "is_dense", "suggests_channels_last"]
+__all__ = ["as_format", "dense_strides", "empty_output", "is_dense", "same_elements", "suggests_channels_last"]
 
 
 def suggests_channels_last(x: Tensor) -> bool:
@@ -35,11 +35,14 @@ def dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...
     return tuple(strides)
 
 
+def same_elements(sizes: tuple[int, ...], strides: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    """Whether both strides reach the same elements; those of unit sizes do not matter."""
+    return all(n <= 1 or s == o for n, s, o in zip(sizes, strides, others, strict=True))
+
+
 def is_dense(x: Tensor, channels_last: bool) -> bool:
-    """Whether `x` has exactly the elements of a dense tensor in that format; strides of unit sizes do not matter."""
-    sizes, strides = x.shape, x.stride()
-    expected = dense_strides(sizes, channels_last)
-    return all(n <= 1 or s == e for n, s, e in zip(sizes, strides, expected, strict=True))
+    """Whether `x` has exactly the elements of a dense tensor in that format."""
+    return same_elements(x.shape, x.stride(), dense_strides(x.shape, channels_last))
 
 
 def empty_output(x: Tensor, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> Tensor:

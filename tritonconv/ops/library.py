@@ -13,14 +13,20 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.activation import ActivationSpec
+from tritonconv.ops.activation import from_numbers, to_numbers
 from tritonconv.ops.calls import Prepared, find, remember, signature
-from tritonconv.ops.convolution import check_convolution, output_format, prepare
+from tritonconv.ops.convolution import check_convolution, output_format
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.gradients import conv_dgrad, conv_wgrad
+from tritonconv.ops.launch import Kind
 from tritonconv.ops.layout import dense_strides, suggests_channels_last
+from tritonconv.ops.prepare import prepare_call
+from tritonconv.ops.training import bias_gradient
 
-__all__ = ["call_operator", "conv_geometry", "ints", "put_together", "register_autocast", "taken_apart"]
+__all__ = [
+    "call_operator", "conv_geometry", "ints", "not_built", "padding_numbers", "put_together", "register_autocast",
+    "resolved", "taken_apart",
+]  # fmt: skip
 
 
 def call_operator(
@@ -30,9 +36,8 @@ def call_operator(
     """torch.ops.tritonconv.conv with an epilogue taken apart."""
     tensors, epilogue_numbers = taken_apart(epilogue)
     result: Tensor = torch.ops.tritonconv.conv(
-        x, weight, *tensors, stride=ints(stride), padding=[] if isinstance(padding, str) else ints(padding),
-        padding_name=padding if isinstance(padding, str) else "", dilation=ints(dilation), groups=groups, kind=kind,
-        **epilogue_numbers,
+        x, weight, *tensors, stride=ints(stride), **padding_numbers(padding), dilation=ints(dilation), groups=groups,
+        kind=kind, **epilogue_numbers,
     )  # fmt: skip
     return result
 
@@ -41,12 +46,17 @@ def ints(value: int | Sequence[int]) -> list[int]:
     return [value] if isinstance(value, int) else list(value)
 
 
+def padding_numbers(padding: str | int | Sequence[int]) -> dict[str, Any]:
+    """What operators take for a padding: numbers, or a name."""
+    if isinstance(padding, str):
+        return dict(padding=[], padding_name=padding)
+    return dict(padding=ints(padding), padding_name="")
+
+
 def taken_apart(epilogue: Epilogue) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
     """An epilogue's tensors and numbers, as operators take them."""
-    norm, act = epilogue.batch_norm, epilogue.activation
-    numbers = dict(
-        eps=norm.eps if norm else 0.0, activation=act.name if act else "", a=act.a if act else 0.0, b=act.b if act else 0.0
-    )
+    norm = epilogue.batch_norm
+    numbers = dict(eps=norm.eps if norm else 0.0) | to_numbers(epilogue.activation)
     return (epilogue.bias, *(norm[:4] if norm else (None,) * 4), epilogue.residual), numbers
 
 
@@ -54,7 +64,7 @@ def put_together(tensors: Sequence[Tensor | None], *, eps: float, activation: st
     """The reverse of `taken_apart`."""
     bias, mean, var, weight, shift, residual = tensors
     norm = None if mean is None or var is None else BatchNorm(mean, var, weight, shift, eps)
-    return Epilogue(bias, norm, residual, ActivationSpec(activation, a, b) if activation else None)
+    return Epilogue(bias, norm, residual, from_numbers(activation, a, b))
 
 
 @torch.library.custom_op("tritonconv::conv", mutates_args=())
@@ -72,25 +82,43 @@ def conv(
     tensors = (bias, running_mean, running_var, bn_weight, bn_bias, residual)
     epilogue = put_together(tensors, eps=eps, activation=activation, a=a, b=b)
     switch: Literal["conv", "matmul"] = "matmul" if kind == "matmul" else "conv"
-    # These numbers are the operator's alone: no one asks here who runs a call.
-    numbers = (tuple(stride), tuple(padding), padding_name, tuple(dilation), groups)
-    key = signature(switch, x, weight, epilogue, numbers, None)
+    call = resolved("tritonconv::conv", switch, x, weight, epilogue, stride, padding, padding_name, dilation, groups)
+    return call.run(x, weight, epilogue)
+
+
+def resolved(
+    op: str, kind: Kind, x: Tensor, weight: Tensor, epilogue: Epilogue, stride: Sequence[int], padding: Sequence[int],
+    padding_name: str, dilation: Sequence[int], groups: int, output_padding: Sequence[int] = (), statistics: bool = False,
+) -> Prepared:  # fmt: skip
+    """The call of an operator, as it was resolved before or is now, checked.
+
+    Args:
+        op: the operator's name, for messages.
+        statistics: whether it is to be run with room for them, which leaves some configs out.
+    """
+    # These numbers are the operators' alone: no one asks here who runs a call.
+    numbers = (tuple(stride), tuple(padding), padding_name, tuple(dilation), groups, tuple(output_padding), statistics)
+    key = signature(kind, x, weight, epilogue, numbers, None)
     call = find(key)
     if not isinstance(call, Prepared):
-        geometry = conv_geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
-        check_convolution("tritonconv::conv", x, weight, epilogue, geometry)
-        call = prepare(x, weight, epilogue, geometry, switch)
+        geometry = conv_geometry(
+            x.shape, weight.shape, stride, padding, padding_name, dilation, groups, kind == "conv_transpose", output_padding
+        )
+        check_convolution(op, x, weight, epilogue, geometry)
+        call = prepare_call(x, weight, epilogue, geometry, kind, statistics)
         remember(key, call)
-    return call.run(x, weight, epilogue)
+    return call
 
 
 def conv_geometry(
     x_shape: Sequence[int], w_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], padding_name: str,
-    dilation: Sequence[int], groups: int,
+    dilation: Sequence[int], groups: int, transposed: bool = False, output_padding: Sequence[int] = (),
 ) -> ConvGeometry:  # fmt: skip
+    """The geometry of an operator's sizes and numbers."""
     return ConvGeometry.parse(
         x_shape, w_shape, nd=len(x_shape) - 2, stride=list(stride), padding=padding_name or list(padding),
-        dilation=list(dilation), groups=groups,
+        dilation=list(dilation), groups=groups, transposed=transposed,
+        output_padding=list(output_padding) if transposed else 0,
     )  # fmt: skip
 
 
@@ -152,10 +180,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any]
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.fused:
-        raise NotImplementedError(
-            "tritonconv::conv: the gradient of a convolution with batch norm, residual or activation is not built; call "
-            "the convolution alone and what follows it with torch"
-        )
+        raise not_built("tritonconv::conv", "a convolution")
     x, weight = ctx.saved_tensors
     needs = ctx.needs_input_grad
     dx = dw = db = None
@@ -168,8 +193,16 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             dy, x, weight_shape=ctx.shapes[1], channels_last=ctx.formats[1], bias=needs[2], **ctx.numbers
         )
     elif needs[2]:
-        db = dy.sum((0, *range(2, dy.dim())))
+        db = bias_gradient(dy)
     return dx, dw, db if needs[2] else None, None, None, None, None, None
+
+
+def not_built(op: str, what: str) -> NotImplementedError:
+    """The error of an operator that has no gradient with an epilogue."""
+    return NotImplementedError(
+        f"{op}: the gradient of {what} with batch norm, residual or activation is not built; call the convolution alone "
+        "and what follows it with torch"
+    )
 
 
 conv.register_autograd(_backward, setup_context=_save)

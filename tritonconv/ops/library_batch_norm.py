@@ -11,20 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.ops.activation import ActivationSpec
-from tritonconv.ops.batch_norm import (
-    check_sizes,
-    combine,
-    gradient_table,
-    input_gradient,
-    normalize,
-    reduce_gradients,
-    statistics,
-    update_running,
-    wide,
-)
+from tritonconv.ops.activation import ActivationSpec, from_numbers
+from tritonconv.ops.batch_norm import check_sizes, input_gradient, normalize, statistics, update_running, wide
 from tritonconv.ops.layout import as_format, dense_strides, suggests_channels_last
-from tritonconv.ops.ranks import add_over_ranks, combine_over_ranks
+from tritonconv.ops.training import Norm, combined, norm_gradient
 
 __all__ = ["as_dense", "batch_norm_eval", "batch_norm_train", "batch_statistics", "gradients", "update_running_stats"]
 
@@ -36,12 +26,7 @@ def as_dense(x: Tensor) -> Tensor:
 
 def batch_statistics(x: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
     """(mean [C], biased variance [C], count [1]) of a dense x, over all processes of the group if it has a name."""
-    mean, var, count = combine(statistics(x))
-    return combine_over_ranks(mean, var, count, group) if group else (mean, var, count)
-
-
-def _spec(activation: str, a: float, b: float) -> ActivationSpec | None:
-    return ActivationSpec(activation, a, b) if activation else None
+    return combined(statistics(x), group)
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -60,7 +45,7 @@ def batch_norm_train(
     check_sizes(x, residual, weight=weight, bias=bias)
     x = as_dense(x)
     mean, var, count = batch_statistics(x, group)
-    y = normalize(x, mean, var, weight, bias, eps, residual, _spec(activation, a, b))
+    y = normalize(x, mean, var, weight, bias, eps, residual, from_numbers(activation, a, b))
     return y, mean, var, count
 
 
@@ -78,7 +63,7 @@ def batch_norm_eval(
 ) -> Tensor:  # fmt: skip
     """act(bn(x) + residual) by given statistics, which are constants."""
     check_sizes(x, residual, running_mean=mean, running_var=var, weight=weight, bias=bias)
-    return normalize(as_dense(x), mean, var, weight, bias, eps, residual, _spec(activation, a, b))
+    return normalize(as_dense(x), mean, var, weight, bias, eps, residual, from_numbers(activation, a, b))
 
 
 @batch_norm_eval.register_fake
@@ -116,12 +101,11 @@ def gradients(
     needs_x, needs_weight, needs_bias, needs_residual = needs
     # What the input's gradient cannot compute from dy and x again must be written.
     write = activation is not None and (needs_residual or residual is not None)
-    sums = g = dx = None
-    if write or needs_weight or needs_bias or (needs_x and count is not None):
-        sums, g = reduce_gradients(dy, x, mean, var, weight, bias, eps, residual, activation, write)
-    # Weight and bias take the sums over this process's pixels, for whoever joins gradients joins these too.
-    total = add_over_ranks(sums, group) if group and sums is not None and needs_x else sums
-    table, dweight, dbias = gradient_table(total, count, mean, var, weight, bias, eps, count is not None, sums)
+    norm = Norm(mean, var, weight, bias, eps, residual, activation, count)
+    g, table, dweight, dbias = norm_gradient(
+        dy, x, norm, group, before=needs_x, parameters=needs_weight or needs_bias, write=write
+    )
+    dx = None
     if needs_x:
         dx = input_gradient(dy if g is None else g, x, table, activation if g is None else None, count is not None)
     return dx, dweight if needs_weight else None, dbias if needs_bias else None, g if needs_residual else None
@@ -136,7 +120,8 @@ def batch_norm_backward(
     """Gradients of x, weight, bias and residual, each empty where it is not needed; see `gradients`."""
     check_sizes(x, dy, mean=mean, var=var, weight=weight, bias=bias)
     needs = (needs_x, needs_weight, needs_bias, needs_residual)
-    found = gradients(dy, as_dense(x), mean, var, count, weight, bias, residual, eps, _spec(activation, a, b), group, needs)
+    act = from_numbers(activation, a, b)
+    found = gradients(dy, as_dense(x), mean, var, count, weight, bias, residual, eps, act, group, needs)
     return tuple(x.new_empty(0) if t is None else t for t in found)  # type: ignore[return-value]
 
 

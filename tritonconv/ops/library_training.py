@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.activation import ActivationSpec
+from tritonconv.ops.activation import from_numbers, to_numbers
 from tritonconv.ops.batch_norm import wide
-from tritonconv.ops.calls import Prepared, find, remember, signature
-from tritonconv.ops.convolution import check_convolution, output_format, prepare
+from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.launch import Kind
 from tritonconv.ops.layout import dense_strides, suggests_channels_last
-from tritonconv.ops.library import ints, register_autocast
+from tritonconv.ops.library import conv_geometry, ints, padding_numbers, register_autocast, resolved
 from tritonconv.ops.training import Needs, Norm, backward, forward
-from tritonconv.ops.transposed import prepare_transposed
 
 __all__ = ["OwnNorm", "call_training"]
 
@@ -54,14 +51,11 @@ def call_training(
         fixed: normalize with the statistics of `norm`, not with the batch's own.
         group: name of the process group that shares statistics, "" for none.
     """
-    act = epilogue.activation
     mean, var = (norm.mean, norm.var) if fixed else (None, None)
     y, _, mean, var, count = torch.ops.tritonconv.conv_batch_norm(
         x, weight, epilogue.bias, mean, var, norm.weight, norm.bias, epilogue.residual, stride=ints(stride),
-        padding=[] if isinstance(padding, str) else ints(padding), padding_name=padding if isinstance(padding, str) else "",
-        dilation=ints(dilation), groups=groups, transposed=kind == "conv_transpose",
-        output_padding=ints(output_padding), eps=norm.eps, activation=act.name if act else "", a=act.a if act else 0.0,
-        b=act.b if act else 0.0, group=group,
+        **padding_numbers(padding), dilation=ints(dilation), groups=groups, transposed=kind == "conv_transpose",
+        output_padding=ints(output_padding), eps=norm.eps, **to_numbers(epilogue.activation), group=group,
     )  # fmt: skip
     return y, mean, var, count
 
@@ -78,31 +72,12 @@ def conv_batch_norm(
 
     The statistics are the batch's (over all processes of `group`), unless fixed ones are given.
     """
-    numbers = (tuple(stride), tuple(padding), padding_name, tuple(dilation), groups, transposed, tuple(output_padding))
     kind: Kind = "conv_transpose" if transposed else "conv"
-    # Statistics leave some configs out.
-    key = signature(kind, x, weight, Epilogue(bias), (*numbers, fixed_mean is None), None)
-    call = find(key)
-    if not isinstance(call, Prepared):
-        geometry = _geometry(x.shape, weight.shape, *numbers)
-        check_convolution("tritonconv::conv_batch_norm", x, weight, Epilogue(bias), geometry)
-        arguments = x, weight, Epilogue(bias), geometry
-        own = fixed_mean is None
-        call = prepare_transposed(*arguments, own) if transposed else prepare(*arguments, "conv", own)
-        remember(key, call)
-    act = ActivationSpec(activation, a, b) if activation else None
+    numbers = stride, padding, padding_name, dilation, groups, output_padding
+    call = resolved("tritonconv::conv_batch_norm", kind, x, weight, Epilogue(bias), *numbers, statistics=fixed_mean is None)
+    act = from_numbers(activation, a, b)
     fixed = None if fixed_mean is None or fixed_var is None else (fixed_mean, fixed_var)
     return forward(call, x, weight, bias, fixed, bn_weight, bn_bias, eps, residual, act, group)
-
-
-def _geometry(
-    x_shape: Sequence[int], w_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], padding_name: str,
-    dilation: Sequence[int], groups: int, transposed: bool, output_padding: Sequence[int],
-) -> ConvGeometry:  # fmt: skip
-    return ConvGeometry.parse(
-        x_shape, w_shape, nd=len(x_shape) - 2, stride=list(stride), padding=padding_name or list(padding),
-        dilation=list(dilation), groups=groups, transposed=transposed, output_padding=list(output_padding) or 0,
-    )  # fmt: skip
 
 
 @conv_batch_norm.register_fake
@@ -112,7 +87,7 @@ def _(
     output_padding: Sequence[int], **_numbers: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     del bias
-    g = _geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups, transposed, output_padding)
+    g = conv_geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups, transposed, output_padding)
     strides = dense_strides(g.output_shape, output_format(x, weight))
     size = g.out_channels if fixed_mean is None else 0
     mean, var, count = (x.new_empty(n, dtype=wide(x.dtype)) for n in (size, size, 1 if fixed_mean is None else 0))
@@ -131,10 +106,9 @@ def conv_batch_norm_backward(
 
     Without an activation the residual's gradient is dy, and is not given. `count` is None for fixed statistics.
     """
-    act = ActivationSpec(activation, a, b) if activation else None
-    norm = Norm(mean, var, bn_weight, bn_bias, eps, residual, act, count)
+    norm = Norm(mean, var, bn_weight, bn_bias, eps, residual, from_numbers(activation, a, b), count)
     numbers = stride, padding, padding_name, dilation, groups, transposed, output_padding
-    geometry = _geometry(input_shape, weight_shape, *numbers)
+    geometry = conv_geometry(input_shape, weight_shape, *numbers)
     found = backward(dy, x, weight, z, norm, geometry, (channels_last[0], channels_last[1]), Needs(*needs), group)
     dx, dw, db, d_norm_weight, d_norm_bias, d_residual = (z.new_empty(0) if t is None else t for t in found)
     return dx, dw, db, d_norm_weight, d_norm_bias, d_residual
@@ -149,7 +123,6 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     del dy, x, weight, mean, var, count
     wanted = Needs(*needs)
-    none = (0,)
 
     def dense(shape: Sequence[int], channels_last: bool) -> Tensor:
         return z.new_empty_strided(shape, dense_strides(tuple(shape), channels_last))
@@ -161,7 +134,7 @@ def _(
         z.new_empty(channels if wanted.bias else 0),
         z.new_empty(0) if bn_weight is None or not wanted.norm_weight else bn_weight.new_empty(channels),
         z.new_empty(0) if bn_bias is None or not wanted.norm_bias else bn_bias.new_empty(channels),
-        torch.empty_like(z) if wanted.residual and residual is not None and activation else z.new_empty(none),
+        torch.empty_like(z) if wanted.residual and residual is not None and activation else z.new_empty(0),
     )
 
 
@@ -206,7 +179,7 @@ conv_batch_norm.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.tritonconv.conv_batch_norm)
 def _flops(x_shape: Sequence[int], w_shape: Sequence[int], *_norm: Any, **numbers: Any) -> int:
-    return 2 * _geometry(x_shape, w_shape, **{name: numbers[name] for name in GEOMETRY}).macs
+    return 2 * conv_geometry(x_shape, w_shape, **{name: numbers[name] for name in GEOMETRY}).macs
 
 
 @register_flop_formula(torch.ops.tritonconv.conv_batch_norm_backward)
@@ -214,7 +187,7 @@ def _gradient_flops(
     *_tensors: Any, needs: Sequence[bool], input_shape: Sequence[int], weight_shape: Sequence[int], **numbers: Any
 ) -> int:
     wanted = Needs(*needs)
-    geometry = _geometry(input_shape, weight_shape, **{name: numbers[name] for name in GEOMETRY})
+    geometry = conv_geometry(input_shape, weight_shape, **{name: numbers[name] for name in GEOMETRY})
     return 2 * (wanted.x + wanted.weight) * geometry.macs
 
 

@@ -9,27 +9,19 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.calls import Prepared, find, remember, signature
-from tritonconv.ops.convolution import check_convolution, output_format
+from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.layout import dense_strides, suggests_channels_last
-from tritonconv.ops.library import ints, put_together, register_autocast, taken_apart
-from tritonconv.ops.transposed import prepare_transposed
+from tritonconv.ops.library import conv_geometry, ints, not_built, put_together, register_autocast, resolved, taken_apart
+from tritonconv.ops.training import bias_gradient
 
 __all__ = ["call_transposed"]
 
 
 def call_transposed(
-    x: Tensor,
-    weight: Tensor,
-    epilogue: Epilogue,
-    stride: Any,
-    padding: Any,
-    output_padding: Any,
-    groups: int,
+    x: Tensor, weight: Tensor, epilogue: Epilogue, stride: Any, padding: Any, output_padding: Any, groups: int,
     dilation: Any,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """torch.ops.tritonconv.conv_transpose with an epilogue taken apart."""
     tensors, numbers = taken_apart(epilogue)
     result: Tensor = torch.ops.tritonconv.conv_transpose(
@@ -49,26 +41,9 @@ def conv_transpose(
     """act(bn(conv_transpose(x, weight) + bias) + residual) for a batched x, on Triton alone; `activation` may be ""."""
     tensors = (bias, running_mean, running_var, bn_weight, bn_bias, residual)
     epilogue = put_together(tensors, eps=eps, activation=activation, a=a, b=b)
-    # These numbers are the operator's alone: no one asks here who runs a call.
-    numbers = (tuple(stride), tuple(padding), tuple(output_padding), groups, tuple(dilation))
-    key = signature("conv_transpose", x, weight, epilogue, numbers, None)
-    call = find(key)
-    if not isinstance(call, Prepared):
-        geometry = _geometry(x.shape, weight.shape, stride, padding, output_padding, groups, dilation)
-        check_convolution("tritonconv::conv_transpose", x, weight, epilogue, geometry)
-        call = prepare_transposed(x, weight, epilogue, geometry)
-        remember(key, call)
+    numbers = (stride, padding, "", dilation, groups, output_padding)
+    call = resolved("tritonconv::conv_transpose", "conv_transpose", x, weight, epilogue, *numbers)
     return call.run(x, weight, epilogue)
-
-
-def _geometry(
-    x_shape: Sequence[int], w_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    output_padding: Sequence[int], groups: int, dilation: Sequence[int],
-) -> ConvGeometry:  # fmt: skip
-    return ConvGeometry.parse(
-        x_shape, w_shape, nd=len(x_shape) - 2, stride=list(stride), padding=list(padding), dilation=list(dilation),
-        groups=groups, transposed=True, output_padding=list(output_padding),
-    )  # fmt: skip
 
 
 @conv_transpose.register_fake
@@ -76,7 +51,7 @@ def _(
     x: Tensor, weight: Tensor, *_epilogue: Any, stride: Sequence[int], padding: Sequence[int],
     output_padding: Sequence[int], groups: int, dilation: Sequence[int], **_numbers: Any,
 ) -> Tensor:  # fmt: skip
-    geometry = _geometry(x.shape, weight.shape, stride, padding, output_padding, groups, dilation)
+    geometry = conv_geometry(x.shape, weight.shape, stride, padding, "", dilation, groups, True, output_padding)
     strides = dense_strides(geometry.output_shape, output_format(x, weight))
     return x.new_empty_strided(geometry.output_shape, strides)
 
@@ -85,7 +60,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any]
     x, weight, _, *rest = inputs
     needs = ctx.needs_input_grad
     ctx.numbers = {name: keyword_only_inputs[name] for name in ("stride", "padding", "dilation", "groups")}
-    g = _geometry(x.shape, weight.shape, **ctx.numbers, output_padding=keyword_only_inputs["output_padding"])
+    output_padding = keyword_only_inputs["output_padding"]
+    g = conv_geometry(x.shape, weight.shape, **ctx.numbers, padding_name="", transposed=True, output_padding=output_padding)
     # Where output_padding reaches the stride, the convolution of dy has pixels behind those of x: so many on each axis.
     ctx.overhang = [extra // step for extra, step in zip(g.output_padding, g.stride, strict=True)][3 - g.nd :]
     ctx.fused = any(t is not None for t in rest) or bool(keyword_only_inputs["activation"])
@@ -97,10 +73,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any]
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The input's gradient is a convolution of dy, the weight's that convolution's with dy as its input."""
     if ctx.fused:
-        raise NotImplementedError(
-            "tritonconv::conv_transpose: the gradient of a transposed convolution with batch norm, residual or activation "
-            "is not built; call the convolution alone and what follows it with torch"
-        )
+        raise not_built("tritonconv::conv_transpose", "a transposed convolution")
     x, weight = ctx.saved_tensors
     x_shape, w_shape = ctx.shapes
     needs, numbers = ctx.needs_input_grad, ctx.numbers | dict(padding_name="", kind="conv")
@@ -117,7 +90,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             x, dy, weight_shape=w_shape, channels_last=ctx.w_channels_last, bias=False, **numbers
         )
     if needs[2]:
-        db = dy.sum((0, *range(2, dy.dim())))
+        db = bias_gradient(dy)
     return dx, dw, db, None, None, None, None, None
 
 
@@ -129,7 +102,7 @@ def _flops(
     x_shape: Sequence[int], w_shape: Sequence[int], *_epilogue: Any, stride: Sequence[int], padding: Sequence[int],
     output_padding: Sequence[int], groups: int, dilation: Sequence[int], **_numbers: Any,
 ) -> int:  # fmt: skip
-    return 2 * _geometry(x_shape, w_shape, stride, padding, output_padding, groups, dilation).macs
+    return 2 * conv_geometry(x_shape, w_shape, stride, padding, "", dilation, groups, True, output_padding).macs
 
 
 register_autocast(torch.ops.tritonconv.conv_transpose)

@@ -27,20 +27,23 @@ from tritonconv.ops import batch_norm
 from tritonconv.ops.activation import ActivationSpec
 from tritonconv.ops.batch_norm import Statistics, wide
 from tritonconv.ops.calls import Prepared
-from tritonconv.ops.convolution import prepare
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.gradients import NormGradient, conv_dgrad, conv_wgrad
 from tritonconv.ops.layout import as_format, empty_output
+from tritonconv.ops.prepare import prepare_call
 from tritonconv.ops.ranks import add_over_ranks, combine_over_ranks
 
-__all__ = ["ON_THE_WAY_CHANNELS", "Gradients", "Needs", "Norm", "backward", "convolve", "forward", "on_the_way"]
+__all__ = [
+    "ON_THE_WAY_CHANNELS", "Gradients", "Needs", "Norm", "backward", "bias_gradient", "combined", "convolve", "forward",
+    "norm_gradient", "on_the_way",
+]  # fmt: skip
 
 # So many input channels fit a tile or two of columns, each of which computes the gradient again.
 ON_THE_WAY_CHANNELS = 256
 
 
 class Norm(NamedTuple):
-    """A batch norm behind a convolution, and what follows it."""
+    """A batch norm of z, behind a convolution or alone, and what follows it."""
 
     mean: Tensor
     """(K,): what z was normalized with."""
@@ -69,12 +72,49 @@ class Needs(NamedTuple):
 class Gradients(NamedTuple):
     """Those that are needed. Without an activation the residual's is dy, and not computed."""
 
-    x: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
-    residual: Tensor | None = None
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    residual: Tensor | None
+
+
+def combined(parts: Statistics, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean [K], biased variance [K], count [1]) of all slots, and of all processes of the group if it has a name."""
+    mean, var, count = batch_norm.combine(parts)
+    return combine_over_ranks(mean, var, count, group) if group else (mean, var, count)
+
+
+def norm_gradient(
+    dy: Tensor, z: Tensor, norm: Norm, group: str, *, before: bool, parameters: bool, write: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """(g, table, gradients of the batch norm's weight and bias), by as few launches as give what is needed.
+
+    g = dy * act' is None where it is not written; the table is that of `batch_norm.gradient_table`.
+
+    Args:
+        dy: gradient of act(bn(z) + residual), of any strides.
+        norm: without its residual where that has no part in the activation's gradient.
+        group: the process group that shared its statistics; "" for none.
+        before: whether something before z needs a gradient. Every process must say the same.
+        parameters: whether the batch norm's weight or bias needs one.
+        write: whether g is to be written.
+    """
+    sloped = norm.pixels is not None
+    vectors = norm.mean, norm.var, norm.weight, norm.bias, norm.eps
+    sums = g = None
+    if write or parameters or (before and sloped):
+        sums, g = batch_norm.reduce_gradients(dy, z, *vectors, norm.residual, norm.activation, write)
+    # Whatever is before z depends on everyone's pixels. Weight and bias take the sums over this process's alone, for
+    # whoever joins gradients joins these too.
+    everyone = add_over_ranks(sums, group) if group and before and sloped and sums is not None else sums
+    return g, *batch_norm.gradient_table(everyone, norm.pixels, *vectors, sloped, sums)
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """Gradient of a convolution's bias by torch, where no kernel computes it on its way."""
+    return dy.sum((0, *range(2, dy.dim())))
 
 
 def convolve(call: Prepared, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Statistics]:
@@ -100,9 +140,7 @@ def forward(
     """
     if fixed is None:
         z, parts = convolve(call, x, weight, bias)
-        mean, var, count = batch_norm.combine(parts)
-        if group:
-            mean, var, count = combine_over_ranks(mean, var, count, group)
+        mean, var, count = combined(parts, group)
         used = mean, var
     else:
         z, used = call.run(x, weight, Epilogue(bias)), fixed
@@ -139,18 +177,16 @@ def backward(
     through_bias = needs.bias and not sloped
     through_convolution = needs.x or needs.weight or through_bias
     act = norm.activation
-    # Behind a residual the activation's gradient is the residual's, and is written once.
-    write = norm.residual is not None and act is not None
-    statistics = norm.mean, norm.var, norm.weight, norm.bias, norm.eps
-    # Whatever is needed before z depends on everyone's sums. Processes that run the parts one by one ask the same.
-    shared = bool(group) and sloped and (needs.x or needs.weight or needs.bias)
-    sums = g = None
-    if needs.norm_weight or needs.norm_bias or (sloped and through_convolution) or write or shared:
-        sums, g = batch_norm.reduce_gradients(dy, z, *statistics, norm.residual, act, write)
+    g, table, d_norm_weight, d_norm_bias = norm_gradient(
+        dy, z, norm, group,
+        # A process that runs the parts one by one joins its sums for a bias too.
+        before=through_convolution or (needs.bias and bool(group)),
+        parameters=needs.norm_weight or needs.norm_bias,
+        # Behind a residual the activation's gradient is the residual's, and is written once.
+        write=norm.residual is not None and act is not None,
+    )  # fmt: skip
     if g is not None:
         dy, act = g, None
-    everyone = add_over_ranks(sums, group) if shared and sums is not None else sums
-    table, d_norm_weight, d_norm_bias = batch_norm.gradient_table(everyone, norm.pixels, *statistics, sloped, sums)
     between: NormGradient | None = NormGradient(z, table, act, sloped)
     if through_convolution and not (on_the_way(geometry, z.dtype) if needs.x else needs.weight and not geometry.transposed):
         # In the format that both gradients read.
@@ -181,7 +217,7 @@ def _convolution(
     if needs.weight and x is not None:
         dw, db = conv_wgrad(dy, x, g, channels_last[1], needs.bias, "conv", between)
     elif needs.bias:
-        db = dy.sum((0, *range(2, dy.dim())))
+        db = bias_gradient(dy)
     return dx, dw, db
 
 
@@ -193,8 +229,8 @@ def _transposed(
     assert between is None
     dx = dw = None
     if needs.x and weight is not None:
-        dx = prepare(dy, weight, Epilogue(), g.mirrored, "conv").run(dy, weight, Epilogue())
+        dx = prepare_call(dy, weight, Epilogue(), g.mirrored, "conv").run(dy, weight, Epilogue())
         dx = as_format(dx, channels_last[0])
     if needs.weight and x is not None:
         dw, _ = conv_wgrad(x, dy, g.mirrored, channels_last[1], False, "conv")
-    return dx, dw, dy.sum((0, *range(2, dy.dim()))) if needs.bias else None
+    return dx, dw, bias_gradient(dy) if needs.bias else None
