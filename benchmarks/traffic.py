@@ -1,6 +1,6 @@
 """Bytes that a training step of convolution, batch norm and ReLU moves: `python -m benchmarks.traffic`.
 
-Writes the table in docs/training.md: ours, cuDNN with torch's own batch norm, and the floor, for every convolution and
+Writes the table in docs/training.md, and that of benchmarks/traffic_direct.py in docs/depthwise.md. The former: ours, cuDNN with torch's own batch norm, and the floor, for every convolution and
 batch norm of ResNet-50 in cases.csv. Counted are tensors, each time that a kernel reads or writes all of one, as if caches
 kept nothing from kernel to kernel and everything within one. Statistics and workspaces are left out, but for the ranges of
 our weight gradient, which are counted as they are chosen for an H200.
@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import traffic_direct
 from benchmarks.markdown import table
 from tritonconv.bench.cases import Case, load_cases
 from tritonconv.bench.registry import dtype_of, operation_for
@@ -89,10 +90,10 @@ def page() -> str:
 
 
 def main() -> None:
-    text = PAGE.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{page()}\n\n{END}{after}")
+    for path, made in ((PAGE, page()), (traffic_direct.PAGE, traffic_direct.page())):
+        before, _, rest = path.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        path.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}")
 
 
 if __name__ == "__main__":

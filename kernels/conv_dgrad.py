@@ -12,6 +12,8 @@ pixel's address formed once per tile and moved by one scalar a step; the weight,
 has it, is read in tiles of filters x channels. dy rows are read once per tap and column of tiles, from L2 but for the
 first time.
 
+Groups with few channels share a tile, as in conv_flat.
+
 Where a batch norm (and an activation) lies between, the gradient of the convolution's result z can be computed on the way
 in, from dy, z and five numbers a channel. A filter of one tap sees each pixel of it once, and the programs of the first
 column of tiles write it for the weight gradient: two reads and a write where a pass of its own would take a read more.
@@ -23,7 +25,7 @@ import triton.language as tl
 from .dot import matmul_acc, zero_tile
 from .epilogue import finish_rows
 from .statistics import input_gradient, load_table
-from .tiles import grouped_tile, taps_outside, tile
+from .tiles import REMADE, grouped_tile, not_finite, taps_outside, tile
 
 __all__ = ["configs", "conv_dgrad_kernel"]
 
@@ -38,6 +40,9 @@ def configs() -> list[triton.Config]:
         # Few channels, or too few tiles to fill the GPU.
         tile(128, 64, 64, 4, 3, tma=False),
         tile(64, 64, 64, 8, 4, tma=False),
+        # Groups that share a tile, as in conv_flat.
+        tile(256, 32, 32, 8, 3, tma=False),
+        tile(128, 32, 32, 4, 3, tma=False),
         # Few filters, and operands computed on the way in.
         tile(64, 256, 32, 8, 3, tma=False),
         tile(64, 128, 32, 4, 3, tma=False),
@@ -70,13 +75,14 @@ def axis_taps(phase, TAPS: tl.constexpr, STRIDE: tl.constexpr, DIL: tl.constexpr
 @triton.jit
 def conv_dgrad_kernel(
     dy_ptr, stride_yn, stride_yd, stride_yh, stride_yw,  # filters have stride 1
-    w, stride_wk,  # [groups * K, taps, C], channels innermost
+    w, stride_wk,  # [groups * K, taps, C] (PACK_C of them), channels innermost
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
     # where dy is the gradient behind a batch norm: the convolution's result and its gradient, strided as dy; the table
     z_ptr, dz_ptr, table_ptr,
     # sizes: y is dx, [N, D, H, W], and dy is [N, O, P, Q]; C and K are those of one group
     N, D, H, W, C, K, O, P, Q, GROUPS,
-    # geometry; STEP: stride / gcd(stride, dilation)
+    # geometry; STEP: stride / gcd(stride, dilation). PACK, PACK_C, PACK_K: as conv_flat has them
+    PACK: tl.constexpr, PACK_C: tl.constexpr, PACK_K: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
@@ -101,6 +107,14 @@ def conv_dgrad_kernel(
     if VEC_C > 1:
         C = C // VEC_C * VEC_C
         stride_wk = stride_wk // VEC_C * VEC_C
+    # Channels in a tap of the weight.
+    W_C = C
+    if PACK > 1:
+        # Known when compiling, so that without a stride the loop is unrolled and its counters are constants.
+        C = PACK * PACK_C
+        K = PACK * PACK_K
+        W_C = PACK_C
+        stride_wk = T * R * S * PACK_C
     # A dilation alone matters too: a transposed convolution may then have output padding.
     HAS_D: tl.constexpr = T > 1 or PAD_D > 0 or STRIDE_D > 1 or DIL_D > 1
     # Taps of a phase at most, and pixels of dy from one to the next.
@@ -116,6 +130,8 @@ def conv_dgrad_kernel(
     PHASES: tl.constexpr = STRIDE_D * STRIDE_H * STRIDE_W
     programs = tl.num_programs(0) // PHASES
     phase = tl.program_id(0) // programs
+    if PACK > 1 and PHASES == 1:
+        phase = 0
     first_d, size_d = axis_phase(phase // (STRIDE_H * STRIDE_W), D, PAD_D, STRIDE_D)
     first_h, size_h = axis_phase(phase // STRIDE_W % STRIDE_H, H, PAD_H, STRIDE_H)
     first_w, size_w = axis_phase(phase % STRIDE_W, W, PAD_W, STRIDE_W)
@@ -159,6 +175,7 @@ def conv_dgrad_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     offs_y = n * stride_yn + group * K
     offs_y += o.to(n.dtype) * stride_yd + p.to(n.dtype) * stride_yh + q.to(n.dtype) * stride_yw
+    first_y = offs_y
     offs_y = offs_y[:, None] + offs_k[None, :]
     dy_ptrs = dy_ptr + offs_y  # [BLOCK_M, BLOCK_K]
     if z_ptr is not None:
@@ -183,11 +200,11 @@ def conv_dgrad_kernel(
     next_w = -HOP_W * stride_yw - blocks_k * BLOCK_K
     next_h = -HOP_H * stride_yh + taps_w * HOP_W * stride_yw
     next_d = -HOP_D * stride_yd + taps_h * HOP_H * stride_yh
-    w_next_w = STEP_W * C - blocks_k * BLOCK_K * stride_wk
-    w_next_h = (STEP_H * S - taps_w * STEP_W) * C
-    w_next_d = (STEP_D * R - taps_h * STEP_H) * S * C
+    w_next_w = STEP_W * W_C - blocks_k * BLOCK_K * stride_wk
+    w_next_h = (STEP_H * S - taps_w * STEP_W) * W_C
+    w_next_d = (STEP_D * R - taps_h * STEP_H) * S * W_C
     offset = tl.full((), 0, n.dtype)
-    w_offset = ((tap_d * R + tap_h) * S + tap_w).to(n.dtype) * C
+    w_offset = ((tap_d * R + tap_h) * S + tap_w).to(n.dtype) * W_C
     k = 0
     bit_w = tl.full((), 1, tl.int32)
     bit_h = tl.full((), 1 << MOST_W if COUNTED else 0, tl.int32)
@@ -206,7 +223,7 @@ def conv_dgrad_kernel(
             j_d = j // (taps_w * taps_h)
             offset = k - j_d.to(n.dtype) * (HOP_D * stride_yd) - j_h * (HOP_H * stride_yh) - j_w * (HOP_W * stride_yw)
             tap = ((tap_d + j_d * STEP_D) * R + tap_h + j_h * STEP_H) * S + tap_w + j_w * STEP_W
-            w_offset = k.to(n.dtype) * stride_wk + tap * C
+            w_offset = k.to(n.dtype) * stride_wk + tap * W_C
             # Unsigned comparison: a negative coordinate is a large number.
             inside = ((p - j_h * HOP_H).to(tl.uint32) < P) & ((q - j_w * HOP_W).to(tl.uint32) < Q)
             inside = inside & ((o - j_d * HOP_D).to(tl.uint32) < O)
@@ -217,7 +234,13 @@ def conv_dgrad_kernel(
             mask_a = mask_a & mask_k[None, :]
             mask_b = mask_b & mask_k[:, None]
         a = tl.load(dy_ptrs + offset, mask=mask_a, other=0.0)
-        b = tl.load(w_ptrs + w_offset, mask=mask_b, other=0.0)
+        if PACK > 1:
+            # A filter's own channels, and zeros for its neighbors'.
+            member = offs_k // PACK_K if PACK * PACK_K <= BLOCK_K else (k + offs_k) // PACK_K
+            mask_b = mask_b & (member[:, None] == (offs_n // PACK_C)[None, :])
+            b = tl.load(w_ptrs + (w_offset - member * PACK_C)[:, None], mask=mask_b, other=0.0)
+        else:
+            b = tl.load(w_ptrs + w_offset, mask=mask_b, other=0.0)
         if table_ptr is not None:
             table = load_table(table_ptr, group * K + k + offs_k, mask_k, GROUPS * K, 0, SLOPED, ACT_GRADIENT)
             z = a
@@ -253,6 +276,43 @@ def conv_dgrad_kernel(
 
     if TURNED:
         acc = tl.trans(acc)
+    if PACK > 1:
+        # As in conv_flat.
+        if not_finite(acc):
+            for first_n in range(pid_n * BLOCK_N, pid_n * BLOCK_N + BLOCK_N, REMADE):
+                remade = tl.minimum(first_n + tl.arange(0, REMADE), C - 1)
+                first_k = remade // PACK_C * PACK_K
+                own_w = w + ((group * K + first_k).to(n.dtype) * stride_wk + remade % PACK_C)
+                own = zero_tile(y_ptr, BLOCK_M, REMADE)
+                for i in range(0, taps_d * taps_h * taps_w * PACK_K):
+                    j = i // PACK_K
+                    j_w = j % taps_w
+                    j_h = j // taps_w % taps_h
+                    j_d = j // (taps_w * taps_h)
+                    back = j_d.to(n.dtype) * (HOP_D * stride_yd) + j_h * (HOP_H * stride_yh) + j_w * (HOP_W * stride_yw)
+                    tap = ((tap_d + j_d * STEP_D) * R + tap_h + j_h * STEP_H) * S + tap_w + j_w * STEP_W
+                    # Unsigned comparison, as above.
+                    inside = ((p - j_h * HOP_H).to(tl.uint32) < P) & ((q - j_w * HOP_W).to(tl.uint32) < Q)
+                    inside = (inside & ((o - j_d * HOP_D).to(tl.uint32) < O))[:, None]
+                    own_y = (first_y - back)[:, None] + (first_k + i % PACK_K)[None, :]
+                    a = tl.load(dy_ptr + own_y, mask=inside, other=0.0)
+                    if table_ptr is not None:
+                        channels = group * K + first_k + i % PACK_K
+                        table = load_table(table_ptr, channels, channels >= 0, GROUPS * K, 0, SLOPED, ACT_GRADIENT)
+                        z = a
+                        if z_ptr is not None:
+                            z = tl.load(z_ptr + own_y, mask=inside, other=0.0)
+                        gradient = input_gradient(a, z, table, SLOPED, ACT_GRADIENT, GRADIENT_A, GRADIENT_B)
+                        a = tl.where(inside, gradient, 0.0).to(a.dtype)
+                    b = tl.load(own_w + ((i % PACK_K) * stride_wk + tap * PACK_C))
+                    own += a.to(own.dtype) * b.to(own.dtype)[None, :]
+                finish_rows(
+                    own, rows, offs_m < M, D * H * W, group, first_n, C, GROUPS * C, phase * tiles_m + pid_m,
+                    PHASES * tiles_m, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr,
+                    moments_ptr, EPS, ACT, ACT_A, ACT_B, X_CHANNELS_LAST,
+                )  # fmt: skip
+            return
+
     finish_rows(
         acc, rows, offs_m < M, D * H * W, group, pid_n * BLOCK_N, C, GROUPS * C, phase * tiles_m + pid_m, PHASES * tiles_m,
         y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A,

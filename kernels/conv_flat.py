@@ -9,6 +9,9 @@ stem reads a contiguous NCHW image without a copy. Where consecutive k are neigh
 channels-last image, or image patches of 8 or more pixels in their own order) the loads are 128-bit vectors; else they
 are single elements, out of L1.
 
+Groups with few channels share a tile: PACK neighbors are one group here, whose weights are gathered as a block diagonal,
+zeros in all other places. Nothing else of the kernel knows.
+
 Padding is a word of bits per pixel, made before the loop. Each output is written once, after the epilogue.
 """
 
@@ -17,7 +20,7 @@ import triton.language as tl
 
 from .dot import matmul_acc, zero_tile
 from .epilogue import finish_tile
-from .tiles import grouped_tile, tap_bits, taps_outside, tile, window_origins
+from .tiles import REMADE, grouped_tile, not_finite, tap_bits, taps_outside, tile, window_origins
 
 __all__ = ["configs", "conv_flat_kernel"]
 
@@ -33,11 +36,17 @@ def configs() -> list[triton.Config]:
         tile(128, 64, 64, 4, 3),
         tile(64, 64, 64, 8, 3),
         tile(128, 32, 64, 4, 3),
+        # Groups that share a tile of 32 channels: a step is a tap, and the assembler unrolls the loop. A thread's many
+        # results share what is computed for each row. Without stages the image is read through L1, nine taps in a row.
+        tile(256, 32, 32, 4, 3),
+        tile(256, 32, 32, 8, 1),
+        # Groups of 16.
+        tile(256, 16, 16, 4, 3, tma=False),
         # Stems, whose single elements are dearer to read than to multiply: few registers, many programs.
         tile(128, 64, 16, 4, 2),
         tile(128, 32, 32, 4, 2),
         tile(64, 32, 32, 4, 2),
-        # Groups with few channels, and first layers with few filters.
+        # Groups that no neighbors join, and first layers with few filters.
         tile(64, 16, 32, 4, 2),
         tile(64, 16, 16, 4, 2),
     ]
@@ -46,12 +55,15 @@ def configs() -> list[triton.Config]:
 @triton.jit
 def conv_flat_kernel(
     x_ptr, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw,
-    w, stride_wk,  # [groups * K, taps * C], dense rows: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
+    # [groups * K, taps * C] (PACK_C of them), dense rows: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
+    w, stride_wk,
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
     # sizes; K is that of one group
     M, D, H, W, K, O, P, Q, GROUPS,
-    # geometry; C is that of one group
-    C: tl.constexpr, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    # geometry; C is that of one group. PACK: how many of the layer's groups are one here; PACK_C, PACK_K: the channels and
+    # filters of each of them; all 1 where groups stay alone
+    C: tl.constexpr, PACK: tl.constexpr, PACK_C: tl.constexpr, PACK_K: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
@@ -99,7 +111,12 @@ def conv_flat_kernel(
     offs_x += d0.to(n.dtype) * stride_xd + h0.to(n.dtype) * stride_xh + w0.to(n.dtype) * stride_xw
     x_ptrs = x_ptr + offs_x
 
-    if not USE_TMA:
+    if PACK > 1:
+        filters = tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), K - 1)
+        member = filters // PACK_K
+        # Its weights in the order of the axis, as if its first channel were the first of all.
+        w_ptrs = w + ((group * K + filters) * stride_wk - member * (PACK_C if W_CHANNELS_LAST else PACK_C * TAPS))
+    elif not USE_TMA:
         # Filters past the end repeat the last one, likewise.
         offs_n = group * K + tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), K - 1)
         w_ptrs = w + offs_n * stride_wk
@@ -135,13 +152,54 @@ def conv_flat_kernel(
             a = tl.load(a_ptrs)
         else:
             a = tl.load(a_ptrs, mask=(k < DEPTH)[None, :], other=0.0)
-        if USE_TMA:
+        if PACK > 1:
+            # A filter's own channels, and zeros for its neighbors'.
+            if W_CHANNELS_LAST:
+                offs_b = tap * PACK_C + c
+                # Not c // PACK_C, of which the compiler cannot prove that PACK_C neighbors are equal.
+                owner = k // PACK_C % PACK
+            else:
+                offs_b = k
+                owner = k // (PACK_C * TAPS)
+            mask_b = owner[None, :] == member[:, None]
+            if not EVEN:
+                mask_b = mask_b & (k < DEPTH)[None, :]
+            b = tl.load(w_ptrs[:, None] + offs_b[None, :], mask=mask_b, other=0.0)
+        elif USE_TMA:
             b = w.load([group * K + pid_n * BLOCK_N, start])
         elif EVEN:
             b = tl.load(w_ptrs[:, None] + k[None, :])  # [BLOCK_N, BLOCK_K]
         else:
             b = tl.load(w_ptrs[:, None] + k[None, :], mask=(k < DEPTH)[None, :], other=0.0)
         acc = matmul_acc(a, b.T, acc, PRECISION)
+
+    if PACK > 1:
+        # Zero times a neighbor's NaN or infinity is NaN. Such a tile is made anew, few columns and one product at a time.
+        if not_finite(acc):
+            for first_n in range(pid_n * BLOCK_N, pid_n * BLOCK_N + BLOCK_N, REMADE):
+                remade = tl.minimum(first_n + tl.arange(0, REMADE), K - 1)
+                own_x = x_ptrs[:, None] + (remade // PACK_K * PACK_C).to(n.dtype)[None, :] * stride_xc
+                own_w = w + (group * K + remade) * stride_wk
+                own = zero_tile(y_ptr, BLOCK_M, REMADE)
+                for i in range(0, TAPS * PACK_C):
+                    c = i // TAPS
+                    tap = i % TAPS
+                    t = tap // (R * S) * DIL_D
+                    r = tap // S % R * DIL_H
+                    s = tap % S * DIL_W
+                    # Unsigned comparison, as above.
+                    inside = (h0 + r).to(tl.uint32) < H
+                    inside = inside & ((w0 + s).to(tl.uint32) < W) & ((d0 + t).to(tl.uint32) < D)
+                    offs_k = c * stride_xc + t * stride_xd + r * stride_xh + s * stride_xw
+                    a = tl.load(own_x + offs_k, mask=inside[:, None], other=0.0)
+                    b = tl.load(own_w + (tap * PACK_C + c if W_CHANNELS_LAST else i))
+                    own += a.to(own.dtype) * b.to(own.dtype)[None, :]
+                finish_tile(
+                    own, offs_m, M, O * P * Q, group, first_n, K, GROUPS * K, pid_m, tiles_m, y_ptr, residual_ptr, bias_ptr,
+                    mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B,
+                    Y_CHANNELS_LAST, INDEX_64,
+                )  # fmt: skip
+            return
 
     finish_tile(
         acc, offs_m, M, O * P * Q, group, pid_n * BLOCK_N, K, GROUPS * K, pid_m, tiles_m, y_ptr, residual_ptr, bias_ptr,

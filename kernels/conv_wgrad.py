@@ -9,6 +9,8 @@ the sum of dy's columns, taken by the programs of the first column of tiles.
 dy is read once per column of tiles, x once per row of tiles and tap, both from L2 but for the first time. Where BLOCK_N
 divides the channels a tile has one tap, and padding is one bit a pixel; elsewhere each column has its own.
 
+Groups with few channels share a tile, as in conv_flat: products of a group's dy with another's x are not stored.
+
 Where a batch norm (and an activation) lies between, the gradient of the convolution's result z can be computed on the way
 in, from dy, z and five numbers a channel, as in conv_dgrad.
 """
@@ -62,7 +64,8 @@ def conv_wgrad_kernel(
     z_ptr, table_ptr,  # where dy is the gradient behind a batch norm: the convolution's result, as dy lies; its table
     # sizes; C and K are those of one group
     M, D, H, W, C, K, O, P, Q, GROUPS, RANGE,
-    # geometry
+    # geometry; PACK, PACK_C, PACK_K: as conv_flat has them, and dw has the layer's own groups
+    PACK: tl.constexpr, PACK_C: tl.constexpr, PACK_K: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
@@ -186,8 +189,20 @@ def conv_wgrad_kernel(
     filters = (split * GROUPS + group) * K + offs_m
     # A single range's weights may lie as [filters, C, taps].
     ahead = offs_n if W_CHANNELS_LAST or not DIRECT else offs_n % C * (T * R * S) + offs_n // C
-    offs_w = (filters.to(tl.int64) * columns)[:, None] + ahead[None, :]
-    tl.store(dw_ptr + offs_w, acc.to(dw_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    if PACK > 1:
+        # The blocks on the diagonal are all that is kept; the others are products of one group with another.
+        TAPS: tl.constexpr = T * R * S
+        member = offs_m // PACK_K
+        mask = mask_m[:, None] & mask_n[None, :] & (member[:, None] == (offs_n // PACK_C % PACK)[None, :])
+        if W_CHANNELS_LAST or not DIRECT:
+            ahead = offs_n // C * PACK_C + offs_n % C
+            offs_w = (filters.to(tl.int64) * (TAPS * PACK_C) - member * PACK_C)[:, None] + ahead[None, :]
+        else:
+            offs_w = ((filters.to(tl.int64) - member) * (TAPS * PACK_C))[:, None] + ahead[None, :]
+        tl.store(dw_ptr + offs_w, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+    else:
+        offs_w = (filters.to(tl.int64) * columns)[:, None] + ahead[None, :]
+        tl.store(dw_ptr + offs_w, acc.to(dw_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
     if db_ptr is not None:
         # A loop of its own, so that the products' loop has no tile to hold for it; dy is in L2.
         if pid_n == 0:

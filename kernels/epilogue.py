@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .statistics import moments
 
-__all__ = ["finish_rows", "finish_tile"]
+__all__ = ["apply_affine", "finish_rows", "finish_tile", "load_affine"]
 
 # Columns of a slice: a whole wide tile's residual, offsets and per-channel vectors beside its accumulators would spill.
 SLICE_N = tl.constexpr(32)
@@ -24,16 +24,20 @@ SLICE_N = tl.constexpr(32)
 
 @triton.jit
 def load_channels(ptr, offs_n, mask_n, dtype: tl.constexpr):
-    return tl.load(ptr + offs_n, mask=mask_n, other=0.0).to(dtype)
+    if mask_n is None:
+        values = tl.load(ptr + offs_n)
+    else:
+        values = tl.load(ptr + offs_n, mask=mask_n, other=0.0)
+    return values.to(dtype)
 
 
 @triton.jit
-def affine(
-    acc, offs_n, mask_n,
-    bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS: tl.constexpr,
+def load_affine(
+    offs_n, mask_n, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
-    """acc * scale + shift with the bias and the batch norm's tensors folded into one pair; absent pointers are None."""
-    dtype: tl.constexpr = acc.dtype
+    """(scale, shift) of some channels, into which bias and batch norm are folded, for `apply_affine`."""
+    scale = tl.full(offs_n.shape, 1.0, dtype)
+    shift = tl.zeros(offs_n.shape, dtype)
     if mean_ptr is not None:
         scale = 1.0 / tl.sqrt(load_channels(var_ptr, offs_n, mask_n, dtype) + EPS)
         if gamma_ptr is not None:
@@ -44,9 +48,18 @@ def affine(
         shift = shift * scale
         if beta_ptr is not None:
             shift = shift + load_channels(beta_ptr, offs_n, mask_n, dtype)
+    elif bias_ptr is not None:
+        shift = load_channels(bias_ptr, offs_n, mask_n, dtype)
+    return scale, shift
+
+
+@triton.jit
+def apply_affine(acc, scale, shift, bias_ptr, mean_ptr):
+    """acc * scale + shift, [rows, channels], as far as the pointers say that there is anything to do."""
+    if mean_ptr is not None:
         acc = acc * scale[None, :] + shift[None, :]
     elif bias_ptr is not None:
-        acc = acc + load_channels(bias_ptr, offs_n, mask_n, dtype)[None, :]
+        acc = acc + shift[None, :]
     return acc
 
 
@@ -68,7 +81,8 @@ def finish_slice(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.conste
         pixel = ((tap // (R * S) * P + tap // S % R) * Q + tap % S).to(rows.dtype)
         ahead = pixel * channels + offs_n if Y_CHANNELS_LAST else offs_n.to(rows.dtype) * stride_c + pixel
         slot = slot + tap * tiles_m
-    acc = affine(acc, offs_n, mask_n, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS)
+    scale, shift = load_affine(offs_n, mask_n, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS, acc.dtype)
+    acc = apply_affine(acc, scale, shift, bias_ptr, mean_ptr)
     if moments_ptr is not None:
         count = tl.sum(mask_m.to(acc.dtype))
         mean, squares = moments(acc, mask_m[:, None], count, 0)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["fitting", "grouped_tile", "tap_bits", "taps_outside", "tile", "window_origins"]
+__all__ = ["REMADE", "fitting", "grouped_tile", "not_finite", "tap_bits", "taps_outside", "tile", "window_origins"]
 
 
 def tile(m: int, n: int, k: int, warps: int, stages: int, *, tma: bool = True) -> triton.Config:
@@ -61,7 +61,7 @@ def fitting(
         if turned and tensor_cores and vectors and k_ == 32:
             continue
         # Deep steps of single elements spill too, each with an address and a mask of its own.
-        if not vectors and k_ > 32:
+        if not vectors and (k_ > 32 or m_ > 128):
             continue
         kept.append(config)
     return kept
@@ -130,3 +130,16 @@ def tap_bits(t, r, s, R: tl.constexpr, S: tl.constexpr, HAS_D: tl.constexpr):
     if HAS_D:
         bits = bits | (one << (S + R + t))
     return bits
+
+
+# Groups that share a tile (PACK) meet each other's values times zero, which is NaN for a NaN or an infinity. Both leave
+# their mark in the sums, so that it is enough to look at these: an instruction a result, and a branch a tile that is never
+# taken elsewhere. There, so few columns are made anew at a time that they need no more registers than the rest.
+REMADE = tl.constexpr(4)
+
+
+@triton.jit
+def not_finite(acc):
+    """Whether some element of a tile is NaN or infinite."""
+    # Over all elements at once: Triton 3.7.1 fails for sm_100 where accumulators are added up along one axis.
+    return tl.sum(acc * 0.0) != 0.0

@@ -375,8 +375,8 @@ def test_what_is_compiled_ahead_is_what_waits() -> None:
 
 def test_every_possible_config_of_every_kernel_is_checked() -> None:
     seen: dict[str, set[str]] = {}
-    for case, config, _ in suites.check_layers(H200):
-        launches = registry.operations()[case.kind].launches(case, H200, config)
+    for case, config, channels_last in suites.check_layers(H200):
+        launches = registry.operations()[case.kind].launches(case, H200, config, channels_last)
         # Others beside them may have no configs to choose from.
         taken = {registry.module_of(launch) for launch in launches if str(launch.config) == str(config)}
         assert taken

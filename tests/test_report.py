@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import traffic
+from benchmarks import traffic, traffic_direct
 from benchmarks.markdown import number, table
 from benchmarks.plots import write_plots
 from benchmarks.records import Record, bound_of, by_family, is_timed, latest, mean_of, outcome_of, read, rows_of
@@ -301,6 +301,17 @@ def test_the_committed_page_is_current() -> None:
 
 def test_the_bytes_of_training_are_current() -> None:
     assert traffic.page() in traffic.PAGE.read_text(), "run python -m benchmarks.traffic"
+
+
+def test_the_bytes_of_the_memory_bound_layers_are_current_and_near_the_floor() -> None:
+    assert traffic_direct.page() in traffic_direct.PAGE.read_text(), "run python -m benchmarks.traffic"
+    for case in traffic_direct.cases():
+        found = traffic_direct.bytes_of(case)
+        assert found.floor <= found.memory
+        if case.kind == "separable" or case.family == "depthwise":
+            assert found.memory <= 1.15 * found.floor, case.id
+        if found.l2 is not None and found.lanes is not None:
+            assert found.floor <= 1.01 * found.l2 <= 1.02 * found.lanes, case.id
 
 
 def test_every_tensor_is_read_and_written_once_at_least() -> None:

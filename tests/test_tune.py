@@ -296,20 +296,20 @@ def test_a_table_can_be_exported(clock: Callable[..., None], tmp_path: Path) -> 
     assert kept is not None and table.entries == kept.entries and table.gpu == "NVIDIA H200"
 
 
-def test_depthwise_layers_go_to_torch_until_they_are_measured(clock: Callable[..., None]) -> None:
+def test_depthwise_layers_are_measured_as_others_are(clock: Callable[..., None]) -> None:
     model = tritonconv.convert(torch.nn.Conv2d(16, 16, 3, padding=1, groups=16).half().eval())
     x = torch.randn(1, 16, 8, 8).half()
     found = row(model, x)
-    assert found["backend"] == "torch" and found["reason"].startswith("not measured, and ")
-    clock({}, torch_ms=2.0)
+    assert found["backend"] == "triton" and found["reason"] == "depthwise, not measured"
+    clock({}, torch_ms=0.001)
     with forced(device=H200):
         tritonconv.tune(model, x)
-    assert row(model, x)["backend"] == "triton", "it was faster after all"
+    assert row(model, x)["backend"] == "torch", "it was faster"
 
 
 def test_the_interpreter_runs_everything() -> None:
     model = tritonconv.convert(torch.nn.Conv2d(16, 16, 3, padding=1, groups=16).eval())
-    assert tritonconv.explain(model, torch.randn(1, 16, 8, 8)).to_dict()["layers"][0]["reason"] == "conv_flat"
+    assert tritonconv.explain(model, torch.randn(1, 16, 8, 8)).to_dict()["layers"][0]["reason"] == "depthwise"
 
 
 def test_tune_needs_a_module_and_a_clock() -> None:

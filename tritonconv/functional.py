@@ -14,12 +14,13 @@ from tritonconv.ops.dispatch import linear as _linear
 from tritonconv.ops.dispatch_batch_norm import batch_norm as _batch_norm
 from tritonconv.ops.dispatch_training import convolution_batch_norm, parts_on_torch
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.library_causal import causal_convolution, causal_step, last_steps
 from tritonconv.ops.library_training import OwnNorm
 
 __all__ = [
-    "batch_norm", "conv1d", "conv1d_bn_act", "conv2d", "conv2d_bn_act", "conv3d", "conv3d_bn_act", "conv_transpose1d",
-    "conv_transpose1d_bn_act", "conv_transpose2d", "conv_transpose2d_bn_act", "conv_transpose3d", "conv_transpose3d_bn_act",
-    "linear",
+    "batch_norm", "causal_conv1d", "causal_conv1d_update", "conv1d", "conv1d_bn_act", "conv2d", "conv2d_bn_act",
+    "conv3d", "conv3d_bn_act", "conv_transpose1d", "conv_transpose1d_bn_act", "conv_transpose2d",
+    "conv_transpose2d_bn_act", "conv_transpose3d", "conv_transpose3d_bn_act", "linear",
 ]  # fmt: skip
 
 Size = int | Sequence[int]
@@ -54,6 +55,79 @@ def batch_norm(
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: object = None, initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Any:  # fmt: skip
+    """Causal depthwise convolution over time with what follows it, as the causal-conv1d package has it (Mamba's, say).
+
+    y[b, d, t] = act(bias[d] + sum over j of weight[d, j] * x[b, d, t - (K - 1) + j]) in one kernel, its gradients in
+    another: nothing but x is kept for them.
+
+    Args:
+        x: (B, D, T), channels-last (x.stride(1) == 1) or contiguous, fp16, bf16, fp32 or fp64.
+        weight: (D, K) or (D, 1, K), of x's dtype; more than 8 taps run as a convolution of their own.
+        bias: (D,), of x's dtype.
+        activation: None, "silu", "swish", or whatever `conv2d_bn_act` takes.
+        initial_state: (B, D, K - 1), of x's dtype: what came before x; None: zeros.
+        return_final_state: return what came last too, for the next call.
+
+    Returns:
+        (B, D, T), channels-last if x is; with `return_final_state` a pair of it and the last K - 1 steps of what was given,
+        (B, D, K - 1).
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit.
+        TypeError: arguments of a wrong type.
+        ValueError: an unknown activation.
+
+    >>> x, weight = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[10.0, 1.0]])
+    >>> causal_conv1d(x, weight).tolist()
+    [[[1.0, 12.0, 23.0]]]
+    >>> y, state = causal_conv1d(x, weight, return_final_state=True)
+    >>> causal_conv1d(x, weight, initial_state=state).tolist()
+    [[[31.0, 12.0, 23.0]]]
+    """
+    y = causal_convolution(x, weight, bias, parse_activation(activation), initial_state)
+    return (y, last_steps(x, initial_state, weight.shape[-1] - 1)) if return_final_state else y
+
+
+def causal_conv1d_update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: object = None
+) -> Tensor:
+    """The next time step of `causal_conv1d`, or a few, for decoding: one launch, which moves the state on in place.
+
+    Args:
+        x: (B, D), or (B, D, S) for S steps, fp16, bf16, fp32 or fp64.
+        conv_state: (B, D, L), L at least K - 1, of x's dtype: the steps before x. It loses its first and gains x's.
+        weight: (D, K) or (D, 1, K), of x's dtype.
+        bias: (D,), of x's dtype.
+        activation: as `causal_conv1d` takes it.
+
+    Returns:
+        Of x's size.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit; gradients are needed, and there are none.
+        TypeError: arguments of a wrong type.
+        ValueError: an unknown activation.
+
+    >>> state = torch.zeros(1, 1, 1)
+    >>> [causal_conv1d_update(torch.tensor([[x]]), state, torch.tensor([[10.0, 1.0]])).item() for x in (1.0, 2.0, 3.0)]
+    [1.0, 12.0, 23.0]
+    """
+    act = parse_activation(activation)
+    if isinstance(x, Tensor) and x.dim() == 2:
+        return causal_step(x.unsqueeze(2), conv_state, weight, bias, act).squeeze(2)
+    return causal_step(x, conv_state, weight, bias, act)
+
+
+def _torchs(padding: object, op: str) -> None:
+    """Raise where the geometry knows a padding by name that torch has not."""
+    if isinstance(padding, str) and padding == "causal":
+        raise RuntimeError(f"{op}: invalid padding string 'causal', expected 'same' or 'valid'")
+
+
 def conv1d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Padding = 0, dilation: Size = 1,
     groups: int = 1,
@@ -77,6 +151,7 @@ def conv1d(
     >>> conv1d(torch.ones(1, 1, 4), torch.ones(1, 1, 3)).tolist()
     [[[3.0, 3.0]]]
     """
+    _torchs(padding, "conv1d")
     return convolution("conv1d", input, weight, Epilogue(bias), 1, stride, padding, dilation, groups)
 
 
@@ -103,6 +178,7 @@ def conv2d(
     >>> conv2d(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), padding="same").shape
     torch.Size([1, 1, 4, 4])
     """
+    _torchs(padding, "conv2d")
     return convolution("conv2d", input, weight, Epilogue(bias), 2, stride, padding, dilation, groups)
 
 
@@ -129,6 +205,7 @@ def conv3d(
     >>> conv3d(torch.ones(1, 2, 4, 4, 4), torch.ones(3, 2, 2, 2, 2), stride=2).shape
     torch.Size([1, 3, 2, 2, 2])
     """
+    _torchs(padding, "conv3d")
     return convolution("conv3d", input, weight, Epilogue(bias), 3, stride, padding, dilation, groups)
 
 
@@ -373,6 +450,7 @@ def _conv_bn_act(
 ) -> Tensor:  # fmt: skip
     """`numbers`: what torch's convolution takes behind its bias, in its order."""
     op = f"{kind}{nd}d_bn_act"
+    _torchs(numbers[1], op)
     act = parse_activation(activation)
     if training:
         own = OwnNorm(running_mean, running_var, bn_weight, bn_bias, eps)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["ConvGeometry", "Pass", "Triple"]
+__all__ = ["ConvGeometry", "Pass", "Triple", "expand"]
 
 Triple = tuple[int, int, int]
 Pass = Literal["fprop", "dgrad", "wgrad"]
@@ -41,7 +41,7 @@ class ConvGeometry:
     padding: Triple
     """Zeros before the first element of each axis."""
     padding_after: Triple
-    """Zeros behind the last element; differs from `padding` for "same" with an even filter extent."""
+    """Zeros behind the last element; differs from `padding` for "causal", and for "same" with an even filter extent."""
     dilation: Triple
     groups: int
     transposed: bool
@@ -67,7 +67,8 @@ class ConvGeometry:
         Args:
             input_shape: (N, C, *spatial) or (C, *spatial), `nd` spatial sizes.
             weight_shape: (K, C/groups, *filter), transposed: (C, K/groups, *filter).
-            padding: zeros on both sides of each axis, or "same" or "valid" (not for transposed).
+            padding: zeros on both sides of each axis, or "same", "valid" or "causal" (not for transposed); "causal", which
+                torch has not, is as many zeros as the filter reaches back, before the first element of each axis.
             output_padding: rows added behind a transposed convolution's output.
 
         Raises:
@@ -246,6 +247,8 @@ def _expand_padding(
         return before, before
     if padding == "valid":
         return (0,) * nd, (0,) * nd
+    if padding == "causal":
+        return tuple(d * (k - 1) for d, k in zip(dilation, filter_, strict=True)), (0,) * nd
     if padding != "same":
         raise RuntimeError(f"{op}: invalid padding string {padding!r}, expected 'same' or 'valid'")
     if any(s != 1 for s in stride):

@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 
 from tritonconv.ops.launch import Launch
 from tritonconv.tuning import Device, device_named
-from tritonconv.tuning.cost import HOPPER_FLOP_PER_CLOCK, ISSUE_SLOTS
+from tritonconv.tuning.cost import HOPPER_FLOP_PER_CLOCK
+from tritonconv.tuning.devices import ISSUE_SLOTS
 
 __all__ = ["TARGETS", "IdleDriver", "Target", "compile_launch", "gpu_target", "inspect_launch"]
 
@@ -119,7 +120,10 @@ def assembler_notes(ptx: str, gpu: GPUTarget, folder: Path) -> str:
 
 
 def inspect_launch(launch: Launch, target: Target) -> dict[str, Any]:
-    """Registers, stack and shared bytes, instruction counts, serialization and the main loop's issue ratio."""
+    """Registers, stack and shared bytes, instruction counts, serialization and the main loop's issue ratio.
+
+    Of direct kernels also the instructions for each result.
+    """
     kernel = compile_launch(launch, target.device)
     if target.gpu.backend == "hip":
         return _inspect_amd(kernel)
@@ -138,8 +142,54 @@ def inspect_launch(launch: Launch, target: Target) -> dict[str, Any]:
     return dict(
         registers=registers, stack=stack if spilled or target.gpu.arch < 100 else 0, shared=kernel.metadata.shared,
         serialized="instructions are serialized" in notes if target.gpu.arch == 90 else None,
-        issue_ratio=issue_ratio(sass, launch.options["num_warps"]) if target.gpu.arch == 90 else None, counts=counts,
+        issue_ratio=issue_ratio(sass, launch.options["num_warps"]) if target.gpu.arch == 90 else None,
+        lane_instructions_per_output=lane_instructions(sass, launch), counts=counts,
     )  # fmt: skip
+
+
+def _loops(sass: str) -> tuple[int, list[int]]:
+    """(number of instructions, lengths of the loops from the innermost on)."""
+    code = [(int(a, 16), text) for a, text in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass, re.M)]
+    lengths = []
+    for address, text in code:
+        back = re.search(r"BRA.*?0x([0-9a-f]+)", text)
+        # The code ends in a branch to itself.
+        if back and int(back.group(1), 16) < address:
+            lengths.append(sum(int(back.group(1), 16) <= a <= address for a, _ in code))
+    return sum("NOP" not in text for _, text in code), sorted(lengths)
+
+
+def lane_instructions(sass: str, launch: Launch) -> float | None:
+    """Instructions that a direct kernel's lanes execute for each result; of a separable one, for each element between.
+
+    None for other kernels, and where the code's loops are not those of the source.
+    """
+    a, kernel = launch.arguments, launch.kernel.__name__
+    if kernel not in ("depthwise_kernel", "depthwise_wgrad_kernel", "separable_kernel"):
+        return None
+    total, loops = _loops(sass)
+    lanes = 32 * launch.options["num_warps"]
+    if kernel == "separable_kernel":
+        # One pass of the loop over channels, in which the taps' runs once or row by row.
+        if len(loops) != 2:
+            return None
+        once = loops[1] + loops[0] * (a["STEPS"] - 1)
+        return round(once * lanes / (a["BLOCK_M"] * a["BLOCK_K"]), 1)
+    results = a["BLOCK_T"] * a["BLOCK_C"]
+    for extent, patch in (("P", "PATCH_P"), ("Q", "PATCH_Q")):
+        # Those that exist, of all patches of the image.
+        results *= a[extent] / -(-a[extent] // a[patch])
+    if kernel == "depthwise_wgrad_kernel":
+        # One step, of as many programs as share the taps.
+        programs = a["T"] * -(-a["R"] // a["ROWS"]) * -(-a["S"] // a["COLUMNS"])
+        return round(loops[0] * programs * lanes / results, 1) if len(loops) == 1 else None
+    trips = [n for n in (a["S"] // a["STEP_S"], a["R"] // a["STEP_R"], a["T"]) if n > 1]
+    if len(trips) != len(loops):
+        return None
+    length = executed = 0
+    for inner, trip in zip(loops, trips, strict=True):
+        length, executed = inner, (inner - length + executed) * trip
+    return round((total - length + executed) * lanes / results, 1)
 
 
 def issue_ratio(sass: str, num_warps: int) -> float | None:
@@ -172,5 +222,6 @@ def _inspect_amd(kernel: Any) -> dict[str, Any]:
 
     return dict(
         registers=field("vgpr_count"), stack=field("private_segment_fixed_size"), shared=kernel.metadata.shared,
-        serialized=None, issue_ratio=None, counts=dict(sorted(Counter(re.findall(AMDGCN, text)).items())),
+        serialized=None, issue_ratio=None, lane_instructions_per_output=None,
+        counts=dict(sorted(Counter(re.findall(AMDGCN, text)).items())),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Chains of a graph that one kernel computes: convolution, batch norm, residual add, activation.
 
-A batch norm that no convolution of ours precedes begins a chain of its own.
+A batch norm that no convolution of ours precedes begins a chain of its own. A depthwise convolution's chain that ends in a
+1x1 convolution's is joined to it: one kernel may compute both.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import fx
 from tritonconv import functional, nn
 from tritonconv.convert.calls import activation_of, addition_of, is_batch_norm, module_of
 from tritonconv.convert.memory import Memory, thread_in_place
-from tritonconv.nn.fused import carries_hook, fused_call, fused_norm
+from tritonconv.nn.fused import carries_hook, fused_call, fused_norm, fused_pair
 from tritonconv.ops.activation import ActivationSpec
 
 __all__ = ["Rewriting", "rewrite"]
@@ -48,6 +49,14 @@ class Chain:
     in_place: bool = False
     activation: torch.nn.Module | ActivationSpec | None = None
 
+    @property
+    def layer(self) -> fx.Node:
+        return self.nodes[0]
+
+    @property
+    def end(self) -> fx.Node:
+        return self.nodes[-1]
+
 
 @dataclass
 class Rewriting:
@@ -75,9 +84,14 @@ def rewrite(graph: fx.Graph, root: torch.nn.Module) -> Rewriting:
             if chain is not None:
                 taken.update(chain.nodes)
                 chains.append(chain)
+    pairs = _pairs(graph, chains, modules, memory, taken)
+    joined = {id(chain) for pair in pairs for chain in pair}
     for chain in chains:
-        _replace(graph, chain)
-    done.chains = len(chains)
+        if id(chain) not in joined:
+            _replace(graph, (chain,))
+    for pair in pairs:
+        _replace(graph, pair)
+    done.chains = len(chains) + sum(len(chain.nodes) == 1 for pair in pairs for chain in pair)
     for node in graph.nodes:
         if node.op == "call_function" and node.target in FUNCTIONS:
             node.target = FUNCTIONS[node.target]
@@ -88,12 +102,9 @@ def rewrite(graph: fx.Graph, root: torch.nn.Module) -> Rewriting:
 def _chain_from(layer: fx.Node, modules: dict[str, torch.nn.Module], memory: Memory, taken: set[fx.Node]) -> Chain | None:
     """The longest chain behind this layer that may run where it ends, or None if the layer stays alone."""
     module = modules[str(layer.target)]
-    if carries_hook(module) or len(layer.all_input_nodes) != 1:
+    if not _is_plain(layer, modules):
         return None
     source = layer.all_input_nodes[0]
-    # A transposed convolution may also be given the size of its output.
-    if (layer.args, layer.kwargs) not in (((source,), {}), ((), {"input": source})):
-        return None
     chain = Chain((layer,), norm=layer if type(module) in NORMS else None)
     for find in (_as_norm, _as_addition, _as_activation):
         users = list(chain.nodes[-1].users)
@@ -108,6 +119,48 @@ def _chain_from(layer: fx.Node, modules: dict[str, torch.nn.Module], memory: Mem
             break
         chain = longer
     return chain if len(chain.nodes) > 1 else None
+
+
+def _pairs(
+    graph: fx.Graph, chains: list[Chain], modules: dict[str, torch.nn.Module], memory: Memory, taken: set[fx.Node]
+) -> list[tuple[Chain, Chain]]:
+    """Chains of a depthwise convolution that end in those of a 1x1 convolution; either may be the layer alone."""
+    starts = {chain.layer: chain for chain in chains}
+    alone = {
+        node: Chain((node,)) for node in graph.nodes
+        if type(module_of(node, modules)) is nn.Conv2d and node not in taken and _is_plain(node, modules)
+    }  # fmt: skip
+    found = []
+    for node, first in (starts | alone).items():
+        conv = modules[str(node.target)]
+        users = list(first.end.users)
+        if not _is_depthwise(conv) or first.residual is not None or len(users) != 1:
+            continue
+        second = starts.get(users[0]) or alone.get(users[0])
+        if second is None or not _is_pointwise(modules[str(users[0].target)]) or second.residual is first.end:
+            continue
+        whole = replace(second, nodes=first.nodes + second.nodes)
+        ordered = first.norm is None or not memory.is_used(first.norm, second.end)
+        if ordered and _may_move(whole, node.all_input_nodes[0], memory):
+            found.append((first, second))
+    return found
+
+
+def _is_plain(layer: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
+    """Whether a layer is called with its input alone, and no one watches it."""
+    if carries_hook(modules[str(layer.target)]) or len(layer.all_input_nodes) != 1:
+        return False
+    source = layer.all_input_nodes[0]
+    # A transposed convolution may also be given the size of its output.
+    return (layer.args, layer.kwargs) in (((source,), {}), ((), {"input": source}))
+
+
+def _is_depthwise(conv: Any) -> bool:
+    return type(conv) is nn.Conv2d and conv.groups == conv.in_channels == conv.out_channels > 1
+
+
+def _is_pointwise(conv: Any) -> bool:
+    return type(conv) is nn.Conv2d and conv.groups == 1 and conv.kernel_size == conv.stride == (1, 1)
 
 
 def _as_norm(node: fx.Node, chain: Chain, modules: dict[str, torch.nn.Module]) -> dict[str, Any] | None:
@@ -152,26 +205,29 @@ def _may_save(chain: Chain, memory: Memory) -> bool:
     return not memory.may_change(chain.residual, chain.nodes[-1])
 
 
-def _replace(graph: fx.Graph, chain: Chain) -> None:
-    layer, last = chain.nodes[0], chain.nodes[-1]
+def _replace(graph: fx.Graph, chains: tuple[Chain, ...]) -> None:
+    """Put one call in the place of a chain, or of a pair of them."""
+    layer, last = chains[0].layer, chains[-1].end
     with graph.inserting_before(last):
-        members: list[Any] = [graph.get_attr(str(layer.target))]
-        if chain.norm is not layer:
-            members.append(graph.get_attr(str(chain.norm.target)) if chain.norm else None)
-        activation = chain.activation
-        if isinstance(activation, torch.nn.Module):
-            members.append(graph.get_attr(str(last.target)))
-        elif activation is not None:
-            members.append(activation)
-        else:
-            members.append(None)
+        members = [member for chain in chains for member in _members(graph, chain)]
+        chain = chains[-1]
         residual = None
         if chain.add is not None:
             # Read from the graph: the residual may be the end of another chain, which has been replaced by now.
             added = addition_of(chain.add, chain.nodes[chain.nodes.index(chain.add) - 1])
             residual = added and added[0]
-        arguments = (*members, layer.all_input_nodes[0], residual, chain.in_place)
-        fused = graph.call_function(fused_norm if chain.norm is layer else fused_call, arguments)
+        function = fused_pair if len(chains) > 1 else fused_norm if chain.norm is layer else fused_call
+        fused = graph.call_function(function, (*members, layer.all_input_nodes[0], residual, chain.in_place))
     last.replace_all_uses_with(fused)
-    for node in reversed(chain.nodes):
+    for node in reversed([node for chain in chains for node in chain.nodes]):
         graph.erase_node(node)
+
+
+def _members(graph: fx.Graph, chain: Chain) -> list[Any]:
+    """Layer, batch norm and activation, the last as a module or as it is named."""
+    members: list[Any] = [graph.get_attr(str(chain.layer.target))]
+    if chain.norm is not chain.layer:
+        members.append(graph.get_attr(str(chain.norm.target)) if chain.norm else None)
+    activation = chain.activation
+    members.append(graph.get_attr(str(chain.end.target)) if isinstance(activation, torch.nn.Module) else activation)
+    return members

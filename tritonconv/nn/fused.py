@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,13 +28,15 @@ from tritonconv.nn.linear import Linear
 from tritonconv.ops.activation import ActivationSpec, from_module, parse_activation
 from tritonconv.ops.dispatch import linear, replay
 from tritonconv.ops.dispatch_batch_norm import batch_norm
+from tritonconv.ops.dispatch_separable import Part, separable_convolution, would_join
 from tritonconv.ops.dispatch_training import convolution_batch_norm
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.library_training import OwnNorm
+from tritonconv.ops.watch import is_observed, sharing
 
 __all__ = [
     "ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d", "ConvBNReLU2d", "Group", "carries_hook", "fused_call", "fused_norm",
-    "observe_groups",
+    "fused_pair", "observe_groups",
 ]  # fmt: skip
 
 BATCH_NORMS: dict[int, tuple[type[torch.nn.Module], ...]] = {
@@ -132,6 +134,48 @@ def fused_norm(
         y = batch_norm(input, *begin_batch(norm), backend=norm.backend, residual=residual, activation=spec)
         return _shown(y, norm, None, residual, activation if isinstance(activation, Module) else spec, input)
     return _behind(norm(input), residual, in_place, activation, spec)
+
+
+def fused_pair(
+    first: torch.nn.Module, first_norm: torch.nn.Module | None, first_activation: Any, layer: torch.nn.Module,
+    norm: torch.nn.Module | None, activation: Any, input: Tensor, residual: Tensor | None = None, in_place: bool = False,
+) -> Tensor:  # fmt: skip
+    """activation(norm(layer(first_activation(first_norm(first(input))))) + residual): depthwise, then 1x1 convolution.
+
+    In eval mode, where it is worth it, one kernel computes both and what lies between never goes to memory; else each is a
+    fused call of its own.
+
+    Args:
+        first, layer: our Conv2d, the former of as many groups as channels, the latter with a filter of one tap.
+        first_norm, first_activation, norm, activation, in_place: as `fused_call` takes them.
+    """
+    parts = _parts(first, first_norm, first_activation, layer, norm, activation, input, residual, in_place)
+    y = separable_convolution(input, *parts) if parts else None
+    if y is not None:
+        return y
+    joined = not torch.compiler.is_compiling() and is_observed() and parts is not None and would_join(input, *parts)
+    with sharing("first") if joined else nullcontext():
+        between = fused_call(first, first_norm, first_activation, input)
+    with sharing("second") if joined else nullcontext():
+        return fused_call(layer, norm, activation, between, residual, in_place)
+
+
+def _parts(
+    first: Any, first_norm: Any, first_activation: Any, layer: Any, norm: Any, activation: Any, input: Tensor,
+    residual: Tensor | None, in_place: bool,
+) -> tuple[Part, Part] | None:  # fmt: skip
+    """Both for one kernel, or None where each is to run on its own."""
+    if in_place and residual is not None and getattr(residual, "dtype", None) != input.dtype:
+        return None
+    parts = []
+    for conv, bn, act, added in ((first, first_norm, first_activation, None), (layer, norm, activation, residual)):
+        spec = from_module(act) if isinstance(act, Module) else parse_activation(act)
+        own = bn is not None and (bn.training or bn._buffers.get("running_mean") is None)
+        if own or type(conv) is not Conv2d or conv.padding_mode != "zeros" or not _one_kernel(conv, bn, act, spec, input):
+            return None
+        epilogue = Epilogue(member(conv, "bias"), None if bn is None else _batch_norm(bn), added, spec)
+        parts.append(Part(member(conv, "weight"), epilogue, numbers_of(conv)[1], conv.backend))
+    return parts[0], parts[1]
 
 
 def _shown(

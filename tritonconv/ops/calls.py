@@ -67,6 +67,8 @@ class Prepared:
     copy_weight: Dense | None
     copy_residual: Dense | None
     copy_vectors: bool
+    copy_y: Dense | None = None
+    """The format that the result has in the end, where the kernel writes another."""
 
     @classmethod
     def of(
@@ -84,7 +86,7 @@ class Prepared:
     @property
     def copies(self) -> int:
         """Hidden layout copies."""
-        return sum(copy is not None for copy in (self.copy_x, self.copy_weight, self.copy_residual))
+        return sum(copy is not None for copy in (self.copy_x, self.copy_weight, self.copy_residual, self.copy_y))
 
     def conditions(self, epilogue: Epilogue) -> str:
         """What a measurement must share with a call: what follows in the same kernel, and hidden copies before it."""
@@ -93,15 +95,20 @@ class Prepared:
 
     @functools.cached_property
     def rearranges(self) -> bool:
-        """Whether any tensor is copied."""
-        return self.copies > 0 or self.copy_vectors
+        """Whether any tensor is copied before the launch."""
+        return self.copies > (self.copy_y is not None) or self.copy_vectors
+
+    @property
+    def result(self) -> Dense:
+        """The result as callers get it."""
+        return self.output if self.copy_y is None else self.copy_y
 
     def unbatched(self) -> Prepared:
         """The same for an image (C, *spatial); this one is for a batch of one."""
         copy_x, residual = self.copy_x, self.copy_residual
         return replace(
             self, output=self.output.unbatched(), copy_x=copy_x and copy_x.unbatched(),
-            copy_residual=residual and residual.unbatched(),
+            copy_residual=residual and residual.unbatched(), copy_y=self.copy_y and self.copy_y.unbatched(),
         )  # fmt: skip
 
     def of_rows(self, x: Tensor, weight: Tensor, epilogue: Epilogue, shape: tuple[int, ...], copied: bool) -> Prepared:
@@ -117,11 +124,11 @@ class Prepared:
         """Launch the kernel for tensors of this call's signature, and take statistics where there is room for them."""
         y = torch.empty_strided(self.output.shape, self.output.strides, dtype=self.dtype, device=self.device)
         if self.recipe is None:
-            return y
+            return y if self.copy_y is None else self.copy_y.copy(y)
         if self.rearranges:
             x, weight, epilogue = self._rearranged(x, weight, epilogue)
         self.recipe.run(x, weight, y, epilogue, self.device, statistics)
-        return y
+        return y if self.copy_y is None else self.copy_y.copy(y)
 
     def _rearranged(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor, Epilogue]:
         residual = epilogue.residual

@@ -13,7 +13,7 @@ from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import Box, Recipe, axis_constants, config_for, device_of, epilogue_constants, precision
 from tritonconv.ops.layout import is_dense, suggests_channels_last
-from tritonconv.ops.plan import ConvPlan, plan_convolution, power_of_two_divisor
+from tritonconv.ops.plan import ConvPlan, pack_constants, plan_convolution, power_of_two_divisor
 from tritonconv.tuning import Device, Problem
 
 __all__ = ["check_convolution", "output_format", "plan_for", "prepare", "problem_of"]
@@ -69,7 +69,7 @@ def prepare(
 
 def problem_of(plan: ConvPlan, dtype: torch.dtype, tf32: bool, device: Device) -> Problem:
     """What the choice of a config sees of a plan."""
-    return Problem(plan.kernel, plan.geometry, str(dtype)[6:], tf32, plan.vector > 1, device)
+    return Problem(plan.kernel, plan.geometry, str(dtype)[6:], tf32, plan.vector > 1, device, pack=plan.pack)
 
 
 def _recipe(
@@ -87,8 +87,8 @@ def _recipe(
     tiles = dict(config.kwargs)
     block_m, block_n, block_k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     # A descriptor reads whole boxes of rows that start on 16 bytes.
-    w_row = c if plan.kernel == "matmul" else k
-    tma = tiles.pop("USE_TMA") and device.tma and aligned[1] and w_row * problem.itemsize % 16 == 0
+    w_row = c if plan.kernel == "matmul" else k // plan.pack
+    tma = tiles.pop("USE_TMA") and device.tma and plan.pack == 1 and aligned[1] and w_row * problem.itemsize % 16 == 0
     if plan.kernel == "matmul":
         tma = tma and aligned[0] and plan.row_stride * problem.itemsize % 16 == 0
     constants: dict[str, Any] = dict(
@@ -118,6 +118,6 @@ def _recipe(
     outer = (sd, sh, sw) if plan.weight_channels_last else (sc, sd, sh)
     constants |= dict(
         stride_xc=sc, W_CHANNELS_LAST=plan.weight_channels_last, VEC_X=power_of_two_divisor(sn, *outer),
-        VEC_W=power_of_two_divisor(k),
+        VEC_W=power_of_two_divisor(w_row), **pack_constants(plan.pack, c, n),
     )  # fmt: skip
     return Recipe(conv_flat_kernel, programs, constants, None, w_box, config, problem, slots)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import ConvGeometry
+from tritonconv.geometry import ConvGeometry, expand
 from tritonconv.ops.backend import Backend, OnTorch, current_backend, decide, needs_gradients, unusual
 from tritonconv.ops.calls import Prepared, Registered, find, remember, signature
 from tritonconv.ops.convolution import check_convolution
@@ -16,7 +17,7 @@ from tritonconv.ops.example import Example
 from tritonconv.ops.launch import Kind
 from tritonconv.ops.prepare import prepare_call
 from tritonconv.ops.registered import arguments_of, as_rows, batched, is_traced, through_operator
-from tritonconv.ops.watch import Call, Decision, is_watched, notify
+from tritonconv.ops.watch import Call, Decision, is_watched, notify, shared
 from tritonconv.tuning import judge
 
 __all__ = [
@@ -58,8 +59,18 @@ def _on_torch(kind: Kind, x: Tensor, weight: Tensor, epilogue: Epilogue, numbers
     if kind == "matmul":
         return epilogue.torch(torch.nn.functional.linear(x, weight, epilogue.bias))
     nd, *rest = numbers
+    if kind == "conv" and rest[1] == "causal":
+        x, rest[1] = _padded(x, weight, rest[2]), 0
     functional = getattr(torch.nn.functional, f"{kind}{nd}d")
     return epilogue.torch(functional(x, weight, epilogue.bias, *rest))
+
+
+def _padded(x: Tensor, weight: Tensor, dilation: Any) -> Tensor:
+    """The image with the zeros of causal padding, which torch has not."""
+    taps = weight.shape[2:]
+    steps = expand(dilation, len(taps), "dilation", "causal padding")
+    before = [(d * (n - 1), 0) for d, n in zip(steps, taps, strict=True)]
+    return torch.nn.functional.pad(x, [zeros for pair in reversed(before) for zeros in pair])
 
 
 def run(example: Example) -> Tensor:
@@ -222,6 +233,11 @@ def _first_run(
             measured = judge(prepared.recipe.problem, conditions).reason if prepared.recipe is not None else ""
             decision = Decision("triton", f"{prepared.kernel}{measured and ', '}{measured}", prepared.copies)
         size = geometry.bytes(x.element_size(), residual=epilogue.residual is not None)
+        part = shared()
+        if part is not None:
+            # What lies between the two never goes to memory.
+            decision = replace(decision, reason=f"separable, its {part} part")
+            size -= geometry.elements()[2 if part == "first" else 0] * x.element_size()
         to_measure = None if conditions is None or 0 in geometry.elements() else example.on_meta()
         return Call(op, decision, geometry, geometry.macs, size, x.dtype, x.device, to_measure, conditions or "")
 
@@ -232,7 +248,7 @@ def _first_run(
         return through_operator(kind, x, weight, epilogue, numbers)
     if observed:
         # An observed run takes the format that the kernel would give, so that copies further on are counted right.
-        return call.output.like(_on_torch(kind, x, weight, epilogue, numbers))
+        return call.result.like(_on_torch(kind, x, weight, epilogue, numbers))
     return call.run(x, weight, epilogue)
 
 

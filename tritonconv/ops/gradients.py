@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from tritonconv.ops.launch import (
     precision,
 )
 from tritonconv.ops.layout import as_format, empty_output
-from tritonconv.ops.plan import Strides, lift, power_of_two_divisor
+from tritonconv.ops.plan import Strides, lift, pack_constants, packed, power_of_two_divisor
 from tritonconv.tuning import Device, Problem
 from tritonconv.tuning.ranges import ranges
 
@@ -86,11 +87,13 @@ def dgrad_recipe(
     """
     from tritonconv.kernels.conv_dgrad import conv_dgrad_kernel
 
+    pack = packed(g)
+    g = replace(g, groups=g.groups // pack)
     c, k = g.in_channels // g.groups, g.out_channels // g.groups
     sn, _, sd, sh, sw = strides
     vec_y, vec_c = power_of_two_divisor(k, sn, sd, sh, sw), power_of_two_divisor(c)
     tf32, computed = products == "tf32", norm is not None
-    problem = Problem("conv_dgrad", g, str(dtype)[6:], tf32, vec_y > 1, device, "dgrad", computed, statistics)
+    problem = Problem("conv_dgrad", g, str(dtype)[6:], tf32, vec_y > 1, device, "dgrad", computed, statistics, pack)
     config = config_for(problem)
     tiles = _tiles(config)
     step = tuple(s // math.gcd(s, d) for s, d in zip(g.stride, g.dilation, strict=True))
@@ -99,10 +102,11 @@ def dgrad_recipe(
     slots = -(-most // tiles["BLOCK_M"]) * math.prod(g.stride)
     programs = slots * -(-c // tiles["BLOCK_N"]) * g.groups
     constants: dict[str, Any] = dict(
-        stride_yn=sn, stride_yd=sd, stride_yh=sh, stride_yw=sw, stride_wk=c * g.taps, N=g.batch, C=c, K=k, GROUPS=g.groups,
-        STEP_D=step[0], STEP_H=step[1], STEP_W=step[2], EVEN_K=k % tiles["BLOCK_K"] == 0, VEC_Y=vec_y, VEC_C=vec_c,
-        X_CHANNELS_LAST=channels_last, INDEX_64=index_64, PRECISION=products, **_between(norm),
-        dz_ptr=None if norm is None else norm.dz, **epilogue_constants(epilogue), **axis_constants(g), **tiles,
+        stride_yn=sn, stride_yd=sd, stride_yh=sh, stride_yw=sw, stride_wk=c // pack * g.taps, N=g.batch, C=c, K=k,
+        GROUPS=g.groups, STEP_D=step[0], STEP_H=step[1], STEP_W=step[2], EVEN_K=k % tiles["BLOCK_K"] == 0, VEC_Y=vec_y,
+        VEC_C=vec_c, X_CHANNELS_LAST=channels_last, INDEX_64=index_64, PRECISION=products, **_between(norm),
+        dz_ptr=None if norm is None else norm.dz, **epilogue_constants(epilogue), **axis_constants(g),
+        **pack_constants(pack, c, k), **tiles,
     )  # fmt: skip
     return Recipe(conv_dgrad_kernel, programs, constants, None, None, config, problem, slots)
 
@@ -128,13 +132,15 @@ def conv_wgrad(
     if dy.numel() == 0:
         return dw.zero_(), db if db is None else db.zero_()
     dy, x = as_format(dy, True), as_format(x, True)
+    pack = packed(g)
+    g = replace(g, groups=g.groups // pack)
     c, k = g.in_channels // g.groups, g.out_channels // g.groups
     sn, _, sd, sh, sw = lift(x.stride(), (g.batch, g.in_channels, *g.input))
     vec_x, vec_k = power_of_two_divisor(c, sn, sd, sh, sw), power_of_two_divisor(k, g.out_channels)
     products = precision(dy.dtype, kind)
     problem = Problem(
         "conv_wgrad", g, str(dy.dtype)[6:], products == "tf32", vec_x > 1 and vec_k > 1, device_of(dy.device), "wgrad",
-        norm is not None,
+        norm is not None, pack=pack,
     )  # fmt: skip
     config = config_for(problem)
     tiles = _tiles(config)
@@ -159,10 +165,11 @@ def conv_wgrad(
         dw_ptr=sums, db_ptr=bias_sums, M=pixels, C=c, K=filters, GROUPS=g.groups, RANGE=size, LINEAR=linear,
         DIRECT=direct, W_CHANNELS_LAST=channels_last,
         ONE_TAP=c % blocks[1] == 0, PADDED=any(g.padding + g.padding_after), VEC_X=vec_x, VEC_K=vec_k,
-        INDEX_64=g.needs_int64, PRECISION=products, **_between(norm), **axis_constants(g), **tiles,
+        INDEX_64=g.needs_int64, PRECISION=products, **_between(norm), **axis_constants(g),
+        **pack_constants(pack, c, k), **tiles,
     )  # fmt: skip
     launch(Launch(conv_wgrad_kernel, programs, arguments, problem, config), dy.device)
-    for parts, result, inner, taps in ((sums, dw, c, g.taps), (bias_sums, db, 1, 1)):
+    for parts, result, inner, taps in ((sums, dw, c // pack, g.taps), (bias_sums, db, 1, 1)):
         if parts is not None and result is not None and not direct:
             reduce: dict[str, Any] = dict(
                 sums_ptr=parts, dw_ptr=result, SIZE=result.numel(), SPLITS=count, C=inner, TAPS=taps,

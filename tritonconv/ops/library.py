@@ -17,10 +17,9 @@ from tritonconv.ops.activation import from_numbers, to_numbers
 from tritonconv.ops.calls import Prepared, find, remember, signature
 from tritonconv.ops.convolution import check_convolution, output_format
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.gradients import conv_dgrad, conv_wgrad
 from tritonconv.ops.launch import Kind
 from tritonconv.ops.layout import dense_strides, suggests_channels_last
-from tritonconv.ops.prepare import prepare_call
+from tritonconv.ops.prepare import data_gradient, prepare_call, weight_gradient
 from tritonconv.ops.training import bias_gradient
 
 __all__ = [
@@ -139,7 +138,7 @@ def dgrad(
 ) -> Tensor:  # fmt: skip
     """Gradient of tritonconv::conv's x, of this size and format, on Triton alone."""
     geometry = conv_geometry(input_shape, weight.shape, stride, padding, padding_name, dilation, groups)
-    return conv_dgrad(dy, weight, geometry, channels_last, "matmul" if kind == "matmul" else "conv")
+    return data_gradient(dy, weight, geometry, channels_last, "matmul" if kind == "matmul" else "conv")
 
 
 @dgrad.register_fake
@@ -154,7 +153,7 @@ def wgrad(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of tritonconv::conv's weight, in this format, and of its bias (empty without one), on Triton alone."""
     geometry = conv_geometry(x.shape, weight_shape, stride, padding, padding_name, dilation, groups)
-    dw, db = conv_wgrad(dy, x, geometry, channels_last, bias, "matmul" if kind == "matmul" else "conv")
+    dw, db = weight_gradient(dy, x, geometry, channels_last, bias, "matmul" if kind == "matmul" else "conv")
     return dw, dw.new_empty(0) if db is None else db
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from tritonconv.geometry import INT32_MAX, ConvGeometry
 from tritonconv.ops.layout import dense_strides
 
-__all__ = ["ConvPlan", "Strides", "lift", "plan_convolution", "power_of_two_divisor", "row_stride"]
+__all__ = [
+    "ConvPlan", "Strides", "lift", "pack_constants", "packed", "plan_convolution", "power_of_two_divisor", "row_stride",
+]  # fmt: skip
 
 Strides = tuple[int, int, int, int, int]
 """Elements between neighbors along N, C, D, H, W; 0 where there is only one."""
@@ -22,6 +24,11 @@ FEW_CHANNELS = 4
 # its own instructions weigh more than its products. conv_flat takes the rest, with blocks across taps.
 CHANNEL_BLOCK = 64
 FEW_FILTERS = 64
+# Tiles have so many columns at least. Groups with fewer share one, up to so many together: 256 pixels x 32 columns take 26
+# lane instructions an output in bf16 (3x3 of 4 or 8 channels) and 2 more to look for NaN, where an H200 has time for 27 in
+# the 4 bytes that it moves. 16 columns take 32 (the same loop, for half the results); 64 take 31, with products twice as
+# long. Groups of 4 that stay alone take 360, groups of 8 185.
+LEAST_TILE, PACK_WIDTH = 16, 32
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class ConvPlan:
     kernel: str
     """conv_fprop, conv_flat or matmul."""
     geometry: ConvGeometry
-    """The product that the kernel computes: patches may have become channels."""
+    """The product that the kernel computes: patches may have become channels, and `pack` groups one."""
     strides: Strides
     """The image as the kernel reads it, behind the copy if there is one."""
     row_stride: int
@@ -40,6 +47,8 @@ class ConvPlan:
     copy_weight: bool
     weight_channels_last: bool
     """Order of the weight's memory as the kernel reads it."""
+    pack: int = 1
+    """How many of the layer's groups are one of the geometry's."""
 
     @property
     def index_64(self) -> bool:
@@ -82,11 +91,13 @@ def plan_convolution(
     lifted = _lift(geometry, dense_strides(geometry.input_shape, True) if copy_input else strides)
     seen, lifted = _fold_patches(geometry, lifted) if patches else (geometry, lifted)
     rows = row_stride(seen, lifted)
-    kernel = "matmul"
+    kernel, pack = "matmul", packed(geometry)
+    if pack > 1:
+        seen = replace(seen, groups=seen.groups // pack)
     if rows is None:
         block = CHANNEL_BLOCK if seen.out_channels // seen.groups > FEW_FILTERS else 2 * CHANNEL_BLOCK
         kernel = "conv_flat" if seen.in_channels // seen.groups % block else "conv_fprop"
-    return ConvPlan(kernel, seen, lifted, rows or 0, copy_input, not weight_channels_last, True)
+    return ConvPlan(kernel, seen, lifted, rows or 0, copy_input, not weight_channels_last, True, pack)
 
 
 def _plan_in_place(
@@ -98,7 +109,34 @@ def _plan_in_place(
         copy, channels_last = not w_contiguous, False
     else:
         copy, channels_last = not (w_contiguous or w_channels_last), w_channels_last and not w_contiguous
-    return ConvPlan("conv_flat", geometry, _lift(geometry, strides), 0, False, copy, channels_last)
+    pack = packed(geometry)
+    seen = replace(geometry, groups=geometry.groups // pack) if pack > 1 else geometry
+    return ConvPlan("conv_flat", seen, _lift(geometry, strides), 0, False, copy, channels_last, pack)
+
+
+def packed(g: ConvGeometry) -> int:
+    """How many neighboring groups a kernel takes as one, whose weights it gathers as a block diagonal; 1: none.
+
+    As many as fit PACK_WIDTH channels and filters: the largest divisor of the groups that does. Groups that fill a tile by
+    themselves stay alone, and so do those that no divisor helps: more columns would be zeros than are now. All passes ask
+    the same, and depthwise layers are no exception.
+
+    The products with zeros are computed: `packed` times as many as the layer has, on units that wait for memory anyway.
+    What they could do to a result is undone: a NaN or an infinity times a neighbor's zero would be NaN, so that tiles with
+    either are computed anew from each group's own channels (kernels/tiles.py).
+
+    >>> [packed(ConvGeometry.parse((1, 128, 9, 9), (128, 128 // g, 3, 3), nd=2, groups=g)) for g in (1, 4, 8, 16, 32)]
+    [1, 1, 1, 4, 8]
+    """
+    c, k = g.in_channels // g.groups, g.out_channels // g.groups
+    if min(c, k) >= LEAST_TILE:
+        return 1
+    return max((p for p in range(1, PACK_WIDTH // max(c, k) + 1) if g.groups % p == 0), default=1)
+
+
+def pack_constants(pack: int, c: int, k: int) -> dict[str, int]:
+    """The kernels' arguments for groups that share a tile; `c` and `k`: channels and filters of all of them together."""
+    return dict(PACK=pack, PACK_C=c // pack, PACK_K=k // pack) if pack > 1 else dict(PACK=1, PACK_C=1, PACK_K=1)
 
 
 def _lift(geometry: ConvGeometry, strides: tuple[int, ...]) -> Strides:

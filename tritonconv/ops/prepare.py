@@ -1,17 +1,21 @@
-"""Which kernel a batched call is prepared for."""
+"""Which kernel runs a batched call, in each direction."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from tritonconv.geometry import ConvGeometry
+from tritonconv.geometry import ConvGeometry, Pass
+from tritonconv.ops.bands import bands_dgrad, bands_wgrad, prefers_bands, prepare_bands
 from tritonconv.ops.calls import Prepared
-from tritonconv.ops.convolution import prepare
+from tritonconv.ops.convolution import output_format, prepare
+from tritonconv.ops.depthwise import View, depthwise_dgrad, depthwise_wgrad, is_depthwise, prepare_depthwise
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import Kind
+from tritonconv.ops.gradients import NormGradient, conv_dgrad, conv_wgrad
+from tritonconv.ops.launch import Kind, device_of, precision
+from tritonconv.ops.layout import as_format, is_dense
 from tritonconv.ops.transposed import prepare_transposed
 
-__all__ = ["prepare_call"]
+__all__ = ["data_gradient", "prepare_call", "weight_gradient"]
 
 
 def prepare_call(
@@ -23,6 +27,47 @@ def prepare_call(
         kind: "matmul" takes the TF32 switch of matrix products.
         statistics: whether it is to be run with room for them.
     """
+    if is_depthwise(geometry):
+        conv = geometry.mirrored if geometry.transposed else geometry
+        banded = _prefers_bands(conv, x, output_format(x, weight), "dgrad" if geometry.transposed else "fprop")
+        return (prepare_bands if banded else prepare_depthwise)(x, weight, epilogue, geometry, statistics)
     if kind == "conv_transpose":
         return prepare_transposed(x, weight, epilogue, geometry, statistics)
     return prepare(x, weight, epilogue, geometry, kind, statistics)
+
+
+def _prefers_bands(conv: ConvGeometry, source: Tensor, channels_last: bool, pass_: Pass) -> bool:
+    """Whether a depthwise convolution's pass over images of this format goes to tensor cores."""
+    view = View(conv, pass_ == "dgrad", channels_last, device_of(source.device), source.element_size())
+    return prefers_bands(view, source.dtype, pass_, precision(source.dtype, "conv") == "tf32")
+
+
+def data_gradient(
+    dy: Tensor, weight: Tensor, geometry: ConvGeometry, channels_last: bool, kind: Kind, norm: NormGradient | None = None
+) -> Tensor:
+    """Gradient of a batched convolution's input; arguments as `conv_dgrad` takes them.
+
+    Args:
+        norm: for other than depthwise convolutions alone.
+    """
+    if norm is None and is_depthwise(geometry):
+        if _prefers_bands(geometry, dy, channels_last, "dgrad"):
+            return as_format(bands_dgrad(dy, weight, geometry), channels_last)
+        return depthwise_dgrad(dy, weight, geometry, channels_last)
+    return conv_dgrad(dy, weight, geometry, channels_last, kind, norm)
+
+
+def weight_gradient(
+    dy: Tensor, x: Tensor, geometry: ConvGeometry, channels_last: bool, bias: bool, kind: Kind,
+    norm: NormGradient | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of a batched convolution's weight and bias; arguments as `conv_wgrad` takes them.
+
+    Args:
+        norm: for other than depthwise convolutions alone.
+    """
+    if norm is None and is_depthwise(geometry):
+        # A contiguous one may be both.
+        banded = _prefers_bands(geometry, dy, not is_dense(dy, False), "wgrad")
+        return (bands_wgrad if banded else depthwise_wgrad)(dy, x, geometry, channels_last, bias)
+    return conv_wgrad(dy, x, geometry, channels_last, bias, kind, norm)

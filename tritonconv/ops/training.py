@@ -8,7 +8,7 @@ Backward, with P the bytes of z (a residual that is added before an activation i
 written, which then stands for dy): one pass reads dy and z for the sums of the batch norm's gradient. The gradient dz of z
 is dy's and z's combination by five numbers a channel:
 
-- without the data gradient it is never written: the weight gradient computes it on its way in (2 P);
+- without the data gradient it is never written: the weight gradient computes it on its way in (2 P), but for depthwise;
 - a filter of one tap under few input channels, of 16-bit numbers, computes it in the data gradient, and leaves it for the
   weight gradient (2 P read, P written, P read: P less than a pass of its own would cost);
 - elsewhere a pass of its own writes it (2 P read, P written), and both gradients read it (2 P). A filter of several taps
@@ -27,10 +27,11 @@ from tritonconv.ops import batch_norm
 from tritonconv.ops.activation import ActivationSpec
 from tritonconv.ops.batch_norm import Statistics, wide
 from tritonconv.ops.calls import Prepared
+from tritonconv.ops.depthwise import is_depthwise
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.gradients import NormGradient, conv_dgrad, conv_wgrad
+from tritonconv.ops.gradients import NormGradient
 from tritonconv.ops.layout import as_format, empty_output
-from tritonconv.ops.prepare import prepare_call
+from tritonconv.ops.prepare import data_gradient, prepare_call, weight_gradient
 from tritonconv.ops.ranks import add_over_ranks, combine_over_ranks
 
 __all__ = [
@@ -149,13 +150,21 @@ def forward(
     return batch_norm.normalize(z, *used, norm_weight, norm_bias, eps, residual, activation), z, mean, var, count
 
 
-def on_the_way(g: ConvGeometry, dtype: torch.dtype) -> bool:
-    """Whether the data gradient computes dz itself, since that saves bytes and costs little else.
+def on_the_way(g: ConvGeometry, dtype: torch.dtype, data: bool = True) -> bool:
+    """Whether a gradient computes dz itself: the data gradient where that saves bytes and costs little else.
 
-    Of wider types a thread could not hold two tiles beside its products.
+    Of wider types a thread could not hold two tiles beside its products. Depthwise kernels have no such form: they compute
+    little else, and read each element for every tap.
+
+    Args:
+        data: whether the data gradient is needed; else the weight gradient computes it.
     """
+    if g.transposed or is_depthwise(g):
+        return False
+    if not data:
+        return True
     few = g.in_channels // g.groups <= ON_THE_WAY_CHANNELS
-    return dtype.itemsize == 2 and g.taps == 1 and not any(g.padding) and few and not g.transposed
+    return dtype.itemsize == 2 and g.taps == 1 and not any(g.padding) and few
 
 
 def backward(
@@ -188,9 +197,11 @@ def backward(
     if g is not None:
         dy, act = g, None
     between: NormGradient | None = NormGradient(z, table, act, sloped)
-    if through_convolution and not (on_the_way(geometry, z.dtype) if needs.x else needs.weight and not geometry.transposed):
-        # In the format that both gradients read.
-        dy, between = as_format(batch_norm.input_gradient(dy, z, table, act, sloped), True), None
+    if through_convolution and not ((needs.x or needs.weight) and on_the_way(geometry, z.dtype, needs.x)):
+        dy, between = batch_norm.input_gradient(dy, z, table, act, sloped), None
+        if not is_depthwise(geometry):
+            # In the format that both gradients read.
+            dy = as_format(dy, True)
     gradients = _transposed if geometry.transposed else _convolution
     dx, dw, own = gradients(dy, x, weight, geometry, channels_last, needs._replace(bias=through_bias), between)
     return Gradients(
@@ -211,11 +222,11 @@ def _convolution(
     if needs.x and weight is not None:
         if between is not None and (needs.weight or needs.bias):
             between = between._replace(dz=empty_output(dy, g.output_shape, True, dy.dtype))
-        dx = conv_dgrad(dy, weight, g, channels_last[0], "conv", between)
+        dx = data_gradient(dy, weight, g, channels_last[0], "conv", between)
         if between is not None and between.dz is not None:
             dy, between = between.dz, None
     if needs.weight and x is not None:
-        dw, db = conv_wgrad(dy, x, g, channels_last[1], needs.bias, "conv", between)
+        dw, db = weight_gradient(dy, x, g, channels_last[1], needs.bias, "conv", between)
     elif needs.bias:
         db = bias_gradient(dy)
     return dx, dw, db
@@ -232,5 +243,5 @@ def _transposed(
         dx = prepare_call(dy, weight, Epilogue(), g.mirrored, "conv").run(dy, weight, Epilogue())
         dx = as_format(dx, channels_last[0])
     if needs.weight and x is not None:
-        dw, _ = conv_wgrad(x, dy, g.mirrored, channels_last[1], False, "conv")
+        dw, _ = weight_gradient(x, dy, g.mirrored, channels_last[1], False, "conv")
     return dx, dw, bias_gradient(dy) if needs.bias else None

@@ -15,7 +15,7 @@ from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.backend import capture
 from tritonconv.ops.example import Example
 
-__all__ = ["Call", "Decision", "is_watched", "notify", "observe"]
+__all__ = ["Call", "Decision", "is_observed", "is_watched", "notify", "observe", "shared", "sharing"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,33 @@ def notify(make_call: Callable[[], Call]) -> bool:
         return False
     callback(make_call())
     return True
+
+
+def is_observed() -> bool:
+    """Whether an observer sees this thread's calls."""
+    return _observer.callback is not None
+
+
+class _Shared(threading.local):
+    part: Literal["first", "second"] | None = None
+
+
+_shared = _Shared()
+
+
+@contextmanager
+def sharing(part: Literal["first", "second"] | None) -> Iterator[None]:
+    """Let observers know that calls on this thread would be one part of a launch that computes two."""
+    outer, _shared.part = _shared.part, part
+    try:
+        yield
+    finally:
+        _shared.part = outer
+
+
+def shared() -> Literal["first", "second"] | None:
+    """Which part of a launch that computes two an observed call would be."""
+    return _shared.part
 
 
 # Looked up once, for every call asks them.

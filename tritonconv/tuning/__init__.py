@@ -2,11 +2,11 @@
 
 from tritonconv.tuning.candidates import candidates
 from tritonconv.tuning.devices import INTERPRETER, Device, Products, device_named, known_devices, like, products_of
-from tritonconv.tuning.measured import Verdict, judge, mostly_zeros
+from tritonconv.tuning.measured import Verdict, judge
 from tritonconv.tuning.problem import Problem
 from tritonconv.tuning.select import choose
 
 __all__ = [
     "INTERPRETER", "Device", "Problem", "Products", "Verdict", "candidates", "choose", "device_named", "judge",
-    "known_devices", "like", "mostly_zeros", "products_of",
+    "known_devices", "like", "products_of",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ def config_name(config: dict[str, int | bool]) -> str:
     '128x128x64 w8 s3 pointers'
     """
     # In this order, whatever the dictionary's.
-    blocks = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_S", "BLOCK_C") if name in config)
+    names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "PATCH_P", "PATCH_Q", "PATCH", "WALK", "BLOCK_P", "BLOCK_S", "BLOCK_C"
+    blocks = (config[name] for name in names if name in config)
     suffix = "" if config.get("USE_TMA", True) else " pointers"
     return f"{'x'.join(map(str, blocks))} w{config['num_warps']} s{config['num_stages']}{suffix}"

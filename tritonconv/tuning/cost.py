@@ -19,24 +19,27 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from tritonconv.geometry import ConvGeometry
+from tritonconv.tuning.bands import band_seconds
 from tritonconv.tuning.configs import as_dict, config_name
-from tritonconv.tuning.devices import Device
+from tritonconv.tuning.devices import ISSUE_SLOTS, LAUNCH, Device
 from tritonconv.tuning.problem import Problem
 from tritonconv.tuning.ranges import ranges
 
 __all__ = [
-    "HOPPER_FLOP_PER_CLOCK", "ISSUE_SLOTS", "Prediction", "Resources", "perf_model", "predict", "resources_of", "variant",
+    "BETWEEN_INSTRUCTIONS", "HOPPER_FLOP_PER_CLOCK", "Prediction", "Resources", "perf_model", "predict", "resources_of",
+    "variant",
 ]  # fmt: skip
 
-# Estimates. A load's way from L2 and back, and from device memory; a launch on an idle stream; a program's start.
+# Estimates. A load's way from L2 and back, and from device memory; a program's start.
 LOAD_LATENCY = 350e-9
 FIRST_LATENCY = 700e-9
-LAUNCH = 2.5e-6
 PROGRAM_START = 0.8e-6
-# Instructions a multiprocessor issues in a clock.
-ISSUE_SLOTS = 4
 # The epilogue's instructions for each result of a thread: fold, activation, conversion, address and store.
 EPILOGUE_INSTRUCTIONS = 10
+# Of a separable kernel, for each element between, its epilogue among them: counted in the compiled code.
+BETWEEN_INSTRUCTIONS = 40
+# Of a direct kernel: beside its conversions, a load's address, mask and zeros; a program's start.
+LOAD_INSTRUCTIONS, DECODING = 6, 120
 # Dense bf16 flop per clock and multiprocessor of Hopper, in which resources.json counts issue ratios.
 HOPPER_FLOP_PER_CLOCK = 4096
 # No layer reaches every ceiling at once: what overlaps imperfectly is added to the longest term.
@@ -90,6 +93,10 @@ def _predict(problem: Problem, blocks: Blocks) -> Prediction:
     products = 2 * block_m * block_n * block_k / (device.flops[problem.products] / device.multiprocessors)
     cycles = code.issue_cycles
     instructions = 1.3 * products if cycles is None else cycles / device.clock
+    if problem.kernel == "separable":
+        # The operand of rows is a depthwise tile.
+        between = BETWEEN_INSTRUCTIONS * block_m * block_k / (ISSUE_SLOTS * device.warp_size)
+        instructions = 1.3 * products + between / device.clock
     rows = 2 * block_m if problem.computed else block_m
     operands = (rows + block_n) * block_k * problem.itemsize / (device.l2_bandwidth / device.multiprocessors)
     latency = LOAD_LATENCY / max(1, stages - 1)
@@ -118,7 +125,55 @@ def _predict(problem: Problem, blocks: Blocks) -> Prediction:
 
 def predict(problem: Problem, config: Any) -> Prediction:
     """The time of a problem with a triton.Config."""
+    if problem.direct:
+        return predict_direct(problem, config)
+    if problem.banded:
+        seconds = band_seconds(problem, config)
+        return Prediction(seconds, "products", {"products": seconds}, 1, 1, 1)
     return _predict(problem, blocks_of(as_dict(config)))
+
+
+@functools.lru_cache(maxsize=65536)
+def _predict_direct(problem: Problem, patch: tuple[int, int], warps: int) -> Prediction:
+    g, device = problem.geometry, problem.device
+    o, *extent = problem.result
+    stride, taps = g.stride[1:], g.kernel[1:]
+    transposed = problem.pass_ == "dgrad"
+    if transposed:
+        patch = (-(-patch[0] // stride[0]) * stride[0], -(-patch[1] // stride[1]) * stride[1])
+    channels = g.in_channels if transposed else g.out_channels
+    # A thread has 16 bytes of channels of a patch: it loads what reaches the patch, multiplies, and stores.
+    vector = max(1, 16 // problem.itemsize) if problem.vectors else 1
+    reached = [
+        math.ceil((p + (t - 1) * d) / s) if transposed else (p - 1) * s + (t - 1) * d + 1
+        for p, t, s, d in zip(patch, taps, stride, g.dilation[1:], strict=True)
+    ]
+    reached[0] = max(reached[0], patch[0] * taps[0]) if patch[0] == 1 else reached[0]
+    results, phases = patch[0] * patch[1], math.prod(stride) if transposed else 1
+    products = results * g.taps / phases * vector
+    loads = g.kernel[0] * min(reached[0] * reached[1], products) + (results if problem.pass_ == "wgrad" else 0)
+    # In a contiguous image a thread has so many patches of one element's width, which share their filters and their places.
+    patches_of_thread = 1 if problem.vectors else max(1, 16 // problem.itemsize)
+    instructions = products + loads * (LOAD_INSTRUCTIONS + vector) + results * (4 + vector)
+    instructions += (g.taps * vector + DECODING) / patches_of_thread
+    patches = g.batch * o * math.prod(math.ceil(n / p) for n, p in zip(extent, patch, strict=True))
+    threads = patches * math.ceil(channels / vector) * (g.out_channels // g.groups if transposed else 1)
+    programs = math.ceil(threads / (device.warp_size * warps))
+    rate = ISSUE_SLOTS * device.warp_size * device.multiprocessors * device.clock
+    # A launch that leaves multiprocessors idle takes as long as one program on each of the others.
+    share = max(1.0, device.multiprocessors / programs)
+    terms = {
+        "instructions": threads * instructions * share / rate, "latency": 2 * FIRST_LATENCY,
+        "memory": _traffic(problem) / device.bandwidth,
+    }  # fmt: skip
+    longest = max(terms.values())
+    seconds = longest + OVERLAP * (terms["memory"] + terms["instructions"]) + PROGRAM_START + LAUNCH
+    return Prediction(seconds, max(terms, key=lambda name: terms[name]), terms, programs, 1, 1)
+
+
+def predict_direct(problem: Problem, config: Any) -> Prediction:
+    """The time of a problem whose kernel multiplies no matrices: instructions of its patches against its bytes."""
+    return _predict_direct(problem, (config.kwargs["PATCH_P"], config.kwargs["PATCH_Q"]), config.num_warps)
 
 
 def blocks_of(c: dict[str, Any]) -> Blocks:
@@ -142,6 +197,8 @@ def _resident(device: Device, code: Resources, warps: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def _traffic(problem: Problem) -> int:
     size = problem.geometry.bytes(problem.itemsize, problem.pass_)
+    # Of a block diagonal the blocks alone.
+    size -= problem.geometry.elements()[1] // problem.pack * (problem.pack - 1) * problem.itemsize
     # What is computed on the way in comes from a second tensor of the result's size.
     return size + (problem.geometry.elements()[2] * problem.itemsize if problem.computed else 0)
 
@@ -199,7 +256,7 @@ def perf_model(kernel: str, device: Device) -> Callable[..., float]:
                 dilation=(a["DIL_D"], a["DIL_H"], a["DIL_W"]), groups=groups,
             )  # fmt: skip
             vectors = a["VEC_X"] > 1
-        problem = Problem(kernel, geometry, dtype, a["PRECISION"] == "tf32", vectors, device)
+        problem = Problem(kernel, geometry, dtype, a["PRECISION"] == "tf32", vectors, device, pack=a.get("PACK", 1))
         return _predict(problem, blocks_of(a)).seconds * 1e3
 
     return milliseconds

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal
 
-__all__ = ["INTERPRETER", "Device", "Products", "device_named", "known_devices", "like", "products_of"]
+__all__ = [
+    "INTERPRETER", "ISSUE_SLOTS", "LAUNCH", "Device", "Products", "device_named", "known_devices", "like", "products_of",
+]  # fmt: skip
+
+# Instructions a multiprocessor issues in a clock; seconds that a launch on an idle stream takes, an estimate.
+ISSUE_SLOTS = 4
+LAUNCH = 2.5e-6
 
 Products = Literal["16", "tf32", "fp32", "fp64"]
 """How products are computed: from 16-bit floats, TF32, or plain fp32 and fp64."""

@@ -11,12 +11,10 @@ from tritonconv.tuning.devices import INTERPRETER
 from tritonconv.tuning.problem import Problem
 from tritonconv.tuning.tables import NEAR_CONFIG, NEAR_VERDICT, Entry, shipped_table
 
-__all__ = ["MARGIN", "Verdict", "find_entry", "judge", "measured_config", "mostly_zeros"]
+__all__ = ["MARGIN", "Verdict", "find_entry", "judge", "measured_config"]
 
 # Torch runs a layer only where it was faster by more than noise.
 MARGIN = 1.03
-# The general kernels compute so many filters of a group at least; ours run unmeasured unless all but an eighth are zeros.
-LEAST_TILE, MOSTLY_ZEROS = 16, 8
 
 
 def find_entry(problem: Problem, conditions: str | None, reach: float) -> Entry | None:
@@ -56,8 +54,7 @@ class Verdict(NamedTuple):
 def judge(problem: Problem, conditions: str) -> Verdict:
     """Torch where it was measured faster under the same conditions (as `Prepared.conditions` gives them), ours elsewhere.
 
-    Where nothing was measured ours runs too, but for groups of so few filters that the general kernels' tiles are mostly
-    zeros. In the interpreter there is nothing to judge.
+    Where nothing was measured ours runs too. In the interpreter there is nothing to judge.
     """
     if problem.device.arch == INTERPRETER.arch:
         return Verdict(False, "")
@@ -66,13 +63,4 @@ def judge(problem: Problem, conditions: str) -> Verdict:
         if entry.ms > MARGIN * entry.peer_ms:
             return Verdict(True, f"torch was faster: {entry.peer_ms:.4f} ms, {problem.kernel} {entry.ms:.4f} ms")
         return Verdict(False, f"{entry.ms:.4f} ms, torch {entry.peer_ms:.4f} ms")
-    filters = problem.gemm[1]
-    if mostly_zeros(problem.geometry.groups, filters):
-        share = f"1/{LEAST_TILE // filters} of {problem.kernel}'s tile"
-        return Verdict(True, f"not measured, and groups of {filters} fill {share}")
     return Verdict(False, "not measured")
-
-
-def mostly_zeros(groups: int, filters: int) -> bool:
-    """Whether the general kernels would compute zeros mostly, for groups of so many filters."""
-    return groups > 1 and filters * MOSTLY_ZEROS <= LEAST_TILE

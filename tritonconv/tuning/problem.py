@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from tritonconv.geometry import ConvGeometry, Pass
+from tritonconv.geometry import ConvGeometry, Pass, Triple
 from tritonconv.tuning.devices import Device, Products, products_of
 
 __all__ = ["ITEMSIZE", "Problem"]
@@ -18,21 +18,23 @@ class Problem:
     """One product that a kernel is to compute on a device."""
 
     kernel: str
-    """conv_fprop, conv_flat or matmul."""
+    """conv_fprop, conv_flat, matmul, depthwise, ..."""
     geometry: ConvGeometry
-    """As the kernel sees it: patches may have become channels."""
+    """As the kernel sees it: patches may have become channels, and groups that share a tile one group."""
     dtype: str
     """torch's name of the element type, such as "bfloat16"."""
     tf32: bool
     """Whether fp32 products run on tensor cores."""
     vectors: bool
-    """Whether the image is read by vectors."""
+    """Whether the image is read by vectors; of kernels without products: whether it is channels-last."""
     device: Device
     pass_: Pass = "fprop"
     computed: bool = False
     """Whether the kernel computes an operand on its way in: a batch norm's gradient from two tensors."""
     statistics: bool = False
     """Whether it takes a batch norm's statistics of its result; what was measured without them counts."""
+    pack: int = 1
+    """How many of the layer's groups are one of the geometry's: all but a share of 1 / pack of its weights are zeros."""
 
     @property
     def itemsize(self) -> int:
@@ -46,6 +48,21 @@ class Problem:
     def tensor_cores(self) -> bool:
         """Whether products run there: not for IEEE fp32, nor for fp64."""
         return self.products in ("16", "tf32")
+
+    @property
+    def direct(self) -> bool:
+        """Whether its kernel multiplies no matrices: then its configs are patches of results, not tiles."""
+        return self.kernel.startswith("depthwise") and not self.banded
+
+    @property
+    def banded(self) -> bool:
+        """Whether its kernel multiplies by banded matrices: tuning/bands.py divides its tiles, not `gemm`."""
+        return self.kernel.startswith("depthwise_bands")
+
+    @property
+    def result(self) -> Triple:
+        """Extents of the image that is written, or, for a weight gradient, of the one whose pixels are added up."""
+        return self.geometry.input if self.pass_ == "dgrad" else self.geometry.output
 
     @functools.cached_property
     def gemm(self) -> tuple[int, int, int]:

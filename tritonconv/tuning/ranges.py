@@ -21,7 +21,7 @@ def ranges(problem: Problem, block_m: int, block_n: int, block_k: int) -> tuple[
     tiles = math.ceil(filters / block_m) * math.ceil(columns / block_n) * groups
     steps = math.ceil(pixels / block_k)
     wanted = math.ceil(WAVES * problem.device.multiprocessors / tiles)
-    room = WORKSPACE // (4 * groups * filters * columns)
+    room = WORKSPACE * problem.pack // (4 * groups * filters * columns)
     count = max(1, min(wanted, steps // LEAST_STEPS, room))
     size = math.ceil(steps / count) * block_k
     return max(1, math.ceil(pixels / size)), size

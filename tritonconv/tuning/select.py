@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from tritonconv.tuning.bands import band_tile
 from tritonconv.tuning.candidates import candidates
 from tritonconv.tuning.cost import predict
 from tritonconv.tuning.devices import INTERPRETER
@@ -20,9 +21,11 @@ def choose(problem: Problem) -> Any:
 
     The model's times are predictions (tuning/cost.py); none was measured on a GPU.
     """
-    if problem.device.arch == INTERPRETER.arch:
-        return interpreter_tile(problem)
+    if problem.banded and problem.device.arch == INTERPRETER.arch:
+        return band_tile(problem)
     allowed = candidates(problem)
+    if problem.device.arch == INTERPRETER.arch:
+        return allowed[0] if problem.direct else interpreter_tile(problem)
     measured = measured_config(problem)
     if measured is not None:
         return measured

@@ -143,7 +143,7 @@ def layer_key(problem: Problem) -> str:
     flags = [
         problem.dtype + ("+tf32" if problem.tf32 and problem.dtype == "float32" else ""),
         *["vectors"] * problem.vectors, *["int64"] * g.needs_int64, *["transposed"] * g.transposed,
-        *["computed"] * problem.computed,
+        *["computed"] * problem.computed, *[f"packed{problem.pack}"] * (problem.pack > 1),
     ]  # fmt: skip
     extra = f" op{sizes(g.output_padding)}" if any(g.output_padding) else ""
     return (

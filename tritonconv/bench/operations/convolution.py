@@ -11,8 +11,8 @@ import tritonconv.functional as ours
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.ops.gradients import conv_dgrad, conv_wgrad
 from tritonconv.ops.layout import as_format, suggests_channels_last
+from tritonconv.ops.prepare import data_gradient, weight_gradient
 
 __all__ = ["Convolution", "layer"]
 
@@ -83,10 +83,11 @@ class Convolution(Operation):
 
     def gradient(self, case: Case, dy: Tensor, other: Tensor) -> Tensor:
         """The gradient of the input from the weight, or of the weight from the input."""
-        geometry, channels_last = self.geometry(case), suggests_channels_last(other)
+        geometry = self.geometry(case)
         if case.pass_ == "dgrad":
-            return conv_dgrad(dy, other, geometry, channels_last, "conv")
-        return conv_wgrad(dy, other, geometry, channels_last, False, "conv")[0]
+            # A filter of one channel has one order in memory, which does not say what the image has.
+            return data_gradient(dy, other, geometry, suggests_channels_last(dy), "conv")
+        return weight_gradient(dy, other, geometry, suggests_channels_last(other), False, "conv")[0]
 
     def torch(self, case: Case, *tensors: Tensor) -> Tensor:
         if case.pass_ != "fprop":
@@ -130,6 +131,8 @@ class Convolution(Operation):
             layer("1x1 of 72", (1, 72, 13, 11), (72, 72, 1, 1), fused=True),
             layer("stem 5x5 stride 2", (1, 3, 17, 15), (20, 3, 5, 5), padding=2, stride=2),
             layer("3x3 stride 2, groups of 128", (2, 256, 7, 9), (36, 128, 3, 3), padding=1, stride=2, groups=2),
+            layer("3x3, 8 groups of 4", (2, 32, 9, 8), (32, 4, 3, 3), padding=1, groups=8, fused=True),
+            layer("3x3 stride 2, 12 groups of 3", (2, 36, 9, 8), (60, 3, 3, 3), padding=1, stride=2, groups=12),
             layer("3x3 dilated", (1, 128, 11, 9), (17, 128, 3, 3), padding=2, dilation=2),
             layer("1-d of 128", (2, 128, 21), (17, 128, 5), padding=2),
             layer("3-d of 128", (1, 128, 4, 5, 3), (17, 128, 3, 2, 3), padding=1),
@@ -144,6 +147,15 @@ class Convolution(Operation):
         large, strided = ((32, 256, 56, 56), (256, 256, 3, 3)), ((32, 256, 57, 57), (256, 256, 3, 3))
         # Counts that nothing divides: several taps a tile, rows of 48 bytes, single elements.
         narrow, odd = ((32, 24, 56, 56), (40, 24, 3, 3)), ((32, 3, 56, 56), (5, 3, 3, 3))
+        # ResNeXt's groups of 4 and 8 channels, which share a tile, and of 16, which do not.
+        grouped = [
+            seen(kernel, f"{name}3x3 g32 of {few}", (32, 32 * few, 56, 56), (32 * few, few, 3, 3), padding=1, groups=32,
+                 pass_=pass_, configs=configs)
+            for kernel, pass_, name in (
+                ("conv_flat", "fprop", ""), ("conv_dgrad", "dgrad", "dgrad "), ("conv_wgrad", "wgrad", "wgrad ")
+            )
+            for few, configs in ((4, None), (8, 3), (16, 5))
+        ]  # fmt: skip
         gradients = [
             seen(f"conv_{pass_}", f"{pass_} {name}", *sizes, padding=1, pass_=pass_, **more)
             for pass_ in ("dgrad", "wgrad")
@@ -179,6 +191,7 @@ class Convolution(Operation):
             seen("matmul", "1x1 of 24", (32, 24, 56, 56), (144, 24, 1, 1), configs=3),
             seen("matmul", "1x1 tf32", (32, 256, 56, 56), (256, 256, 1, 1), dtype="fp32", tf32=True, configs=2),
             *gradients,
+            *grouped,
         ]
 
 

@@ -12,8 +12,8 @@ from tritonconv.bench.cases import Case
 from tritonconv.bench.operations.convolution import Convolution
 from tritonconv.bench.registry import Specimen, register
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.gradients import conv_wgrad
 from tritonconv.ops.layout import suggests_channels_last
+from tritonconv.ops.prepare import weight_gradient
 
 __all__ = ["TransposedConvolution", "up_layer"]
 
@@ -41,7 +41,7 @@ class TransposedConvolution(Convolution):
 
     def gradient(self, case: Case, dy: Tensor, other: Tensor) -> Tensor:
         if case.pass_ == "wgrad":
-            return conv_wgrad(other, dy, self.geometry(case).mirrored, suggests_channels_last(other), False, "conv")[0]
+            return weight_gradient(other, dy, self.geometry(case).mirrored, suggests_channels_last(other), False, "conv")[0]
         _, arguments = super().arguments(case, dy)
         dx: Tensor = getattr(ours, f"conv{case.nd}d")(dy, other, None, **arguments)
         return dx
