@@ -1,9 +1,10 @@
 """Bytes that a training step of convolution, batch norm and ReLU moves: `python -m benchmarks.traffic`.
 
-Writes the table in docs/training.md, and that of benchmarks/traffic_direct.py in docs/depthwise.md. The former: ours, cuDNN with torch's own batch norm, and the floor, for every convolution and
-batch norm of ResNet-50 in cases.csv. Counted are tensors, each time that a kernel reads or writes all of one, as if caches
-kept nothing from kernel to kernel and everything within one. Statistics and workspaces are left out, but for the ranges of
-our weight gradient, which are counted as they are chosen for an H200.
+Writes the table in docs/training.md (and that of benchmarks/traffic_direct.py in docs/depthwise.md): ours, cuDNN with
+torch's own batch norm, and the floor, for every convolution and batch norm of ResNet-50 in cases.csv. Counted are tensors,
+each time that a kernel reads or writes all of one, as if caches kept nothing from kernel to kernel and everything within
+one. Statistics and workspaces are left out, but for the ranges of our weight gradient, which are counted as they are chosen
+for an H200.
 """
 
 from __future__ import annotations

@@ -73,10 +73,17 @@ def bytes_of(case: Case) -> Bytes:
 
 
 def _copied(operation: Operation, case: Case, launches: list[Launch]) -> int:
-    """Hidden copies of the image: it is read and written once more each."""
+    """Hidden copies of the image, and of the result if it has that format too: each is read and written once more."""
     image = operation.tensors(case, "meta", dtype_of(case), case.channels_last)[0]
     seen = [t for one in launches for t in one.arguments.values() if isinstance(t, Tensor) and t.shape == image.shape]
-    return 0 if any(t.stride() == image.stride() for t in seen) or not seen else 2 * image.numel() * image.element_size()
+    if not seen or any(t.stride() == image.stride() for t in seen):
+        return 0
+    # Depthwise layers, whose images and results are of one format.
+    return (
+        2 * (image.numel() + seen[-1].numel()) * image.element_size()
+        if len(seen) > 1
+        else 2 * image.numel() * image.element_size()
+    )
 
 
 def _asked(launch: Launch) -> tuple[int, int]:

@@ -27,8 +27,7 @@ def configs() -> list[triton.Config]:
         patch(2, 2, 4),
         patch(1, 7, 4),
         patch(1, 4, 4),
-        # Contiguous: neighboring threads have neighboring results.
-        patch(4, 1, 4),
+        # Contiguous: neighboring threads have neighboring results, each with an address of its own, and four of them spill.
         patch(2, 1, 4),
         patch(1, 1, 4),
     ]

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "BAND", "exists", "first_place", "last_place", "locate", "pair", "patch_axis", "patches_before", "place_of", "reach",
-    "steps_of", "taps_tile",
+    "BAND", "exists", "first_place", "halves", "last_place", "levels", "locate", "pair", "patch_axis", "patches_before",
+    "place_of", "reach", "steps_of", "taps_tile",
 ]  # fmt: skip
 
 

@@ -29,12 +29,23 @@ def test_every_config_keeps_the_rules_on_every_target_and_is_no_worse_than_the_t
 
 
 def test_the_table_has_every_config_of_every_kernel() -> None:
-    from tritonconv.kernels import conv_dgrad, conv_flat, conv_fprop, conv_up, conv_wgrad, matmul
+    from tritonconv.kernels import (
+        conv_dgrad,
+        conv_flat,
+        conv_fprop,
+        conv_up,
+        conv_wgrad,
+        depthwise_bands,
+        depthwise_bands_wgrad,
+        matmul,
+        separable,
+    )
 
     rows = json.loads(TABLE.read_text())
     assert all(set(row) == KEYS for row in rows)
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    for module in (conv_dgrad, conv_flat, conv_fprop, conv_up, conv_wgrad, matmul):
+    products = (conv_dgrad, conv_flat, conv_fprop, conv_up, conv_wgrad, matmul, separable)
+    for module in (*products, depthwise_bands, depthwise_bands_wgrad):
         kernel = module.__name__.rsplit(".", 1)[1]
         tiles = {row["config"] for row in rows if row["kernel"] == kernel}
         for config in module.configs():
@@ -42,11 +53,13 @@ def test_the_table_has_every_config_of_every_kernel() -> None:
             assert any(tile.startswith(f"{m}x{n}x{k} w{config.num_warps}") for tile in tiles), (kernel, config)
 
 
-def test_the_table_has_every_config_of_batch_norm() -> None:
-    from tritonconv.kernels.batch_norm import configs
+def test_the_table_has_every_config_of_the_kernels_without_products() -> None:
+    from tritonconv.kernels import batch_norm, causal_conv1d, depthwise, depthwise_wgrad
 
     from tritonconv.tuning.configs import name_of
 
     rows = json.loads(TABLE.read_text())
-    for kernel in ("batch_norm", "batch_norm_backward"):
-        assert {row["config"] for row in rows if row["kernel"] == kernel} >= set(map(name_of, configs()))
+    kernels = dict(batch_norm=batch_norm, batch_norm_backward=batch_norm, depthwise=depthwise)
+    kernels |= dict(depthwise_wgrad=depthwise_wgrad, causal_conv1d=causal_conv1d)
+    for kernel, module in kernels.items():
+        assert {row["config"] for row in rows if row["kernel"] == kernel} >= set(map(name_of, module.configs())), kernel

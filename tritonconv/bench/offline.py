@@ -159,16 +159,31 @@ def _loops(sass: str) -> tuple[int, list[int]]:
     return sum("NOP" not in text for _, text in code), sorted(lengths)
 
 
+DIRECT = (
+    "depthwise_kernel", "depthwise_wgrad_kernel", "separable_kernel", "causal_forward_kernel", "causal_backward_kernel",
+)  # fmt: skip
+
+
 def lane_instructions(sass: str, launch: Launch) -> float | None:
     """Instructions that a direct kernel's lanes execute for each result; of a separable one, for each element between.
 
     None for other kernels, and where the code's loops are not those of the source.
     """
     a, kernel = launch.arguments, launch.kernel.__name__
-    if kernel not in ("depthwise_kernel", "depthwise_wgrad_kernel", "separable_kernel"):
+    direct = (
+        "depthwise_kernel",
+        "depthwise_wgrad_kernel",
+        "separable_kernel",
+        "causal_forward_kernel",
+        "causal_backward_kernel",
+    )
+    if kernel not in direct:
         return None
     total, loops = _loops(sass)
     lanes = 32 * launch.options["num_warps"]
+    if kernel.startswith("causal"):
+        results = a["BLOCK_T"] * a["BLOCK_C"] * a["PATCH"]
+        return round((loops[0] + (total - loops[0]) / a["RANGE"]) * lanes / results, 1) if len(loops) == 1 else None
     if kernel == "separable_kernel":
         # One pass of the loop over channels, in which the taps' runs once or row by row.
         if len(loops) != 2:

@@ -6,6 +6,12 @@ from typing import Any
 
 __all__ = ["as_dict", "config_name", "name_of"]
 
+# Of a config's numbers, in the order that its name has them.
+NAMES = (
+    "BLOCK_M", "BLOCK_N", "BLOCK_K", "PATCH_P", "PATCH_Q", "BLOCK_P", "BLOCK_S", "BLOCK_C", "WALK", "BACK", "PATCH",
+    "BYTES",
+)  # fmt: skip
+
 
 def as_dict(config: Any) -> dict[str, int | bool]:
     """A triton.Config as tables keep it."""
@@ -24,7 +30,6 @@ def config_name(config: dict[str, int | bool]) -> str:
     '128x128x64 w8 s3 pointers'
     """
     # In this order, whatever the dictionary's.
-    names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "PATCH_P", "PATCH_Q", "PATCH", "WALK", "BLOCK_P", "BLOCK_S", "BLOCK_C"
-    blocks = (config[name] for name in names if name in config)
+    blocks = (config[name] for name in NAMES if name in config)
     suffix = "" if config.get("USE_TMA", True) else " pointers"
     return f"{'x'.join(map(str, blocks))} w{config['num_warps']} s{config['num_stages']}{suffix}"

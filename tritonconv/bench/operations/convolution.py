@@ -11,6 +11,9 @@ import tritonconv.functional as ours
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import ConvGeometry, Pass
+from tritonconv.ops.causal import is_short
+from tritonconv.ops.dispatch import convolution
+from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.layout import as_format, suggests_channels_last
 from tritonconv.ops.prepare import data_gradient, weight_gradient
 
@@ -26,11 +29,8 @@ class Convolution(Operation):
     """Of torch.nn.functional and of ours, without the dimensions."""
 
     def geometry(self, case: Case) -> ConvGeometry:
-        size, padding = case.size, case.padding
-        if padding == "causal":
-            size, padding = (size[0] + self.halo(case),), (0,)
         return ConvGeometry.parse(
-            (case.batch, case.channels, *size), self.weight_shape(case), nd=case.nd, stride=case.stride, padding=padding,
+            case.input_shape, self.weight_shape(case), nd=case.nd, stride=case.stride, padding=case.padding,
             dilation=case.dilation, groups=case.groups,
         )  # fmt: skip
 
@@ -44,8 +44,6 @@ class Convolution(Operation):
     def count(self, case: Case) -> tuple[int, int]:
         geometry = self.geometry(case)
         size = geometry.bytes(dtype_of(case).itemsize, case.pass_, residual=case.residual and case.pass_ == "fprop")
-        # The zeros of a causal convolution are read from nowhere.
-        size -= case.batch * case.channels * self.halo(case) * dtype_of(case).itemsize
         return geometry.macs, size
 
     def depth(self, case: Case) -> int:
@@ -74,6 +72,12 @@ class Convolution(Operation):
         if case.pass_ != "fprop":
             return self.gradient(case, *tensors)
         x, w, *rest = tensors
+        if case.padding == "causal":
+            if is_short(self.geometry(case)):
+                y: Tensor = ours.causal_conv1d(x, w)
+                return y
+            numbers = case.nd, case.stride, "causal", case.dilation, case.groups
+            return convolution("causal_conv1d", x, w, Epilogue(), *numbers)
         x, arguments = self.arguments(case, x)
         if not rest:
             return getattr(ours, f"{self.function}{case.nd}d")(x, w, None, **arguments)
@@ -102,24 +106,30 @@ class Convolution(Operation):
         return y
 
     def _torch_gradient(self, case: Case, dy: Tensor, other: Tensor) -> Tensor:
-        """The one gradient, by the operator that autograd calls; the image of a causal layer has its zeros already."""
-        g, wants_input = self.geometry(case), case.pass_ == "dgrad"
-        shape = g.input_shape if wants_input else g.weight_shape
+        """The one gradient, by the operator that autograd calls."""
+        g, wants_input, halo = self.geometry(case), case.pass_ == "dgrad", self.halo(case)
+        shape, padding = g.input_shape if wants_input else g.weight_shape, g.padding
+        if halo:
+            # Torch has no padding before alone: the image gets its zeros, or its gradient loses theirs.
+            padding = (0, 0, 0)
+            if wants_input:
+                shape = (*shape[:2], shape[2] + halo)
+            else:
+                other = torch.nn.functional.pad(other, (halo, 0))
         # Of the tensor that the gradient belongs to sizes, type and layout matter alone.
         unread = as_format(dy.new_empty(shape), suggests_channels_last(other))
         x, w = (unread, other) if wants_input else (other, unread)
         first = 3 - g.nd
         result: list[Tensor] = torch.ops.aten.convolution_backward(
-            dy, x, w, None, g.stride[first:], g.padding[first:], g.dilation[first:], g.transposed,
-            g.output_padding[first:], g.groups, [wants_input, not wants_input, False],
+            dy, x, w, None, g.stride[first:], padding[first:], g.dilation[first:], g.transposed, g.output_padding[first:],
+            g.groups, [wants_input, not wants_input, False],
         )  # fmt: skip
-        return result[0 if wants_input else 1]
+        return result[0][:, :, halo:] if wants_input and halo else result[0 if wants_input else 1]
 
     def arguments(self, case: Case, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """What a function is called with: the image, and its options."""
+        """What a function of torch's is called with: the image, and its options."""
         padding = case.padding
         if padding == "causal":
-            # Neither library has causal padding in its convolution.
             x, padding = torch.nn.functional.pad(x, (self.halo(case), 0)), (0,)
         return x, dict(stride=case.stride, padding=padding, dilation=case.dilation, groups=case.groups)
 
