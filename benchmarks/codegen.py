@@ -146,6 +146,11 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
         lanes is None or lanes > (24 if pinned else 25)
     ):  # fmt: skip
         wrong.append(f"{lanes} lane instructions for a result, goal 24")
+    # The depthwise tile crosses over to the product's layout once a block of channels: 32 elements of a thread in stores of
+    # 4, and one for the taps. Once a tap it would be nine times as many.
+    crossing = count(row, "STS.64"), count(row, "STS")
+    if row["kernel"] == "separable" and row["target"] == "sm_90" and (crossing[0] > 9 or crossing[1] > 32):
+        wrong.append(f"{crossing[1]} stores to shared memory: what lies between crosses over more than once")
     if not has_products(row):
         return wrong + narrow_accesses(row)
     plain = case.endswith(("ieee", "fp64"))

@@ -55,7 +55,7 @@ TARGETS = {
 
 # Groups of instructions worth counting; the table keeps these names.
 SASS = (
-    r"\b(UTC\w*MMA\S*|HGMMA\S*|HMMA\S*|DMMA\S*|UTMALDG\S*|UTMASTG\S*|LDGSTS\S*|LDG\S*|STG\S*|LDSM\S*|STSM\S*"
+    r"\b(UTC\w*MMA\S*|HGMMA\S*|HMMA\S*|DMMA\S*|UTMALDG\S*|UTMASTG\S*|LDGSTS\S*|LDG\S*|STG\S*|LDSM\S*|STSM\S*|STS\b\S*"
     r"|LDL\S*|STL\S*|FFMA|DFMA)"
 )
 AMDGCN = r"\b(v_mfma\w+|global_load\w+|buffer_load\w+|global_store\w+|buffer_store\w+|ds_read\w+|ds_write\w+|scratch_\w+)"
