@@ -45,7 +45,6 @@ class Bands(Convolution):
         return [
             small("bands 7x7", (64, 3, 14, 14), (3, 1, 7, 7), padding=3),
             small("bands 13x13", (1, 2, 40, 33), (2, 1, 13, 13), padding=6),
-            small("bands 31x31", (8, 2, 56, 56), (2, 1, 31, 31), padding=15),
             small("bands 7x7 stride 2", (1, 4, 29, 30), (4, 1, 7, 7), padding=3, stride=2),
         ]
 
