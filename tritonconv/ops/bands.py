@@ -17,7 +17,7 @@ from torch import Tensor
 from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass
 from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.convolution import output_format
-from tritonconv.ops.depthwise import View, power
+from tritonconv.ops.depthwise import View, add_slots, power, touched_input
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import (
     Launch,
@@ -209,7 +209,6 @@ def bands_wgrad(
     Sums of ranges of the pixels go through a workspace in fp32.
     """
     from tritonconv.kernels.depthwise_bands_wgrad import depthwise_bands_wgrad_kernel, divide
-    from tritonconv.kernels.depthwise_wgrad import depthwise_reduce_kernel
 
     g, k = geometry, geometry.out_channels
     # A filter of one channel has one order in memory, whatever its strides are called.
@@ -233,11 +232,7 @@ def bands_wgrad(
     size = min(size, steps)
     slots = -(-steps // size)
     sums = empty_output(dy, (slots, g.taps + 1, k), False, torch.float32)
-    # What no tap reaches may hold anything: a block that ends outside the result would multiply it by zero.
-    touched = [
-        min(n, (out - 1) * step + (taps - 1) * d - pad + 1)
-        for n, out, step, taps, d, pad in zip(g.input, g.output, g.stride, g.kernel, g.dilation, g.padding, strict=True)
-    ]
+    touched = touched_input(g)
     divisors["VEC_W"] = power_of_two_divisor(touched[2])
     arguments: dict[str, Any] = axis_constants(g) | dict(zip("DHW", touched, strict=True)) | divisors | dict(
         x_ptr=x, stride_xn=sn, stride_xc=sc, stride_xd=sd, stride_xh=sh, dy_ptr=dy, sums_ptr=sums, N=g.batch, K=k,
@@ -247,9 +242,5 @@ def bands_wgrad(
         BLOCK_W=block_w, BLOCK_P=rows, BLOCK_S=power(g.kernel[2], 1 << 20), STAGES=config.num_stages,
     )  # fmt: skip
     launch(Launch(depthwise_bands_wgrad_kernel, slots * programs, arguments, problem, config), dy.device)
-    block_c = power(k, 256) if view.device.arch == INTERPRETER.arch else 8
-    reduce: dict[str, Any] = dict(
-        sums_ptr=sums, dw_ptr=dw, db_ptr=db, SLOTS=slots, K=k, TAPS=g.taps, BLOCK_S=power(slots, 128), BLOCK_K=block_c
-    )  # fmt: skip
-    launch(Launch(depthwise_reduce_kernel, (g.taps + bias) * -(-k // block_c), reduce, None, None), dy.device)
+    add_slots(sums, dw, db)
     return dw, db

@@ -10,7 +10,7 @@ from torch import Tensor
 from tritonconv.geometry import INT32_MAX, ConvGeometry
 from tritonconv.ops.activation import ActivationSpec
 from tritonconv.ops.convolution import check_convolution
-from tritonconv.ops.depthwise import power
+from tritonconv.ops.depthwise import add_slots, power
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import Launch, device_of, forced_config, launch
 from tritonconv.ops.layout import as_format, empty_output
@@ -251,7 +251,6 @@ def causal_backward(
 ) -> Gradients:
     """Gradients of what `causal_forward` took, in one pass over x and dy; sums go through a workspace in fp32 (fp64)."""
     from tritonconv.kernels.causal_conv1d import causal_backward_kernel
-    from tritonconv.kernels.depthwise_wgrad import depthwise_reduce_kernel
 
     channels_last, taps, (b, d, t) = not time_last(x), weight.shape[1], x.shape
     dx = empty_output(x, (b, d, t), channels_last, x.dtype)
@@ -277,13 +276,7 @@ def causal_backward(
         WHOLE=t % (walk.range * walk.patch) == 0, EVEN=t % walk.patch == 0,
     )  # fmt: skip
     launch(Launch(causal_backward_kernel, walk.programs(d), arguments, None, walk.config), x.device)
-    block_k = power(d, 256) if device_of(x.device).arch == INTERPRETER.arch else 8
-    reduce: dict[str, Any] = dict(
-        sums_ptr=sums, dw_ptr=dw, db_ptr=db, SLOTS=walk.slots, K=d, TAPS=taps, BLOCK_S=power(walk.slots, 128),
-        BLOCK_K=block_k,
-    )  # fmt: skip
-    programs = (taps + (bias is not None)) * -(-d // block_k)
-    launch(Launch(depthwise_reduce_kernel, programs, reduce, None, None), x.device)
+    add_slots(sums, dw, db)
     return found
 
 

@@ -201,7 +201,7 @@ def depthwise_wgrad(
     Sums of ranges of the pixels go through a workspace in fp32 (fp64 for fp64).
     """
     from tritonconv.kernels.depthwise import COLUMNS
-    from tritonconv.kernels.depthwise_wgrad import depthwise_reduce_kernel, depthwise_wgrad_kernel
+    from tritonconv.kernels.depthwise_wgrad import depthwise_wgrad_kernel
 
     g, k = geometry, geometry.out_channels
     # A filter of one channel has one order in memory, whatever its strides are called.
@@ -228,22 +228,33 @@ def depthwise_wgrad(
     size = max(LEAST_STEPS, -(-blocks * groups // (WAVES * view.device.multiprocessors)))
     slots = -(-blocks // size)
     sums = empty_output(dy, (slots, g.taps + 1, k), False, torch.float64 if dy.dtype == torch.float64 else torch.float32)
-    # What no tap reaches may hold anything: a patch that ends outside the result would multiply it by zero.
-    touched = [
-        min(n, (out - 1) * step + (taps - 1) * d - pad + 1)
-        for n, out, step, taps, d, pad in zip(g.input, g.output, g.stride, g.kernel, g.dilation, g.padding, strict=True)
-    ]
-    arguments: dict[str, Any] = axis_constants(g) | dict(zip("DHW", touched, strict=True)) | dict(
+    arguments: dict[str, Any] = axis_constants(g) | dict(zip("DHW", touched_input(g), strict=True)) | dict(
         x_ptr=x, stride_xn=sn, stride_xc=sc, stride_xd=sd, stride_xh=sh, STRIDE_XW=sw, dy_ptr=dy, sums_ptr=sums, N=g.batch,
         RANGE=size, K=k, MULT=k // g.groups, BIAS=bias, CHANNELS_LAST=last, VEC_X=power_of_two_divisor(sn, sd, sh),
         INDEX_64=_index_64(view, strides), PATCH_P=patch[0], PATCH_Q=patch[1], BLOCK_T=block_t, BLOCK_C=block_c, ROWS=rows,
         COLUMNS=columns,
     )  # fmt: skip
     launch(Launch(depthwise_wgrad_kernel, slots * groups, arguments, problem, config), dy.device)
-    block_k = power(k, 256) if view.device.arch == INTERPRETER.arch else 8
-    reduce: dict[str, Any] = dict(
-        sums_ptr=sums, dw_ptr=dw, db_ptr=db, SLOTS=slots, K=k, TAPS=g.taps,
-        BLOCK_S=power(slots, 128), BLOCK_K=block_k,
-    )  # fmt: skip
-    launch(Launch(depthwise_reduce_kernel, (g.taps + bias) * -(-k // block_k), reduce, None, None), dy.device)
+    add_slots(sums, dw, db)
     return dw, db
+
+
+def touched_input(g: ConvGeometry) -> list[int]:
+    """Extents of the input that some tap reaches: what lies behind may be NaN, and must not be multiplied by zero."""
+    return [
+        min(n, (out - 1) * step + (taps - 1) * d - pad + 1)
+        for n, out, step, taps, d, pad in zip(g.input, g.output, g.stride, g.kernel, g.dilation, g.padding, strict=True)
+    ]
+
+
+def add_slots(sums: Tensor, dw: Tensor, db: Tensor | None) -> None:
+    """Add sums [slots, taps + 1, filters] of a weight gradient, the bias's behind the taps', in their order."""
+    from tritonconv.kernels.depthwise_wgrad import depthwise_reduce_kernel
+
+    slots, rows, k = sums.shape
+    block_k = power(k, 256) if device_of(sums.device).arch == INTERPRETER.arch else 8
+    arguments: dict[str, Any] = dict(
+        sums_ptr=sums, dw_ptr=dw, db_ptr=db, SLOTS=slots, K=k, TAPS=rows - 1, BLOCK_S=power(slots, 128), BLOCK_K=block_k
+    )  # fmt: skip
+    programs = (rows - (db is None)) * -(-k // block_k)
+    launch(Launch(depthwise_reduce_kernel, programs, arguments, None, None), sums.device)
