@@ -221,7 +221,8 @@ def test_images_that_are_not_contiguous(kind: str, device: str) -> None:
         return wide[..., : t.shape[-2], : t.shape[-1]] if kind == "rows apart" else _spread(t)
 
     x, dy = other(x), other(dy)
-    assert prepare_bands(x, w, Epilogue(), geometry(case)).copies == (kind in ("channels-last", "columns apart"))
+    copies = {"channels-last": 2, "columns apart": 1}.get(kind, 0)  # a channels-last result is copied back, too
+    assert prepare_bands(x, w, Epilogue(), geometry(case)).copies == copies
     assert torch.equal(forward(case, x, w).double(), conv_reference(x, w, **arguments(case)))
     for out, ref in zip(ours(case, x, w, dy), gradients(case, x, w, dy), strict=True):
         assert torch.equal(out.double(), ref)
