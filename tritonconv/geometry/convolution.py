@@ -1,4 +1,4 @@
-"""Shape arithmetic of convolutions: the only place that knows it.
+"""Shape arithmetic of convolutions.
 
 `ConvGeometry` is parsed once from user arguments. 1-d and 2-d convolutions are lifted to (D, H, W) with unit sizes,
 so that everything behind it sees one form. Letters are the field's: N batch, C input channels, K output channels,
@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["ConvGeometry", "Pass", "Triple", "expand"]
+__all__ = ["INT32_MAX", "ConvGeometry", "Pass", "Triple", "expand"]
 
 Triple = tuple[int, int, int]
 Pass = Literal["fprop", "dgrad", "wgrad"]

@@ -1,0 +1,80 @@
+"""Short causal convolution over time, and its step for decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch  # noqa: F401 - the examples' name
+from torch import Tensor
+
+from tritonconv.ops.activation import parse_activation
+from tritonconv.ops.library_causal import causal_convolution, causal_step, last_steps
+
+__all__ = ["causal_conv1d", "causal_conv1d_update"]
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: object = None, initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Any:  # fmt: skip
+    """Causal depthwise convolution over time with what follows it, as the causal-conv1d package has it (Mamba's, say).
+
+    y[b, d, t] = act(bias[d] + sum over j of weight[d, j] * x[b, d, t - (K - 1) + j]) in one kernel, its gradients in
+    another: nothing but x is kept for them.
+
+    Args:
+        x: (B, D, T), channels-last (x.stride(1) == 1) or contiguous, fp16, bf16, fp32 or fp64.
+        weight: (D, K) or (D, 1, K), of x's dtype; more than 8 taps run as a convolution of their own.
+        bias: (D,), of x's dtype.
+        activation: None, "silu", "swish", or whatever `conv2d_bn_act` takes.
+        initial_state: (B, D, K - 1), of x's dtype: what came before x; None: zeros.
+        return_final_state: return what came last too, for the next call.
+
+    Returns:
+        (B, D, T), channels-last if x is; with `return_final_state` a pair of it and the last K - 1 steps of what was given,
+        (B, D, K - 1).
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit.
+        TypeError: arguments of a wrong type.
+        ValueError: an unknown activation.
+
+    >>> x, weight = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[10.0, 1.0]])
+    >>> causal_conv1d(x, weight).tolist()
+    [[[1.0, 12.0, 23.0]]]
+    >>> y, state = causal_conv1d(x, weight, return_final_state=True)
+    >>> causal_conv1d(x, weight, initial_state=state).tolist()
+    [[[31.0, 12.0, 23.0]]]
+    """
+    y = causal_convolution(x, weight, bias, parse_activation(activation), initial_state)
+    return (y, last_steps(x, initial_state, weight.shape[-1] - 1)) if return_final_state else y
+
+
+def causal_conv1d_update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: object = None
+) -> Tensor:
+    """The next time step of `causal_conv1d`, or a few, for decoding: one launch, which moves the state on in place.
+
+    Args:
+        x: (B, D), or (B, D, S) for S steps, fp16, bf16, fp32 or fp64.
+        conv_state: (B, D, L), L at least K - 1, of x's dtype: the steps before x. It loses its first and gains x's.
+        weight: (D, K) or (D, 1, K), of x's dtype.
+        bias: (D,), of x's dtype.
+        activation: as `causal_conv1d` takes it.
+
+    Returns:
+        Of x's size.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit; gradients are needed, and there are none.
+        TypeError: arguments of a wrong type.
+        ValueError: an unknown activation.
+
+    >>> state = torch.zeros(1, 1, 1)
+    >>> [causal_conv1d_update(torch.tensor([[x]]), state, torch.tensor([[10.0, 1.0]])).item() for x in (1.0, 2.0, 3.0)]
+    [1.0, 12.0, 23.0]
+    """
+    act = parse_activation(activation)
+    if isinstance(x, Tensor) and x.dim() == 2:
+        return causal_step(x.unsqueeze(2), conv_state, weight, bias, act).squeeze(2)
+    return causal_step(x, conv_state, weight, bias, act)
