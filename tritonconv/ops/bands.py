@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass
+from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass, power, power_of_two_divisor
 from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.convolution import output_format
-from tritonconv.ops.depthwise import View, add_slots, power, touched_input
+from tritonconv.ops.depthwise import View, add_slots, touched_input
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import (
     Launch,
@@ -30,7 +30,7 @@ from tritonconv.ops.launch import (
     precision,
 )  # fmt: skip
 from tritonconv.ops.layout import as_format, dense_strides, empty_output, is_dense
-from tritonconv.ops.plan import Strides, lift, power_of_two_divisor
+from tritonconv.ops.plan import Strides, lift
 from tritonconv.tuning import INTERPRETER, Device, Problem, candidates, choose, device_named
 from tritonconv.tuning.bands import BAND_WAVES, shape_of
 from tritonconv.tuning.cost import predict

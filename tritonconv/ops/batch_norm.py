@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tritonconv.geometry import power, power_of_two_divisor
 from tritonconv.ops.activation import ActivationSpec, table
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import Launch, device_of, epilogue_constants, forced_config, launch
-from tritonconv.ops.layout import as_format, empty_output, is_dense, suggests_channels_last
-from tritonconv.ops.plan import power_of_two_divisor
+from tritonconv.ops.layout import as_format, empty_output, is_dense, suggests_channels_last, wide
 from tritonconv.tuning import INTERPRETER, Device
 
 __all__ = [
     "Statistics", "check_sizes", "combine", "gradient_table", "input_gradient", "normalize", "reduce_gradients",
-    "statistics", "update_running", "wide",
+    "statistics", "update_running",
 ]  # fmt: skip
 
 # So many programs of 4 warps a multiprocessor hide each other's latencies, and a slot is worth its place from so many
@@ -104,8 +104,8 @@ def _choose(view: View, walks: bool) -> Any:
 
     if view.device.arch == INTERPRETER.arch:
         # One large tile: the interpreter's time goes per operation, hardly per element.
-        channels = _power(view.channels, 256)
-        return tile(_power(view.pixels, (1 << 17) // channels), channels, 2)
+        channels = power(view.channels, 256)
+        return tile(power(view.pixels, (1 << 17) // channels), channels, 2)
     side, inner = (view.channels, "BLOCK_C") if view.channels_last else (view.pixels, "BLOCK_P")
     by_length = {config.kwargs[inner]: config for config in configs() if (config.num_stages > 1) == walks}
     covered = {length: math.ceil(side / length) * length for length in sorted(by_length, reverse=True)}
@@ -132,10 +132,6 @@ def check_sizes(x: Tensor, residual: Tensor | None, **vectors: Tensor | None) ->
 
 def needs_int64(elements: int) -> bool:
     return elements >= 2**31
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def statistics(z: Tensor) -> Statistics:
@@ -310,8 +306,8 @@ def _over_slots(kernel: Any, like: Tensor, slots: int, columns: int, arguments: 
 
     # Sectors of 32 bytes at least; many slots at once, for few programs must keep the memory busy.
     interpreted = device_of(like.device).arch == INTERPRETER.arch
-    block_c = _power(columns, 256) if interpreted else 8
-    config = triton.Config(dict(BLOCK_S=_power(slots, 512), BLOCK_C=block_c), num_warps=8, num_stages=3)
+    block_c = power(columns, 256) if interpreted else 8
+    config = triton.Config(dict(BLOCK_S=power(slots, 512), BLOCK_C=block_c), num_warps=8, num_stages=3)
     one = Launch(kernel, math.ceil(columns / block_c), arguments | config.kwargs | dict(STAGES=3), None, config)
     launch(one, like.device)
 
@@ -320,11 +316,6 @@ def _over_channels(kernel: Any, like: Tensor, arguments: dict[str, Any]) -> None
     """Launch a kernel whose programs own some channels."""
     channels, block = like.shape[0], 512
     launch(Launch(kernel, math.ceil(channels / block), arguments | dict(C=channels, BLOCK=block), None, None), like.device)
-
-
-def _power(n: int, most: int) -> int:
-    """The least power of two that is not below n, within [1, most]."""
-    return max(1, min(most, 1 << max(0, n - 1).bit_length()))
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:

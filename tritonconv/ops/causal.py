@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, ConvGeometry
+from tritonconv.geometry import INT32_MAX, ConvGeometry, power, power_of_two_divisor
 from tritonconv.ops.activation import ActivationSpec
 from tritonconv.ops.convolution import check_convolution
-from tritonconv.ops.depthwise import add_slots, power
+from tritonconv.ops.depthwise import add_slots
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import Launch, device_of, forced_config, launch
-from tritonconv.ops.layout import as_format, empty_output
-from tritonconv.ops.plan import power_of_two_divisor
+from tritonconv.ops.layout import as_format, empty_output, wide
 from tritonconv.tuning import INTERPRETER
 
 __all__ = [
@@ -268,8 +266,7 @@ def causal_backward(
     axis = 1 if channels_last else 2
     dy = dy if dy.stride(axis) == 1 or dy.shape[axis] == 1 else as_format(dy, channels_last)
     walk = Walk.over(x, channels_last, taps, True)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sums = empty_output(x, (walk.slots, taps + 1, d), False, wide)
+    sums = empty_output(x, (walk.slots, taps + 1, d), False, wide(x.dtype))
     shared = walk.constants(x, taps, dy) | walk.strides("y", dy)
     arguments = shared | activation_constants(activation, True) | state_arguments(state) | dict(
         dy_ptr=dy, x_ptr=x, w=weight.contiguous(), bias_ptr=_contiguous(bias), dx_ptr=dx, dstate_ptr=dstate, sums_ptr=sums,
@@ -290,8 +287,8 @@ def causal_update(
     y = empty_output(x, (b, d, steps), False, x.dtype)
     if y.numel() == 0:
         return y
-    length, wide = state.shape[2], device_of(x.device).arch == INTERPRETER.arch
-    block = power(d, 1024 if wide else UPDATED)
+    length, interpreted = state.shape[2], device_of(x.device).arch == INTERPRETER.arch
+    block = power(d, 1024 if interpreted else UPDATED)
     xb, xd, xt = x.stride()
     arguments = activation_constants(activation) | state_arguments(state) | dict(
         x_ptr=x, stride_xb=xb, stride_xd=xd, stride_xt=xt, w=weight.contiguous(), bias_ptr=_contiguous(bias), y_ptr=y,

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import ConvGeometry
+from tritonconv.geometry import ConvGeometry, power_of_two_divisor
 from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import Box, Recipe, axis_constants, config_for, device_of, epilogue_constants, precision
 from tritonconv.ops.layout import is_dense, suggests_channels_last
-from tritonconv.ops.plan import ConvPlan, pack_constants, plan_convolution, power_of_two_divisor
+from tritonconv.ops.plan import ConvPlan, pack_constants, plan_convolution
 from tritonconv.tuning import Device, Problem
 
 __all__ = ["check_convolution", "output_format", "plan_for", "prepare", "problem_of"]

@@ -12,21 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass, Triple
+from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass, Triple, power, power_of_two_divisor, width
 from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import Launch, Recipe, axis_constants, device_of, epilogue_constants, forced_config, launch
-from tritonconv.ops.layout import as_format, dense_strides, empty_output, is_dense
-from tritonconv.ops.plan import Strides, lift, power_of_two_divisor
+from tritonconv.ops.layout import as_format, dense_strides, empty_output, is_dense, wide
+from tritonconv.ops.plan import Strides, lift
 from tritonconv.tuning import INTERPRETER, Device, Problem, choose
 
 __all__ = ["depthwise_dgrad", "depthwise_wgrad", "is_depthwise", "prepare_depthwise"]
 
 # A result of a stride's phase takes a patch of whole strides.
 LARGEST_STRIDE = 4
-# A block may be wider than the channels that it covers by this factor.
-WASTE = 1.125
 # Sums of the weight gradient that a thread holds for each channel; programs a multiprocessor, and least blocks of each.
 SUMS = 10
 WAVES, LEAST_STEPS = 6, 4
@@ -80,22 +78,10 @@ class View(NamedTuple):
             c = power(self.channels, 256)
             return power(across * lines if self.channels_last else across, (1 << 16) // c), c
         if self.channels_last:
-            c = _width(self.channels, 128 // self.itemsize, 32 // self.itemsize)
+            c = width(self.channels, 128 // self.itemsize, 32 // self.itemsize)
             return elements // c, c
         c = min(power(self.channels, elements), max(1, elements // power(across, self.device.warp_size * warps)))
         return elements // c, c
-
-
-def power(n: int, most: int) -> int:
-    """The least power of two that is not below n, within [1, most]."""
-    return max(1, min(most, 1 << max(0, n - 1).bit_length()))
-
-
-def _width(channels: int, most: int, least: int) -> int:
-    """The widest block of channels of which little lies outside; a sector of memory at least."""
-    widths = [most >> k for k in range(most.bit_length()) if most >> k >= least]
-    covers = {w: -(-channels // w) * w for w in widths}
-    return next((w for w in widths if covers[w] <= WASTE * channels), min(widths, key=lambda w: (covers[w], -w)))
 
 
 def depthwise_recipe(
@@ -227,7 +213,7 @@ def depthwise_wgrad(
     blocks = _blocks(lines, across, block_t, last)
     size = max(LEAST_STEPS, -(-blocks * groups // (WAVES * view.device.multiprocessors)))
     slots = -(-blocks // size)
-    sums = empty_output(dy, (slots, g.taps + 1, k), False, torch.float64 if dy.dtype == torch.float64 else torch.float32)
+    sums = empty_output(dy, (slots, g.taps + 1, k), False, wide(dy.dtype))
     arguments: dict[str, Any] = axis_constants(g) | dict(zip("DHW", touched_input(g), strict=True)) | dict(
         x_ptr=x, stride_xn=sn, stride_xc=sc, stride_xd=sd, stride_xh=sh, STRIDE_XW=sw, dy_ptr=dy, sums_ptr=sums, N=g.batch,
         RANGE=size, K=k, MULT=k // g.groups, BIAS=bias, CHANNELS_LAST=last, VEC_X=power_of_two_divisor(sn, sd, sh),

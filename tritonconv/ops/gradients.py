@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import ConvGeometry
+from tritonconv.geometry import ConvGeometry, power_of_two_divisor
 from tritonconv.ops.activation import ActivationSpec, table
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import (
@@ -23,8 +23,8 @@ from tritonconv.ops.launch import (
     launch,
     precision,
 )
-from tritonconv.ops.layout import as_format, empty_output
-from tritonconv.ops.plan import Strides, lift, pack_constants, packed, power_of_two_divisor
+from tritonconv.ops.layout import as_format, empty_output, wide
+from tritonconv.ops.plan import Strides, lift, pack_constants, packed
 from tritonconv.tuning import Device, Problem
 from tritonconv.tuning.ranges import ranges
 
@@ -149,10 +149,9 @@ def conv_wgrad(
     count, size = ranges(problem, *blocks)
     # A single range needs no one to add it.
     direct = count == 1
-    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     sums, bias_sums = (
         t if t is None or direct else torch.empty_strided(
-            (count, t.numel()), (t.numel(), 1), dtype=wide, device=dy.device)
+            (count, t.numel()), (t.numel(), 1), dtype=wide(dy.dtype), device=dy.device)
         for t in (dw, db)
     )  # fmt: skip
     programs = -(-filters // blocks[0]) * -(-columns // blocks[1]) * g.groups * count

@@ -1,11 +1,11 @@
-"""Memory formats: which one a tensor has, which one a result gets."""
+"""Memory formats: which one a tensor has, which one a result gets; and the type of sums."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["as_format", "dense_strides", "empty_output", "is_dense", "same_elements", "suggests_channels_last"]
+__all__ = ["as_format", "dense_strides", "empty_output", "is_dense", "same_elements", "suggests_channels_last", "wide"]
 
 
 def suggests_channels_last(x: Tensor) -> bool:
@@ -53,3 +53,8 @@ def empty_output(x: Tensor, shape: tuple[int, ...], channels_last: bool, dtype: 
 def as_format(x: Tensor, channels_last: bool) -> Tensor:
     """`x` itself if it is dense in that format, else a copy that is."""
     return x if is_dense(x, channels_last) else empty_output(x, tuple(x.shape), channels_last, x.dtype).copy_(x)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums over elements of this type are computed and kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

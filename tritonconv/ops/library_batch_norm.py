@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tritonconv.ops.activation import ActivationSpec, from_numbers
-from tritonconv.ops.batch_norm import check_sizes, input_gradient, normalize, statistics, update_running, wide
-from tritonconv.ops.layout import as_format, dense_strides, suggests_channels_last
+from tritonconv.ops.batch_norm import check_sizes, input_gradient, normalize, statistics, update_running
+from tritonconv.ops.layout import as_format, dense_strides, suggests_channels_last, wide
 from tritonconv.ops.training import Norm, combined, norm_gradient
 
 __all__ = ["as_dense", "batch_norm_eval", "batch_norm_train", "batch_statistics", "gradients", "update_running_stats"]

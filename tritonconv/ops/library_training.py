@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from tritonconv.ops.activation import from_numbers, to_numbers
-from tritonconv.ops.batch_norm import wide
 from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.launch import Kind
-from tritonconv.ops.layout import dense_strides, suggests_channels_last
+from tritonconv.ops.layout import dense_strides, suggests_channels_last, wide
 from tritonconv.ops.library import conv_geometry, ints, padding_numbers, register_autocast, resolved
 from tritonconv.ops.training import Needs, Norm, backward, forward
 

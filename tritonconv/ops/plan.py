@@ -5,14 +5,13 @@ Pure arithmetic on sizes and strides: a plan is known before any memory is touch
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
-from tritonconv.geometry import INT32_MAX, ConvGeometry
+from tritonconv.geometry import INT32_MAX, ConvGeometry, power_of_two_divisor
 from tritonconv.ops.layout import dense_strides
 
 __all__ = [
-    "ConvPlan", "Strides", "lift", "pack_constants", "packed", "plan_convolution", "power_of_two_divisor", "row_stride",
+    "ConvPlan", "Strides", "lift", "pack_constants", "packed", "plan_convolution", "row_stride",
 ]  # fmt: skip
 
 Strides = tuple[int, int, int, int, int]
@@ -200,8 +199,3 @@ def row_stride(g: ConvGeometry, strides: Strides) -> int | None:
                 return None
             rows *= size
     return g.in_channels if row is None else row
-
-
-def power_of_two_divisor(*values: int) -> int:
-    """The largest power of two up to 16 that divides all values."""
-    return math.gcd(16, *values)

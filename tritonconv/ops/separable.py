@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, ConvGeometry
+from tritonconv.geometry import INT32_MAX, ConvGeometry, power_of_two_divisor
 from tritonconv.ops.depthwise import is_depthwise
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import (
@@ -25,7 +25,7 @@ from tritonconv.ops.launch import (
     precision,
 )  # fmt: skip
 from tritonconv.ops.layout import as_format, empty_output, is_dense, suggests_channels_last
-from tritonconv.ops.plan import lift, power_of_two_divisor
+from tritonconv.ops.plan import lift
 from tritonconv.ops.prepare import prepare_call
 from tritonconv.tuning import INTERPRETER, Device, Problem
 from tritonconv.tuning.cost import BETWEEN_INSTRUCTIONS

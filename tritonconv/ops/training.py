@@ -25,12 +25,12 @@ from torch import Tensor
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops import batch_norm
 from tritonconv.ops.activation import ActivationSpec
-from tritonconv.ops.batch_norm import Statistics, wide
+from tritonconv.ops.batch_norm import Statistics
 from tritonconv.ops.calls import Prepared
 from tritonconv.ops.depthwise import is_depthwise
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.gradients import NormGradient
-from tritonconv.ops.layout import as_format, empty_output
+from tritonconv.ops.layout import as_format, empty_output, wide
 from tritonconv.ops.prepare import data_gradient, prepare_call, weight_gradient
 from tritonconv.ops.ranks import add_over_ranks, combine_over_ranks
 

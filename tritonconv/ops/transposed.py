@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, ConvGeometry
+from tritonconv.geometry import INT32_MAX, ConvGeometry, power_of_two_divisor
 from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.gradients import dgrad_recipe
 from tritonconv.ops.launch import Recipe, axis_constants, config_for, device_of, epilogue_constants, precision
 from tritonconv.ops.layout import dense_strides, is_dense
-from tritonconv.ops.plan import Strides, lift, power_of_two_divisor, row_stride
+from tritonconv.ops.plan import Strides, lift, row_stride
 from tritonconv.tuning import Device, Problem
 
 __all__ = ["prepare_transposed"]

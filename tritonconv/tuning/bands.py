@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Any
 
+from tritonconv.geometry import power
 from tritonconv.tuning.devices import ISSUE_SLOTS, LAUNCH
 from tritonconv.tuning.problem import Problem
 
@@ -63,7 +64,7 @@ def band_tile(problem: Problem) -> Any:
     for k in (1 << k for k in range(7, 12)):
         bands = depthwise_bands.divide(1, 64, k, **shape)
         if bands:
-            return tile(max(1, min(1 << 10, 1 << max(0, bands.rows - 1).bit_length())), 64, k, 4, 2, tma=False)
+            return tile(power(bands.rows, 1 << 10), 64, k, 4, 2, tma=False)
     raise AssertionError(f"no tile holds a window of {problem.geometry}")
 
 

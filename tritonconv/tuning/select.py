@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from tritonconv.geometry import power
 from tritonconv.tuning.bands import band_tile
 from tritonconv.tuning.candidates import candidates
 from tritonconv.tuning.cost import predict
@@ -38,12 +39,9 @@ def interpreter_tile(problem: Problem) -> Any:
 
     rows, filters, _ = problem.gemm
 
-    def power(n: int, least: int, most: int) -> int:
-        return max(least, min(most, 1 << max(0, n - 1).bit_length()))
-
-    n, k = power(filters, 16, 256), power(problem.run, 16, 256)
+    n, k = power(filters, 256, least=16), power(problem.run, 256, least=16)
     if problem.kernel == "conv_fprop":
         k = min(k, problem.run & -problem.run)
     # numpy's temporaries stay in the cache's reach, and Triton allows 2^20 elements a block.
-    m = power(rows, 16, (1 << 18) // max(n, k))
+    m = power(rows, (1 << 18) // max(n, k), least=16)
     return tile(m, n, k, warps=4, stages=2)
