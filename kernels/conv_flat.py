@@ -58,8 +58,8 @@ def conv_flat_kernel(
     # [groups * K, taps * C] (PACK_C of them), dense rows: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
     w, stride_wk,
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
-    # sizes; K is that of one group
-    M, D, H, W, K, O, P, Q, GROUPS,
+    # sizes; K is that of one group; stride_y: from a pixel of y to the next
+    M, D, H, W, K, O, P, Q, GROUPS, stride_y,
     # geometry; C is that of one group. PACK: how many of the layer's groups are one here; PACK_C, PACK_K: the channels and
     # filters of each of them; all 1 where groups stay alone
     C: tl.constexpr, PACK: tl.constexpr, PACK_C: tl.constexpr, PACK_K: tl.constexpr,
@@ -68,10 +68,11 @@ def conv_flat_kernel(
     PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     # flags: PADDED: some tap can fall outside. W_CHANNELS_LAST: the axis runs (t, r, s, c), else (c, t, r, s).
-    # VEC_X, VEC_W, VEC_K: powers of two up to 16 that divide the image's strides but the unit one, the weight's, and K
+    # VEC_X, VEC_W, VEC_K: powers of two up to 16 that divide the image's strides but the unit one, the weight's, K
+    # and stride_y. POOL: as finish_tile has it
     PADDED: tl.constexpr, W_CHANNELS_LAST: tl.constexpr, VEC_X: tl.constexpr, VEC_W: tl.constexpr, VEC_K: tl.constexpr,
     USE_TMA: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr,
-    EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    POOL: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
     # tiles
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -88,6 +89,7 @@ def conv_flat_kernel(
         stride_wk = stride_wk // VEC_W * VEC_W
     if VEC_K > 1:
         K = K // VEC_K * VEC_K
+        stride_y = stride_y // VEC_K * VEC_K
     TAPS: tl.constexpr = T * R * S
     DEPTH: tl.constexpr = TAPS * C
     EVEN: tl.constexpr = DEPTH % BLOCK_K == 0
@@ -195,13 +197,14 @@ def conv_flat_kernel(
                     b = tl.load(own_w + (tap * PACK_C + c if W_CHANNELS_LAST else i))
                     own += a.to(own.dtype) * b.to(own.dtype)[None, :]
                 finish_tile(
-                    own, offs_m, M, O * P * Q, group, first_n, K, GROUPS * K, pid_m, tiles_m, y_ptr, residual_ptr, bias_ptr,
-                    mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B,
-                    Y_CHANNELS_LAST, INDEX_64,
+                    own, offs_m, M, O * P * Q, group, first_n, K, GROUPS * K, stride_y, pid_m, tiles_m, y_ptr, residual_ptr,
+                    bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B,
+                    Y_CHANNELS_LAST, INDEX_64, POOL,
                 )  # fmt: skip
             return
 
     finish_tile(
-        acc, offs_m, M, O * P * Q, group, pid_n * BLOCK_N, K, GROUPS * K, pid_m, tiles_m, y_ptr, residual_ptr, bias_ptr,
-        mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
+        acc, offs_m, M, O * P * Q, group, pid_n * BLOCK_N, K, GROUPS * K, stride_y, pid_m, tiles_m, y_ptr, residual_ptr,
+        bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST,
+        INDEX_64, POOL,
     )  # fmt: skip

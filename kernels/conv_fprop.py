@@ -50,17 +50,18 @@ def conv_fprop_kernel(
     x_ptr, stride_xn, stride_xd, stride_xh, stride_xw,  # channels have stride 1
     w, stride_wk,  # [groups * K, taps * C], channels innermost: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
-    # sizes; C and K are those of one group, and BLOCK_K divides C
-    M, D, H, W, C, K, O, P, Q, GROUPS,
+    # sizes; C and K are those of one group, and BLOCK_K divides C; stride_y: from a pixel of y to the next
+    M, D, H, W, C, K, O, P, Q, GROUPS, stride_y,
     # geometry
     T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    # flags: PADDED: some tap can fall outside. VEC_X, VEC_K: powers of two up to 16 that divide every image stride, and K
+    # flags: PADDED: some tap can fall outside. VEC_X, VEC_K: powers of two up to 16 that divide every image stride, K and
+    # stride_y. POOL: as finish_tile has it
     PADDED: tl.constexpr, VEC_X: tl.constexpr, VEC_K: tl.constexpr,
     USE_TMA: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr,
-    EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    POOL: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
     # tiles
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -74,6 +75,7 @@ def conv_fprop_kernel(
         stride_xw = stride_xw // VEC_X * VEC_X
     if VEC_K > 1:
         K = K // VEC_K * VEC_K
+        stride_y = stride_y // VEC_K * VEC_K
     TAPS: tl.constexpr = T * R * S
     HAS_D: tl.constexpr = T > 1 or PAD_D > 0
     # Filter positions that fit a word of bits, a sign bit to spare.
@@ -157,6 +159,7 @@ def conv_fprop_kernel(
                 bit_d = tl.where(plane_ends, bit_d << 1, bit_d)
 
     finish_tile(
-        acc, offs_m, M, O * P * Q, group, pid_n * BLOCK_N, K, GROUPS * K, pid_m, tiles_m, y_ptr, residual_ptr, bias_ptr,
-        mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
+        acc, offs_m, M, O * P * Q, group, pid_n * BLOCK_N, K, GROUPS * K, stride_y, pid_m, tiles_m, y_ptr, residual_ptr,
+        bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST,
+        INDEX_64, POOL,
     )  # fmt: skip

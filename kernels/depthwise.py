@@ -21,7 +21,18 @@ import triton
 import triton.language as tl
 
 from .epilogue import apply_affine, load_affine
-from .patches import exists, first_place, last_place, locate, pair, patch_axis, patches_before, reach, taps_tile
+from .patches import (
+    exists,
+    first_place,
+    last_place,
+    locate,
+    pair,
+    patch_axis,
+    patches_before,
+    reach,
+    steps_of,
+    taps_tile,
+)
 
 __all__ = ["COLUMNS", "WHOLE", "add_taps", "configs", "depthwise_kernel", "fitting", "patch", "steps", "whole"]
 
@@ -213,14 +224,16 @@ def depthwise_kernel(
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
     # sizes: x is [N, D, H, W], y is [N, O, P, Q], dense
     N, D, H, W, O, P, Q,
-    # geometry; C: channels of y; MULT: filters of a channel
-    C: tl.constexpr, MULT: tl.constexpr, STRIDE_XW: tl.constexpr, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    # geometry; C: channels of y; STRIDE_Y: from a pixel of a channels-last y to the next; MULT: filters of a channel
+    C: tl.constexpr, STRIDE_Y: tl.constexpr, MULT: tl.constexpr, STRIDE_XW: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    # flags; VEC_X: a power of two up to 16 that divides the image's runtime strides
+    # flags; VEC_X: a power of two up to 16 that divides the image's runtime strides. POOL: not 0 where sums over the
+    # program's results, all of one image, go to moments [slots, C] instead of statistics; negative: and no results to y
     TRANSPOSED: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC_X: tl.constexpr, INDEX_64: tl.constexpr,
-    EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    POOL: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
     # tiles
     PATCH_P: tl.constexpr, PATCH_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
     STEP_R: tl.constexpr, STEP_S: tl.constexpr,
@@ -236,9 +249,14 @@ def depthwise_kernel(
     down = tl.cdiv(P + patches_before(PAD_H, STRIDE_H, TRANSPOSED), PATCH_P)
     pid_c = tl.program_id(0) % tiles_c
     slot = tl.program_id(0) // tiles_c
-    plane, row, column, there = locate(slot, N * O, down, across, BLOCK_T, CHANNELS_LAST)
-    n = plane // O
-    o = plane % O
+    if POOL == 0:
+        plane, row, column, there = locate(slot, N * O, down, across, BLOCK_T, CHANNELS_LAST)
+        n = plane // O
+        o = plane % O
+    else:
+        steps = steps_of(O, down, across, BLOCK_T, CHANNELS_LAST)
+        o, row, column, there = locate(slot % steps, O, down, across, BLOCK_T, CHANNELS_LAST)
+        n = slot // steps
     p0, h0 = patch_axis(row, PATCH_P, STRIDE_H, PAD_H, TRANSPOSED)
     q0, w0 = patch_axis(column, PATCH_Q, STRIDE_W, PAD_W, TRANSPOSED)
     if INDEX_64:
@@ -289,20 +307,21 @@ def depthwise_kernel(
                 )  # fmt: skip
 
     # Along rows and columns, from one result to the next.
-    next_q = C if CHANNELS_LAST else 1
+    next_q = STRIDE_Y if CHANNELS_LAST else 1
     next_p = Q * next_q
     offs_y = ((n * O + o) * P + p0) * Q + q0
     if CHANNELS_LAST:
-        offs_y = (offs_y * C)[:, None] + offs_c[None, :]
+        offs_y = (offs_y * STRIDE_Y)[:, None] + offs_c[None, :]
     else:
         offs_y = (offs_y + n * ((C - 1) * O * P * Q))[:, None] + (offs_c.to(n.dtype) * (O * P * Q))[None, :]
     scale, shift = load_affine(offs_c, mask_c, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS, acc[0].dtype)
     results = ()
     for k in tl.static_range(PATCH_P * PATCH_Q):
         results = results + (apply_affine(acc[k], scale, shift, bias_ptr, mean_ptr),)
-    if moments_ptr is not None:
+    if moments_ptr is not None and POOL == 0:
         slots = tl.num_programs(0) // tiles_c
         keep_moments(results, p0, q0, there, P, Q, slot, slots, offs_c, C, counts_ptr, moments_ptr, PATCH_P, PATCH_Q)
+    total = tl.zeros((BLOCK_C,), acc[0].dtype)
     for i in tl.static_range(PATCH_P):
         for j in tl.static_range(PATCH_Q):
             # The first results of a transposed patch may lie before the image.
@@ -314,4 +333,9 @@ def depthwise_kernel(
             if residual_ptr is not None:
                 result = result + tl.load(residual_ptr + offs, mask=mask, other=0.0).to(result.dtype)
             result = ACT(result, ACT_A, ACT_B)
-            tl.store(y_ptr + offs, result.to(y_ptr.dtype.element_ty), mask=mask)
+            if POOL >= 0:
+                tl.store(y_ptr + offs, result.to(y_ptr.dtype.element_ty), mask=mask)
+            if POOL != 0:
+                total += tl.sum(tl.where(mask, result, 0.0), 0)
+    if POOL != 0:
+        tl.store(moments_ptr + slot.to(tl.int64) * C + offs_c, total, mask=offs_c < C)

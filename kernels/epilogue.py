@@ -6,9 +6,12 @@ in fp32 (fp64 for fp64), or, where a batch norm needs the batch's own statistics
 
     y = acc + bias   and, for each tile of pixels, their number, each channel's mean and sum of squared deviations
 
-from the accumulators before they are rounded, so that no pass over y is needed for them. A batch norm in eval mode is
-folded here, per output channel, from its own tensors: weights are never rounded with a scale in them, nothing is cached on
-the host that an optimizer, a moving average or a checkpoint could make stale, and the cost is four BLOCK_N vectors a tile.
+from the accumulators before they are rounded, so that no pass over y is needed for them. A global average behind it all
+takes each image's sums of y from the same tile, and where nobody else reads y it is not written at all.
+
+A batch norm in eval mode is folded here, per output channel, from its own tensors: weights are never rounded with a scale
+in them, nothing is cached on the host that an optimizer, a moving average or a checkpoint could make stale, and the cost is
+four BLOCK_N vectors a tile.
 """
 
 import triton
@@ -20,6 +23,11 @@ __all__ = ["apply_affine", "finish_rows", "finish_tile", "load_affine"]
 
 # Columns of a slice: a whole wide tile's residual, offsets and per-channel vectors beside its accumulators would spill.
 SLICE_N = tl.constexpr(32)
+
+
+@triton.constexpr_function
+def magnitude(n):
+    return abs(n)
 
 
 @triton.jit
@@ -65,8 +73,8 @@ def apply_affine(acc, scale, shift, bias_ptr, mean_ptr):
 
 @triton.jit
 def finish_slice(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr,
-                 ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr):  # fmt: skip
-    rows, stride_c, mask_m, group, K, channels, slot, slots, patches = where
+                 ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr):  # fmt: skip
+    rows, stride_c, mask_m, images, group, K, channels, slot, slots, patches = where
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr = tensors
     offs_n = first_n + tl.arange(0, acc.shape[1])
     mask_n = offs_n < K
@@ -83,7 +91,7 @@ def finish_slice(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.conste
         slot = slot + tap * tiles_m
     scale, shift = load_affine(offs_n, mask_n, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, EPS, acc.dtype)
     acc = apply_affine(acc, scale, shift, bias_ptr, mean_ptr)
-    if moments_ptr is not None:
+    if moments_ptr is not None and POOL == 0:
         count = tl.sum(mask_m.to(acc.dtype))
         mean, squares = moments(acc, mask_m[:, None], count, 0)
         slot_64 = slot.to(tl.int64)
@@ -101,7 +109,13 @@ def finish_slice(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.conste
     if residual_ptr is not None:
         acc = acc + tl.load(residual_ptr + offs_y, mask=mask, other=0.0).to(acc.dtype)
     acc = ACT(acc, ACT_A, ACT_B)
-    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    for i in tl.static_range(magnitude(POOL)):
+        axis: tl.constexpr = 0 if Y_CHANNELS_LAST else 1
+        total = tl.sum(tl.where(tl.expand_dims(mask_m & (images == i), 1 - axis), acc, 0.0), axis)
+        row = slot.to(tl.int64) * magnitude(POOL) + i
+        tl.store(moments_ptr + row * channels + offs_n, total, mask=mask_n)
+    if POOL >= 0:
+        tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -114,24 +128,24 @@ def halves(acc):
 # Triton has no recursion: each width has its own function, and the widest calls all.
 @triton.jit
 def finish_2(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr,
-             ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr):  # fmt: skip
+             ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr):  # fmt: skip
     if acc.shape[1] <= SLICE_N:
-        finish_slice(acc, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+        finish_slice(acc, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, POOL)
     else:
         left, right = halves(acc)
-        finish_slice(left, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
-        finish_slice(right, first_n + left.shape[1], where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+        finish_slice(left, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, POOL)
+        finish_slice(right, first_n + left.shape[1], where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, POOL)
 
 
 @triton.jit
 def finish_4(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr,
-             ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr):  # fmt: skip
+             ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr, POOL: tl.constexpr):  # fmt: skip
     if acc.shape[1] <= 2 * SLICE_N:
-        finish_2(acc, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+        finish_2(acc, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, POOL)
     else:
         left, right = halves(acc)
-        finish_2(left, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
-        finish_2(right, first_n + left.shape[1], where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+        finish_2(left, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, POOL)
+        finish_2(right, first_n + left.shape[1], where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, POOL)
 
 
 @triton.jit
@@ -143,40 +157,48 @@ def finish_rows(
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
     EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr,
     patches=None,  # where columns are filter taps x channels: (R, S, P, Q, rows of tiles); each tap has slots of its own
+    images=None, POOL: tl.constexpr = 0,  # as finish_tile has POOL; which of a tile's images a pixel is of
 ):  # fmt: skip
     """Apply the epilogue to one tile of pixels and store it into a dense output, channels-last or contiguous.
 
     The residual has the output's layout. Each element of it is read once and each output written once. Statistics, where
     there are pointers for them, are counts [slots] and moments [2, slots, channels], as kernels/statistics.py has them.
     """
-    where = (rows, pixels, mask_m, group, K, channels, slot, slots, patches)
+    where = (rows, pixels, mask_m, images, group, K, channels, slot, slots, patches)
     tensors = (y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr)
     if acc.shape[1] <= 4 * SLICE_N:
-        finish_4(acc, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+        finish_4(acc, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, POOL)
     else:
         left, right = halves(acc)
-        finish_4(left, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
-        finish_4(right, first_n + left.shape[1], where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST)
+        finish_4(left, first_n, where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, POOL)
+        finish_4(right, first_n + left.shape[1], where, tensors, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, POOL)
 
 
 @triton.jit
 def finish_tile(
     acc,  # [BLOCK_M, BLOCK_N]
     offs_m, M, pixels,  # output pixels, how many there are, and how many in an image
-    group, first_n, K, channels, slot, slots,  # as finish_rows has them
-    y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
+    group, first_n, K, channels, stride_y,  # as finish_rows has them; elements from a pixel to the next, channels-last
+    slot, slots, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
     EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
-    Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
+    Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """`finish_rows` for consecutive pixels."""
+    """`finish_rows` for consecutive pixels.
+
+    POOL: so many images a tile may have pixels of, whose sums go to moments [slots * POOL, channels] instead of
+    statistics; negative: likewise, and nothing to y, whose type alone counts.
+    """
     mask_m = offs_m < M
+    images = None
+    if POOL != 0:
+        images = offs_m // pixels - slot * acc.shape[0] // pixels
     if INDEX_64:
         offs_m = offs_m.to(tl.int64)
     if Y_CHANNELS_LAST:
-        rows = offs_m * channels
+        rows = offs_m * stride_y
     else:
         rows = offs_m // pixels * channels * pixels + offs_m % pixels
     finish_rows(
         acc, rows, mask_m, pixels, group, first_n, K, channels, slot, slots, y_ptr, residual_ptr, bias_ptr, mean_ptr,
-        var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST,
+        var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, None, images, POOL,
     )  # fmt: skip

@@ -44,12 +44,13 @@ def matmul_kernel(
     x, stride_xm,  # [M, C], channels side by side: a pointer, or a descriptor of [BLOCK_M, BLOCK_K] boxes
     w, stride_wk,  # [K, C]: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
-    # sizes: rows, channels in and out, and rows of one image (for a contiguous output)
-    M, C, K, PIXELS,
-    # flags: EVEN_C: BLOCK_K divides C. VEC_C, VEC_K: powers of two up to 16 that divide C and both strides, and K
+    # sizes: rows, channels in and out, rows of one image, and elements from a row of a channels-last y to the next
+    M, C, K, PIXELS, stride_y,
+    # flags: EVEN_C: BLOCK_K divides C. VEC_C, VEC_K: powers of two up to 16 that divide C and both strides, K and
+    # stride_y. POOL: as finish_tile has it
     EVEN_C: tl.constexpr, VEC_C: tl.constexpr, VEC_K: tl.constexpr, USE_TMA: tl.constexpr,
     Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, PRECISION: tl.constexpr,
-    EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    POOL: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
     # tiles
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -60,6 +61,7 @@ def matmul_kernel(
         stride_wk = stride_wk // VEC_C * VEC_C
     if VEC_K > 1:
         K = K // VEC_K * VEC_K
+        stride_y = stride_y // VEC_K * VEC_K
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(K, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -90,6 +92,6 @@ def matmul_kernel(
         acc = matmul_acc(a, b.T, acc, PRECISION)
 
     finish_tile(
-        acc, offs_m, M, PIXELS, 0, pid_n * BLOCK_N, K, K, pid_m, tiles_m, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr,
-        gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64,
+        acc, offs_m, M, PIXELS, 0, pid_n * BLOCK_N, K, K, stride_y, pid_m, tiles_m, y_ptr, residual_ptr, bias_ptr, mean_ptr,
+        var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr, EPS, ACT, ACT_A, ACT_B, Y_CHANNELS_LAST, INDEX_64, POOL,
     )  # fmt: skip

@@ -120,9 +120,16 @@ class Prepared:
             copy_weight=Dense.of(weight.shape) if self.copy_weight else None, copy_residual=None if plain else output,
         )  # fmt: skip
 
-    def run(self, x: Tensor, weight: Tensor, epilogue: Epilogue, statistics: Slots = NO_STATISTICS) -> Tensor:
-        """Launch the kernel for tensors of this call's signature, and take statistics where there is room for them."""
-        y = torch.empty_strided(self.output.shape, self.output.strides, dtype=self.dtype, device=self.device)
+    def run(
+        self, x: Tensor, weight: Tensor, epilogue: Epilogue, statistics: Slots = NO_STATISTICS, y: Tensor | None = None
+    ) -> Tensor:
+        """Launch the kernel for tensors of this call's signature, and take statistics where there is room for them.
+
+        Args:
+            y: where the result goes; None: into memory of its own.
+        """
+        if y is None:
+            y = torch.empty_strided(self.output.shape, self.output.strides, dtype=self.dtype, device=self.device)
         if self.recipe is None:
             return y if self.copy_y is None else self.copy_y.copy(y)
         if self.rearranges:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import Box, Recipe, axis_constants, config_for, device_of, epilogue_constants, precision
 from tritonconv.ops.layout import is_dense, suggests_channels_last
 from tritonconv.ops.plan import ConvPlan, pack_constants, plan_convolution
+from tritonconv.ops.sink import WHOLE, Sink, images_of_tile
 from tritonconv.tuning import Device, Problem
 
 __all__ = ["check_convolution", "output_format", "plan_for", "prepare", "problem_of"]
@@ -45,22 +47,24 @@ def plan_for(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvPlan:
 
 def prepare(
     x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Literal["conv", "matmul"],
-    statistics: bool = False,
+    statistics: bool = False, sink: Sink = WHOLE,
 ) -> Prepared:  # fmt: skip
     """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory.
 
-    `statistics`: whether it is to be run with room for them.
+    Args:
+        statistics: whether it is to be run with room for them.
+        sink: where results go.
     """
     channels_last = output_format(x, weight)
     plan = plan_for(x, weight, geometry)
-    output = Dense.of(geometry.output_shape, channels_last)
+    output = sink.output(geometry.output_shape, channels_last)
     recipe = None
     if 0 not in output.shape:
         # A copy starts where the allocator likes, on 16 bytes at least.
         aligned = plan.copy_input or x.data_ptr() % 16 == 0, plan.copy_weight or weight.data_ptr() % 16 == 0
         products, device = precision(x.dtype, kind), device_of(x.device)
         problem = replace(problem_of(plan, x.dtype, products == "tf32", device), statistics=statistics)
-        recipe = _recipe(plan, problem, products, channels_last, aligned, epilogue)
+        recipe = _recipe(plan, problem, products, channels_last, aligned, epilogue, sink)
     return Prepared.of(
         plan.kernel, recipe, output, x, epilogue, Dense.of(x.shape, True) if plan.copy_input else None,
         Dense.of(weight.shape, plan.weight_channels_last) if plan.copy_weight else None,
@@ -73,8 +77,9 @@ def problem_of(plan: ConvPlan, dtype: torch.dtype, tf32: bool, device: Device) -
 
 
 def _recipe(
-    plan: ConvPlan, problem: Problem, products: str, channels_last: bool, aligned: tuple[bool, bool], epilogue: Epilogue
-) -> Recipe:
+    plan: ConvPlan, problem: Problem, products: str, channels_last: bool, aligned: tuple[bool, bool], epilogue: Epilogue,
+    sink: Sink,
+) -> Recipe:  # fmt: skip
     """The launch of a plan, with the config that is chosen or forced; `aligned`: image and weight start on 16 bytes."""
     from tritonconv.kernels.conv_flat import conv_flat_kernel
     from tritonconv.kernels.conv_fprop import conv_fprop_kernel
@@ -91,21 +96,23 @@ def _recipe(
     tma = tiles.pop("USE_TMA") and device.tma and plan.pack == 1 and aligned[1] and w_row * problem.itemsize % 16 == 0
     if plan.kernel == "matmul":
         tma = tma and aligned[0] and plan.row_stride * problem.itemsize % 16 == 0
+    stride_y, pixels = sink.pitch or g.out_channels, math.prod(g.output)
     constants: dict[str, Any] = dict(
-        M=m, K=n, VEC_K=power_of_two_divisor(n), Y_CHANNELS_LAST=channels_last, INDEX_64=plan.index_64, PRECISION=products,
+        M=m, K=n, VEC_K=power_of_two_divisor(n, stride_y), stride_y=stride_y, POOL=sink.images(block_m, pixels),
+        Y_CHANNELS_LAST=channels_last, INDEX_64=plan.index_64, PRECISION=products,
         USE_TMA=tma, stride_wk=w_row, C=c, **tiles, STAGES=config.num_stages,
         **epilogue_constants(epilogue),
     )  # fmt: skip
-    slots = -(-m // block_m)
+    slots, sums = -(-m // block_m), (block_m, pixels, images_of_tile(block_m, pixels))
     programs = slots * -(-n // block_n) * g.groups
     w_box = Box(g.groups * n, w_row, w_row, (block_n, block_k)) if tma else None
     if plan.kernel == "matmul":
         constants |= dict(
-            stride_xm=plan.row_stride, PIXELS=g.output[0] * g.output[1] * g.output[2], EVEN_C=c % block_k == 0,
+            stride_xm=plan.row_stride, PIXELS=pixels, EVEN_C=c % block_k == 0,
             VEC_C=power_of_two_divisor(c, plan.row_stride),
         )  # fmt: skip
         x_box = Box(m, c, plan.row_stride, (block_m, block_k)) if tma else None
-        return Recipe(matmul_kernel, programs, constants, x_box, w_box, config, problem, slots)
+        return Recipe(matmul_kernel, programs, constants, x_box, w_box, config, problem, slots, sums)
 
     sn, sc, sd, sh, sw = plan.strides
     constants |= axis_constants(g)
@@ -114,10 +121,10 @@ def _recipe(
     )
     if plan.kernel == "conv_fprop":
         constants["VEC_X"] = power_of_two_divisor(sn, sd, sh, sw)
-        return Recipe(conv_fprop_kernel, programs, constants, None, w_box, config, problem, slots)
+        return Recipe(conv_fprop_kernel, programs, constants, None, w_box, config, problem, slots, sums)
     outer = (sd, sh, sw) if plan.weight_channels_last else (sc, sd, sh)
     constants |= dict(
         stride_xc=sc, W_CHANNELS_LAST=plan.weight_channels_last, VEC_X=power_of_two_divisor(sn, *outer),
         VEC_W=power_of_two_divisor(w_row), **pack_constants(plan.pack, c, n),
     )  # fmt: skip
-    return Recipe(conv_flat_kernel, programs, constants, None, w_box, config, problem, slots)
+    return Recipe(conv_flat_kernel, programs, constants, None, w_box, config, problem, slots, sums)

@@ -19,6 +19,7 @@ from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import Launch, Recipe, axis_constants, device_of, epilogue_constants, forced_config, launch
 from tritonconv.ops.layout import as_format, dense_strides, empty_output, is_dense, wide
 from tritonconv.ops.plan import Strides, lift
+from tritonconv.ops.sink import WHOLE, Sink
 from tritonconv.tuning import INTERPRETER, Device, Problem, choose
 
 __all__ = ["depthwise_dgrad", "depthwise_wgrad", "is_depthwise", "prepare_depthwise"]
@@ -85,8 +86,9 @@ class View(NamedTuple):
 
 
 def depthwise_recipe(
-    view: View, strides: Strides, dtype: torch.dtype, index_64: bool, epilogue: Epilogue, statistics: bool = False
-) -> Recipe:
+    view: View, strides: Strides, dtype: torch.dtype, index_64: bool, epilogue: Epilogue, statistics: bool = False,
+    sink: Sink = WHOLE,
+) -> Recipe:  # fmt: skip
     """The launch of a depthwise convolution in either direction, with an epilogue behind it.
 
     Args:
@@ -108,13 +110,17 @@ def depthwise_recipe(
     sn, sc, sd, sh, sw = strides
     constants = axis_constants(g) | dict(zip("DHWOPQ", (*view.source, *view.result), strict=True)) | dict(
         stride_xn=sn, stride_xc=sc, stride_xd=sd, stride_xh=sh, STRIDE_XW=sw, N=g.batch, C=view.channels,
+        STRIDE_Y=sink.pitch or view.channels, POOL=sink.images(1, 1),
         MULT=g.out_channels // g.groups, TRANSPOSED=view.transposed, CHANNELS_LAST=view.channels_last,
         VEC_X=power_of_two_divisor(sn, sd, sh), INDEX_64=index_64, **epilogue_constants(epilogue), PATCH_P=patch[0],
         PATCH_Q=patch[1], BLOCK_T=block_t, BLOCK_C=block_c, STEP_R=step_r, STEP_S=step_s,
     )  # fmt: skip
-    slots = _blocks(lines, across, block_t, view.channels_last)
+    # Sums of an image are those of whole blocks.
+    images = g.batch if sink.average else 1
+    blocks = _blocks(lines // images, across, block_t, view.channels_last)
+    slots = images * blocks
     programs = slots * -(-view.channels // block_c)
-    return Recipe(depthwise_kernel, programs, constants, None, None, config, problem, slots)
+    return Recipe(depthwise_kernel, programs, constants, None, None, config, problem, slots, (1, blocks, 1))
 
 
 def _blocks(lines: int, across: int, block_t: int, channels_last: bool) -> int:
@@ -138,7 +144,7 @@ def _side_by_side(t: Tensor, channels_last: bool) -> bool:
 
 
 def prepare_depthwise(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, statistics: bool = False
+    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, statistics: bool = False, sink: Sink = WHOLE
 ) -> Prepared:
     """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory.
 
@@ -146,9 +152,10 @@ def prepare_depthwise(
         x: (N, C, *spatial).
         geometry: of a convolution or of a transposed one.
         statistics: whether it is to be run with room for them.
+        sink: where results go.
     """
     g, channels_last = geometry, output_format(x, weight)
-    output = Dense.of(g.output_shape, channels_last)
+    output = sink.output(g.output_shape, channels_last)
     copy_x = not _side_by_side(x, channels_last)
     strides = lift(
         dense_strides(g.input_shape, channels_last) if copy_x else x.stride(), (g.batch, g.in_channels, *g.input)
@@ -156,7 +163,7 @@ def prepare_depthwise(
     recipe = None
     if 0 not in output.shape:
         view = View(g.mirrored if g.transposed else g, g.transposed, channels_last, device_of(x.device), x.element_size())
-        recipe = depthwise_recipe(view, strides, x.dtype, _index_64(view, strides), epilogue, statistics)
+        recipe = depthwise_recipe(view, strides, x.dtype, _index_64(view, strides), epilogue, statistics, sink)
     # A filter of one channel has one order in memory, whatever it is called.
     return Prepared.of(
         "depthwise", recipe, output, x, epilogue, Dense.of(x.shape, channels_last) if copy_x else None,

@@ -72,8 +72,8 @@ RESULT_AND_EPILOGUE = (
     "y_ptr", "residual_ptr", "bias_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr", "counts_ptr", "moments_ptr",
 )  # fmt: skip
 NO_NORM = (None,) * 4
-Slots = tuple[Tensor, Tensor] | tuple[None, None]
-"""Where statistics go: counts [slots] and moments [2, slots, channels]."""
+Slots = tuple[Tensor, Tensor] | tuple[None, Tensor] | tuple[None, None]
+"""Where statistics go: counts [slots] and moments [2, slots, channels]; or sums alone, [slots, images, channels]."""
 NO_STATISTICS: Slots = (None, None)
 # Of ConvGeometry's triples, each by the names that kernels give its numbers.
 AXES = (
@@ -97,11 +97,13 @@ class Recipe:
         config: tiles, warps and stages.
         problem: what the config was chosen for.
         slots: rows of tiles, each with statistics of its own where they are asked for.
+        sums: (units of a tile, units of an image, images that a tile may touch) where sums for a global average are: a unit
+            is a pixel, or a tile.
     """
 
     def __init__(
         self, kernel: Any, programs: int, constants: dict[str, Any], x_box: Box | None, w_box: Box | None, config: Any,
-        problem: Problem, slots: int,
+        problem: Problem, slots: int, sums: tuple[int, int, int] | None = None,
     ) -> None:  # fmt: skip
         names = _parameters(kernel.fn)
         w, y = names.index("w"), names.index("y_ptr")
@@ -112,6 +114,7 @@ class Recipe:
         self.behind_w = tuple(constants[name] for name in names[w + 1 : y])
         self.behind_all = tuple(constants[name] for name in names[end:])
         self.x_box, self.w_box, self.names, self.problem, self.slots = x_box, w_box, names, problem, slots
+        self.sums = sums
         self.empty = Launch(kernel, programs, {}, problem, config)
         self.name, self.options = kernel.__name__, self.empty.options
         self.launcher: Callable[..., Any] = kernel[(programs,)]

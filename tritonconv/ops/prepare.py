@@ -13,27 +13,38 @@ from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.gradients import NormGradient, conv_dgrad, conv_wgrad
 from tritonconv.ops.launch import Kind, device_of, precision
 from tritonconv.ops.layout import as_format, is_dense
+from tritonconv.ops.sink import WHOLE, Sink
 from tritonconv.ops.transposed import prepare_transposed
 
-__all__ = ["data_gradient", "prepare_call", "weight_gradient"]
+__all__ = ["data_gradient", "prepare_call", "takes_sink", "weight_gradient"]
 
 
 def prepare_call(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Kind, statistics: bool = False
-) -> Prepared:
+    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Kind, statistics: bool = False,
+    sink: Sink = WHOLE,
+) -> Prepared:  # fmt: skip
     """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory.
 
     Args:
         kind: "matmul" takes the TF32 switch of matrix products.
         statistics: whether it is to be run with room for them.
+        sink: where results go; other than `WHOLE` only where `takes_sink` says so.
     """
     if is_depthwise(geometry):
         conv = geometry.mirrored if geometry.transposed else geometry
-        banded = _prefers_bands(conv, x, output_format(x, weight), "dgrad" if geometry.transposed else "fprop")
-        return (prepare_bands if banded else prepare_depthwise)(x, weight, epilogue, geometry, statistics)
+        if _prefers_bands(conv, x, output_format(x, weight), "dgrad" if geometry.transposed else "fprop"):
+            return prepare_bands(x, weight, epilogue, geometry, statistics)
+        return prepare_depthwise(x, weight, epilogue, geometry, statistics, sink)
     if kind == "conv_transpose":
         return prepare_transposed(x, weight, epilogue, geometry, statistics)
-    return prepare(x, weight, epilogue, geometry, kind, statistics)
+    return prepare(x, weight, epilogue, geometry, kind, statistics, sink)
+
+
+def takes_sink(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether the kernel of a call can send its results elsewhere than to memory of their own."""
+    if geometry.transposed:
+        return False
+    return not is_depthwise(geometry) or not _prefers_bands(geometry, x, output_format(x, weight), "fprop")
 
 
 def _prefers_bands(conv: ConvGeometry, source: Tensor, channels_last: bool, pass_: Pass) -> bool:

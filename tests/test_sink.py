@@ -1,0 +1,171 @@
+"""Convolutions whose results go to a global average, or into some channels of a wider tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from reference import assert_close, conv_reference
+from torch import Tensor
+
+from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.activation import parse_activation
+from tritonconv.ops.dispatch_sink import averaged_convolution, convolution_into, would_average
+from tritonconv.ops.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.launch import device_of, forced, record_launches
+from tritonconv.ops.layout import as_format
+from tritonconv.ops.prepare import prepare_call
+from tritonconv.tuning.candidates import possible
+
+pytestmark = pytest.mark.usefixtures("on_triton")
+
+# Image, weight, numbers of the convolution (stride, padding, dilation, groups), and the kernel.
+LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...], str]] = {
+    "1x1": ((5, 40, 7, 7), (72, 40, 1, 1), (1, 0, 1, 1), "matmul"),
+    "3x3": ((3, 128, 9, 8), (40, 128, 3, 3), (2, 1, 1, 1), "conv_fprop"),
+    "flat": ((2, 24, 13, 11), (33, 24, 3, 3), (1, 1, 1, 1), "conv_flat"),
+    "packed": ((2, 16, 9, 7), (16, 4, 3, 3), (1, 1, 1, 4), "conv_flat"),
+    "depthwise": ((3, 40, 9, 10), (40, 1, 3, 3), (1, 1, 1, 40), "depthwise"),
+    "1-d": ((3, 24, 50), (40, 24, 1), (1, 0, 1, 1), "matmul"),
+    "3-d": ((2, 16, 4, 5, 6), (16, 1, 3, 3, 3), (1, 1, 1, 16), "depthwise"),
+}
+
+
+def made(name: str, dtype: torch.dtype, device: str, channels_last: bool = True) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    image, weight, numbers, _ = LAYERS[name]
+    x = as_format(torch.randn(image, device=device).to(dtype), channels_last)
+    return x, as_format(torch.randn(weight, device=device).to(dtype), channels_last), (len(image) - 2, *numbers)
+
+
+def epilogue(channels: int, dtype: torch.dtype, device: str) -> Epilogue:
+    mean, var, weight, bias = (torch.rand(channels, device=device, dtype=dtype) + 0.5 for _ in range(4))
+    return Epilogue(bias, BatchNorm(mean, var, weight, bias, 1e-5), None, parse_activation("silu"))
+
+
+def reference(x: Tensor, w: Tensor, behind: Epilogue, numbers: tuple[Any, ...]) -> Tensor:
+    stride, padding, dilation, groups = numbers[1:]
+    wide = behind.map(Tensor.double)
+    assert wide.bias is not None
+    y = conv_reference(x, w, None, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return wide.torch(y + wide.bias.view(-1, *(1,) * (y.dim() - 2)))
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["also", "alone"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_average_comes_with_the_convolution(name: str, dtype: torch.dtype, keep: bool, device: str) -> None:
+    x, w, numbers = made(name, dtype, device)
+    behind = epilogue(w.shape[0], dtype, device)
+    with record_launches() as launches:
+        found = averaged_convolution(x, w, behind, numbers, None, keep)
+    assert found is not None and launches == [f"{LAYERS[name][3]}_kernel", "average_kernel"]
+    y, mean = found
+    ref = reference(x, w, behind, numbers)
+    axes = tuple(range(2, x.dim()))
+    assert_close(mean, ref.mean(axes, keepdim=True), depth=w[0].numel())
+    assert (y is not None) == keep
+    if y is not None:
+        assert_close(y, ref, depth=w[0].numel())
+    again = averaged_convolution(x, w, behind, numbers, None, keep)
+    assert again is not None and torch.equal(again[1], mean)
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["CL", "C"])
+@pytest.mark.parametrize("name", ["1x1", "3x3", "flat", "depthwise"])
+def test_every_config_averages(name: str, channels_last: bool, device: str) -> None:
+    x, w, numbers = made(name, torch.float32, device, channels_last)
+    behind = epilogue(w.shape[0], torch.float32, device)
+    ref = reference(x, w, behind, numbers).mean((2, 3), keepdim=True)
+    stride, padding, dilation, groups = numbers[1:]
+    g = ConvGeometry.parse(x.shape, w.shape, nd=2, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    recipe = prepare_call(x, w, behind, g, "conv").recipe
+    assert recipe is not None
+    tried = 0
+    for config in possible(recipe.problem):
+        with forced(config=config):
+            found = averaged_convolution(x, w, behind, numbers, None, False)
+        # Tiles of many small images are left to two launches.
+        if found is not None:
+            tried += 1
+            assert_close(found[1], ref, depth=w[0].numel(), what=str(config))
+    assert tried >= 2
+
+
+def test_an_average_behind_a_residual(device: str) -> None:
+    x, w, numbers = made("1x1", torch.float32, device)
+    residual = as_format(torch.randn(5, 72, 7, 7, device=device), True)
+    behind = Epilogue(None, None, residual, parse_activation("relu"))
+    found = averaged_convolution(x, w, behind, numbers, None, False)
+    assert found is not None
+    assert_close(found[1], (conv_reference(x, w) + residual).relu().mean((2, 3), keepdim=True), depth=40)
+
+
+def test_what_is_not_finite_stays_in_its_image_and_channel(device: str) -> None:
+    for name in ("1x1", "depthwise"):
+        x, w, numbers = made(name, torch.float32, device)
+        x[1, 3, 2, 2] = float("nan")
+        found = averaged_convolution(x, w, Epilogue(), numbers, None, False)
+        assert found is not None
+        stride, padding, dilation, groups = numbers[1:]
+        ref = conv_reference(x, w, stride=stride, padding=padding, dilation=dilation, groups=groups)
+        assert torch.equal(found[1].isnan(), ref.mean((2, 3), keepdim=True).isnan())
+
+
+@pytest.mark.parametrize("name", ["1x1", "3x3", "flat", "packed", "depthwise", "1-d", "3-d"])
+def test_results_go_into_channels_of_a_wider_tensor(name: str, device: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w, numbers = made(name, dtype, device)
+        behind = epilogue(w.shape[0], dtype, device)
+        ref = reference(x, w, behind, numbers)
+        wide = as_format(torch.full((ref.shape[0], w.shape[0] + 23, *ref.shape[2:]), 7.0, device=device).to(dtype), True)
+        out = wide[:, 16 : 16 + w.shape[0]]
+        assert convolution_into(x, w, behind, numbers, None, out)
+        assert_close(out, ref, depth=w[0].numel())
+        out.fill_(7.0)
+        assert (wide == 7.0).all()
+
+
+def test_every_config_writes_into_a_wider_tensor(device: str) -> None:
+    for name in ("1x1", "3x3", "flat", "depthwise"):
+        x, w, numbers = made(name, torch.float32, device)
+        stride, padding, dilation, groups = numbers[1:]
+        arguments = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+        recipe = prepare_call(x, w, Epilogue(), ConvGeometry.parse(x.shape, w.shape, nd=2, **arguments), "conv").recipe
+        assert recipe is not None
+        ref = conv_reference(x, w, **arguments)
+        for config in possible(recipe.problem):
+            wide = as_format(torch.zeros(ref.shape[0], w.shape[0] + 9, *ref.shape[2:], device=device), True)
+            with forced(config=config):
+                assert convolution_into(x, w, Epilogue(), numbers, None, wide[:, 9:])
+            assert_close(wide[:, 9:], ref, depth=w[0].numel(), what=str(config))
+            assert not wide[:, :9].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out: out.double(),
+        lambda out: out[..., :-1],
+        lambda out: out.contiguous(),
+    ],
+    ids=["dtype", "size", "format"],
+)
+def test_what_does_not_fit_is_not_written(change: Callable[[Tensor], Tensor], device: str) -> None:
+    x, w, numbers = made("1x1", torch.float32, device)
+    out = change(as_format(torch.zeros(5, 90, 7, 7, device=device), True)[:, 18:])
+    assert not convolution_into(x, w, Epilogue(), numbers, None, out)
+    assert not out.any()
+
+
+def test_gradients_torch_and_small_images_run_on_their_own(device: str) -> None:
+    x, w, numbers = made("1x1", torch.float32, device)
+    assert would_average(x, w, Epilogue(), numbers, None, True)
+    assert averaged_convolution(x, w, Epilogue(), numbers, "triton", True) is not None
+    with torch.enable_grad():
+        assert averaged_convolution(x.requires_grad_(), w, Epilogue(), numbers, None, True) is None
+    small = as_format(torch.randn(64, 40, 2, 2, device=device), True)
+    assert averaged_convolution(small, w, Epilogue(), numbers, None, True) is None
+    assert averaged_convolution(small[:0], w, Epilogue(), numbers, None, True) is None
+    assert device_of(x.device).multiprocessors > 0

@@ -1,0 +1,126 @@
+"""Convolutions in eval mode whose results go elsewhere: to a global average, or into a wider tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.backend import Backend, OnTorch, current_backend, needs_gradients, unsupported
+from tritonconv.ops.calls import Prepared, find, remember, signature
+from tritonconv.ops.convolution import check_convolution, output_format
+from tritonconv.ops.dispatch import autocast, missing
+from tritonconv.ops.epilogue import Epilogue
+from tritonconv.ops.layout import empty_output, wide
+from tritonconv.ops.prepare import prepare_call, takes_sink
+from tritonconv.ops.registered import arguments_of, is_traced
+from tritonconv.ops.sink import MOST_IMAGES, Sink, average
+from tritonconv.ops.watch import is_watched
+from tritonconv.tuning import judge
+
+__all__ = ["averaged_convolution", "convolution_into", "would_average"]
+
+ELSEWHERE = OnTorch("it runs on its own")
+
+
+def averaged_convolution(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, keep: bool
+) -> tuple[Tensor | None, Tensor] | None:
+    """(y, y's mean over each image's pixels), both in one pass; None where convolution and average run on their own.
+
+    Args:
+        x: (N, C, *spatial).
+        numbers: as `dispatch.replay` takes them.
+        keep: whether someone else reads y; else it is not written, and None here.
+
+    Returns:
+        y, and its mean (N, K, 1, ...) in its dtype.
+    """
+    if torch.compiler.is_compiling() or is_watched():
+        return None
+    x, weight, epilogue = autocast(x, weight, epilogue)
+    sink = Sink(average="also" if keep else "alone")
+    call = _find(x, weight, epilogue, numbers, backend, sink)
+    if call is None or call.recipe is None:
+        return None
+    shape, recipe = call.output.shape, call.recipe
+    assert recipe.sums is not None
+    tile, units, images = recipe.sums
+    sums = empty_output(x, (recipe.slots, images, shape[1]), False, wide(x.dtype))
+    # What is not written needs no memory, but a type.
+    y = call.run(x, weight, epilogue, (None, sums), None if keep else sums)
+    return y if keep else None, average(sums, shape, tile, units, images, x.dtype)
+
+
+def would_average(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, keep: bool
+) -> bool:
+    """Whether a call that someone observes would give both if no one did."""
+    return isinstance(
+        _suits(*autocast(x, weight, epilogue), numbers, backend, Sink(None, "also" if keep else "alone")), Prepared
+    )
+
+
+def convolution_into(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, out: Tensor
+) -> bool:
+    """Whether the convolution's result was written into `out`; if not, nothing was.
+
+    Args:
+        x: (N, C, *spatial).
+        numbers: as `dispatch.replay` takes them.
+        out: some channels of a wider channels-last tensor (N, K', *spatial).
+    """
+    if torch.compiler.is_compiling() or is_watched() or epilogue.residual is not None:
+        return False
+    x, weight, epilogue = autocast(x, weight, epilogue)
+    call = _find(x, weight, epilogue, numbers, backend, Sink(pitch=out.stride(-1)))
+    if call is None or call.output != (out.shape, out.stride()) or (call.dtype, call.device) != (out.dtype, out.device):
+        return False
+    if call.recipe is not None:
+        call.run(x, weight, epilogue, y=out)
+    return True
+
+
+def _find(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, sink: Sink
+) -> Prepared | None:
+    """The call, resolved once for each signature; None where the sink does not suit it."""
+    own = signature("conv", x, weight, epilogue, numbers, backend)
+    if own is None:
+        return None
+    key = (sink, *own)
+    call = find(key)
+    if call is None:
+        call = _suits(x, weight, epilogue, numbers, backend, sink)
+        remember(key, call)
+    return call if isinstance(call, Prepared) else None
+
+
+def _suits(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, sink: Sink
+) -> Prepared | OnTorch:
+    """The call for one launch; `ELSEWHERE` where it is to see to itself, and says why."""
+    tensors = (x, weight, *epilogue.tensors())
+    if current_backend(backend) == "torch" or needs_gradients(tensors) or x.dim() != numbers[0] + 2:
+        return ELSEWHERE
+    if is_traced(tensors) or missing(x, weight, epilogue) or unsupported(tensors):
+        return ELSEWHERE
+    try:
+        g = ConvGeometry.parse(x.shape, weight.shape, nd=numbers[0], **arguments_of("conv", numbers))
+        check_convolution("conv", x, weight, epilogue, g)
+    # The call on its own says what is wrong.
+    except (RuntimeError, TypeError, ValueError):
+        return ELSEWHERE
+    if not takes_sink(x, weight, g) or (sink.pitch is not None and not output_format(x, weight)):
+        return ELSEWHERE
+    call = prepare_call(x, weight, epilogue, g, "conv", sink=sink)
+    if call.recipe is None:
+        return ELSEWHERE
+    if sink.average and (call.recipe.sums is None or call.recipe.sums[2] > MOST_IMAGES):
+        return ELSEWHERE
+    if current_backend(backend) == "auto" and judge(call.recipe.problem, call.conditions(epilogue)).torch:
+        return ELSEWHERE
+    return call
