@@ -43,27 +43,35 @@ def configs() -> list[triton.Config]:
 
 @triton.jit
 def locate(
-    block, offs_c, PIXELS, C, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, INDEX_64: tl.constexpr, BLOCK_P: tl.constexpr
+    block, offs_c, PIXELS, C, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, INDEX_64: tl.constexpr,
+    BLOCK_P: tl.constexpr, stride_p=None,
 ):  # fmt: skip
     """Offsets and mask of a block's tile, [BLOCK_P, channels] channels-last and [channels, BLOCK_P] contiguous.
 
-    Also which of the block's pixels there are. VEC is a power of two up to 16 that divides what lies side by side.
+    Also which of the block's pixels there are. VEC is a power of two up to 16 that divides what lies side by side; stride_p
+    is where the next pixel of a channels-last tensor begins, if not behind C channels.
     """
     blocks = tl.cdiv(PIXELS, BLOCK_P)
+    run = block // blocks
     offs_p = block % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     if INDEX_64:
+        run = run.to(tl.int64)
         offs_p = offs_p.to(tl.int64)
         offs_c = offs_c.to(tl.int64)
     # The compiler proves alignment, and so vectors, from a product alone: tl.multiple_of has no effect on arguments.
     if CHANNELS_LAST:
         C = C // VEC * VEC
+        if stride_p is None:
+            stride_p = C
+        else:
+            stride_p = stride_p // VEC * VEC
         inside = offs_p < PIXELS
-        offsets = offs_p[:, None] * C + offs_c[None, :]
+        offsets = (run * PIXELS + offs_p)[:, None] * stride_p + offs_c[None, :]
         mask = inside[:, None] & (offs_c < C)[None, :]
     else:
         PIXELS = PIXELS // VEC * VEC
         inside = offs_p < PIXELS
-        offsets = (block // blocks * C + offs_c)[:, None] * PIXELS + offs_p[None, :]
+        offsets = (run * C + offs_c)[:, None] * PIXELS + offs_p[None, :]
         mask = (offs_c < C)[:, None] & inside[None, :]
     return offsets, mask, inside
 
@@ -212,10 +220,10 @@ def batch_norm_running_kernel(
 
 @triton.jit
 def batch_norm_normalize_kernel(
-    z_ptr, residual_ptr, y_ptr,  # (N, C, *spatial), dense in the same format; residual_ptr may be None
+    z_ptr, residual_ptr, y_ptr,  # (N, C, *spatial), dense in the same format, but for z's pixels; residual_ptr may be None
     mean_ptr, var_ptr, weight_ptr, bias_ptr,  # [C]; the last two may be None
-    # sizes
-    PIXELS, C,
+    # sizes; stride_z: from a pixel of z to the next, where z is some channels of a wider channels-last tensor, else None
+    PIXELS, C, stride_z,
     # flags
     EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, INDEX_64: tl.constexpr,
@@ -228,7 +236,12 @@ def batch_norm_normalize_kernel(
     offs_c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     offsets, mask, _ = locate(tl.program_id(0) // tiles, offs_c, PIXELS, C, CHANNELS_LAST, VEC, INDEX_64, BLOCK_P)
-    v = widened(tl.load(z_ptr + offsets, mask=mask, other=0.0))
+    offs_z = offsets
+    if stride_z is not None:
+        offs_z, _, _ = locate(
+            tl.program_id(0) // tiles, offs_c, PIXELS, C, CHANNELS_LAST, VEC, INDEX_64, BLOCK_P, stride_z
+        )
+    v = widened(tl.load(z_ptr + offs_z, mask=mask, other=0.0))
     v = v - tl.expand_dims(load_channels(mean_ptr, offs_c, mask_c, v.dtype), axis)
     v = v * tl.expand_dims(channel_scale(var_ptr, weight_ptr, offs_c, mask_c, EPS, v.dtype), axis)
     if bias_ptr is not None:

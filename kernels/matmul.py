@@ -4,6 +4,9 @@ M = rows, N = output channels, K = input channels. A program owns one BLOCK_M x 
 where the GPU has it and rows start on 16 bytes (past the end it fills zeros), else through pointers. Rows are read once
 per column of tiles, weights once per row of tiles, from L2 but for the first time; each output is written once, after
 the epilogue, which is where a memory-bound 1x1 layer gains.
+
+Behind a squeeze-excite block rows are multiplied by their image's gate on the way in, so that the scaled tensor never goes
+to memory: y = epilogue((x * gate) @ w.T).
 """
 
 import triton
@@ -41,7 +44,9 @@ def configs() -> list[triton.Config]:
 
 @triton.jit
 def matmul_kernel(
-    x, stride_xm,  # [M, C], channels side by side: a pointer, or a descriptor of [BLOCK_M, BLOCK_K] boxes
+    x,  # [M, C], channels side by side: a pointer, or a descriptor of [BLOCK_M, BLOCK_K] boxes
+    gate_ptr,  # [images, C], by which x's elements are multiplied, or None
+    stride_xm,
     w, stride_wk,  # [K, C]: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
     # sizes: rows, channels in and out, rows of one image, and elements from a row of a channels-last y to the next
@@ -76,8 +81,12 @@ def matmul_kernel(
         offs_k = tl.arange(0, BLOCK_K)
         x_ptrs = x + ((rows * stride_xm)[:, None] + offs_k[None, :])  # [BLOCK_M, BLOCK_K]
         w_ptrs = w + ((filters * stride_wk)[:, None] + offs_k[None, :])  # [BLOCK_N, BLOCK_K]
+        if gate_ptr is not None:
+            gate_ptrs = gate_ptr + ((rows // PIXELS * C)[:, None] + offs_k[None, :])  # [BLOCK_M, BLOCK_K]
 
-    acc = zero_tile(y_ptr, BLOCK_M, BLOCK_N)
+    # As in conv_dgrad: a computed operand goes to the products by way of shared memory.
+    TURNED: tl.constexpr = gate_ptr is not None and BLOCK_N >= 64
+    acc = zero_tile(y_ptr, BLOCK_N if TURNED else BLOCK_M, BLOCK_M if TURNED else BLOCK_N)
     for c in tl.range(0, C, BLOCK_K, num_stages=STAGES):
         if USE_TMA:
             a = x.load([pid_m * BLOCK_M, c])
@@ -89,7 +98,15 @@ def matmul_kernel(
             mask = (offs_k < C - c)[None, :]
             a = tl.load(x_ptrs + c, mask=mask, other=0.0)
             b = tl.load(w_ptrs + c, mask=mask, other=0.0)
-        acc = matmul_acc(a, b.T, acc, PRECISION)
+        if gate_ptr is not None:
+            if EVEN_C:
+                gate = tl.load(gate_ptrs + c)
+            else:
+                gate = tl.load(gate_ptrs + c, mask=mask, other=0.0)
+            a = (a.to(acc.dtype) * gate.to(acc.dtype)).to(a.dtype)
+        acc = matmul_acc(b, a.T, acc, PRECISION) if TURNED else matmul_acc(a, b.T, acc, PRECISION)
+    if TURNED:
+        acc = tl.trans(acc)
 
     finish_tile(
         acc, offs_m, M, PIXELS, 0, pid_n * BLOCK_N, K, K, stride_y, pid_m, tiles_m, y_ptr, residual_ptr, bias_ptr, mean_ptr,

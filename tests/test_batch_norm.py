@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from norms import CASES, FORWARD, NAMES, Case, Layer, compared
+from reference import assert_close
 from tritonconv.kernels import batch_norm as kernels
 
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.ops import batch_norm as launches_of
+from tritonconv.ops.activation import parse_activation
 from tritonconv.ops.batch_norm import Statistics, combine, statistics
-from tritonconv.ops.launch import forced, record_launches
+from tritonconv.ops.dispatch_batch_norm import norm_act
+from tritonconv.ops.launch import captured, device_of, forced, record_launches
 from tritonconv.ops.layout import as_format, is_dense, suggests_channels_last
 from tritonconv.tuning import device_named
 
@@ -187,3 +190,19 @@ def test_inputs_and_gradients_of_any_strides(device: str) -> None:
     layer.x = torch.randn(1, 6, 1, 1, device=device, dtype=torch.float64).expand(2, 6, 3, 4)
     layer.dy = torch.randn((), device=device).double().expand(2, 6, 3, 4)
     compared(layer, False, "expanded")
+
+
+def test_channels_of_a_wider_tensor_are_read_where_they_lie(device: str) -> None:
+    wide = as_format(torch.randn(2, 40, 5, 7, device=device), True)
+    vectors = [torch.rand(24, device=device) + 0.5 for _ in range(4)]
+    for z, pitch in ((wide[:, 8:32], 40), (wide[:1, :24], 40), (wide[:, :24, :1, :1], 40 * 35)):
+        with captured(device_of(torch.device(device))) as launches:
+            TF.batch_norm(z, *vectors)
+        (launch,) = launches
+        assert launch.arguments["z_ptr"].data_ptr() == z.data_ptr() and launch.arguments["stride_z"] == pitch
+        y = TF.batch_norm(z, *vectors)
+        assert is_dense(y, True)
+        assert_close(y, F.batch_norm(z.double(), *(v.double() for v in vectors)))
+        residual = torch.randn_like(y)
+        y = norm_act(z, *vectors, False, 0.1, 1e-5, residual, parse_activation("relu"))
+        assert_close(y, (F.batch_norm(z.double(), *(v.double() for v in vectors)) + residual).relu())

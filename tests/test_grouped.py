@@ -160,7 +160,7 @@ def test_the_transposed_forward_matches_fp64(c: ConvCase, device: str) -> None:
         check_transposed(c, *make_tensors(backwards(c), dtype, device))
 
 
-# Layers of /work/shared/cases.csv's family "grouped" with their structure and fewer channels and pixels.
+# Layers of bench/cases.csv's family "grouped" with their structure and fewer channels and pixels.
 REDUCED = [
     case("pytorch 34977 a", (2, 6, 6), 4, 64, 64, stride=2),
     case("pytorch 34977 b", (2, 5, 5), 4, 64, 64),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.activation import parse_activation
-from tritonconv.ops.dispatch_sink import averaged_convolution, convolution_into, would_average
+from tritonconv.ops.dispatch_extended import averaged_convolution, convolution_into, gated_convolution, would_average
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.launch import device_of, forced, record_launches
 from tritonconv.ops.layout import as_format
@@ -169,3 +169,39 @@ def test_gradients_torch_and_small_images_run_on_their_own(device: str) -> None:
     assert averaged_convolution(small, w, Epilogue(), numbers, None, True) is None
     assert averaged_convolution(small[:0], w, Epilogue(), numbers, None, True) is None
     assert device_of(x.device).multiprocessors > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+def test_a_gate_before_the_convolution(dtype: torch.dtype, device: str) -> None:
+    for c, k, pixels in ((40, 72, 7), (128, 24, 9), (17, 5, 3)):
+        x = as_format(torch.randn(5, c, pixels, pixels, device=device).to(dtype), True)
+        w, gate = torch.randn(k, c, 1, 1, device=device).to(dtype), torch.rand(5, c, 1, 1, device=device).to(dtype)
+        behind = epilogue(k, dtype, device)
+        with record_launches() as launches:
+            y = gated_convolution(x, gate, w, behind, (2, 1, 0, 1, 1), None)
+        assert y is not None and launches == ["matmul_kernel"]
+        # The product is rounded to its type, as torch's is.
+        ref = reference((x.double() * gate.double()).to(dtype), w, behind, (2, 1, 0, 1, 1))
+        assert_close(y, ref, depth=c)
+
+
+def test_every_config_takes_a_gate(device: str) -> None:
+    x, gate = as_format(torch.randn(3, 96, 8, 9, device=device), True), torch.rand(3, 96, 1, 1, device=device)
+    w = torch.randn(40, 96, 1, 1, device=device)
+    g = ConvGeometry.parse(x.shape, w.shape, nd=2)
+    recipe = prepare_call(x, w, Epilogue(), g, "conv", gated=True).recipe
+    assert recipe is not None
+    for config in possible(recipe.problem):
+        with forced(config=config):
+            y = gated_convolution(x, gate, w, Epilogue(), (2, 1, 0, 1, 1), None)
+        assert y is not None
+        assert_close(y, conv_reference(x * gate, w), depth=96, what=str(config))
+
+
+def test_a_gate_only_for_single_pixels(device: str) -> None:
+    x, w, numbers = made("3x3", torch.float32, device)
+    gate = torch.rand(3, 128, 1, 1, device=device)
+    assert gated_convolution(x, gate, w, Epilogue(), numbers, None) is None
+    x, w, numbers = made("1x1", torch.float32, device)
+    for wrong in (gate, torch.rand(5, 40, 1, 1, device=device).double(), torch.rand(5, 1, 1, 1, device=device)):
+        assert gated_convolution(x, wrong, w, Epilogue(), numbers, None) is None

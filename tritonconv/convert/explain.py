@@ -205,6 +205,8 @@ class _Recorder:
             row.fused.append(self._names.get(group.activation, ""))
         elif group.activation is not None:
             row.fused.append(group.activation.name)
+        for member in group.more:
+            row.fused.append(self._names.get(member, "") if isinstance(member, torch.nn.Module) else member)
         # The product has counted the layer's own.
         row.params += self._count([p for module in modules for p in module.parameters()])
         row.receptive_field = self._field(group.output)

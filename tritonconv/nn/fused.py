@@ -32,11 +32,11 @@ from tritonconv.ops.dispatch_separable import Part, separable_convolution, would
 from tritonconv.ops.dispatch_training import convolution_batch_norm
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.library_training import OwnNorm
-from tritonconv.ops.watch import is_observed, sharing
+from tritonconv.ops.watch import Share, is_observed, shared, sharing
 
 __all__ = [
     "ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d", "ConvBNReLU2d", "Group", "carries_hook", "fused_call", "fused_norm",
-    "fused_pair", "observe_groups",
+    "fused_pair", "observe_groups", "running", "unchanged",
 ]  # fmt: skip
 
 BATCH_NORMS: dict[int, tuple[type[torch.nn.Module], ...]] = {
@@ -64,6 +64,8 @@ class Group(NamedTuple):
     activation: torch.nn.Module | ActivationSpec | None
     input: Tensor
     output: Tensor
+    more: tuple[Any, ...]
+    """What else its launch computes: modules, or names of functions."""
 
 
 class _Observer(threading.local):
@@ -154,9 +156,9 @@ def fused_pair(
     if y is not None:
         return y
     joined = not torch.compiler.is_compiling() and is_observed() and parts is not None and would_join(input, *parts)
-    with sharing("first") if joined else nullcontext():
+    with sharing(Share("separable, its first part", unwritten=True)) if joined else nullcontext():
         between = fused_call(first, first_norm, first_activation, input)
-    with sharing("second") if joined else nullcontext():
+    with sharing(Share("separable, its second part", unread=True)) if joined else nullcontext():
         return fused_call(layer, norm, activation, between, residual, in_place)
 
 
@@ -165,17 +167,30 @@ def _parts(
     residual: Tensor | None, in_place: bool,
 ) -> tuple[Part, Part] | None:  # fmt: skip
     """Both for one kernel, or None where each is to run on its own."""
-    if in_place and residual is not None and getattr(residual, "dtype", None) != input.dtype:
-        return None
     parts = []
     for conv, bn, act, added in ((first, first_norm, first_activation, None), (layer, norm, activation, residual)):
-        spec = from_module(act) if isinstance(act, Module) else parse_activation(act)
-        own = bn is not None and (bn.training or bn._buffers.get("running_mean") is None)
-        if own or type(conv) is not Conv2d or conv.padding_mode != "zeros" or not _one_kernel(conv, bn, act, spec, input):
+        epilogue = running(conv, bn, act, input, added, in_place)
+        if epilogue is None or type(conv) is not Conv2d or conv.padding_mode != "zeros":
             return None
-        epilogue = Epilogue(member(conv, "bias"), None if bn is None else _batch_norm(bn), added, spec)
         parts.append(Part(member(conv, "weight"), epilogue, numbers_of(conv)[1], conv.backend))
     return parts[0], parts[1]
+
+
+def running(
+    layer: Any, norm: Any, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool
+) -> Epilogue | None:
+    """What follows a layer in one kernel in eval mode; None where its members are to run one by one, or train.
+
+    Args:
+        layer, norm, activation, input, residual, in_place: as `fused_call` takes them.
+    """
+    if in_place and residual is not None and getattr(residual, "dtype", None) != input.dtype:
+        return None
+    spec = from_module(activation) if isinstance(activation, Module) else parse_activation(activation)
+    own = norm is not None and (norm.training or norm._buffers.get("running_mean") is None)
+    if own or not _one_kernel(layer, norm, activation, spec, input):
+        return None
+    return Epilogue(member(layer, "bias"), None if norm is None else _batch_norm(norm), residual, spec)
 
 
 def _shown(
@@ -184,7 +199,8 @@ def _shown(
 ) -> Tensor:  # fmt: skip
     """The result of a fused call, once its observer has seen it."""
     if not torch.compiler.is_compiling() and _observer.callback is not None:
-        _observer.callback(Group(layer, norm, residual, activation, input, y))
+        share = shared()
+        _observer.callback(Group(layer, norm, residual, activation, input, y, share.members if share else ()))
     return y
 
 
@@ -261,6 +277,11 @@ def _one_kernel(
         if input.dim() != nd + 2:
             return False
     return not isinstance(activation, Module) or (spec is not None and not _is_changed(activation))
+
+
+def unchanged(member: torch.nn.Module) -> bool:
+    """Whether a call of the member is its class's forward, and no one watches it."""
+    return not _is_changed(member)
 
 
 def _is_changed(member: torch.nn.Module) -> bool:

@@ -17,7 +17,7 @@ from tritonconv.geometry import power, power_of_two_divisor
 from tritonconv.ops.activation import ActivationSpec, table
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import Launch, device_of, epilogue_constants, forced_config, launch
-from tritonconv.ops.layout import as_format, empty_output, is_dense, suggests_channels_last, wide
+from tritonconv.ops.layout import as_format, empty_output, is_dense, pitch_of, suggests_channels_last, wide
 from tritonconv.tuning import INTERPRETER, Device
 
 __all__ = [
@@ -49,11 +49,16 @@ class View(NamedTuple):
     channels: int
     channels_last: bool
     device: Device
+    pitch: int | None = None
+    """Elements from a pixel to the next, where the tensor is some channels of a wider channels-last one."""
 
     @classmethod
     def of(cls, z: Tensor) -> View:
         n, c, *spatial = z.shape
         pixels, device = math.prod(spatial), device_of(z.device)
+        pitch = pitch_of(z)
+        if pitch is not None:
+            return cls(1, n * pixels, c, True, device, pitch)
         # One channel is one plane, in either format.
         if is_dense(z, True):
             return cls(1, n * pixels, c, c > 1, device)
@@ -74,9 +79,10 @@ class View(NamedTuple):
     def sizes(self, config: Any) -> dict[str, Any]:
         """The kernels' arguments that say where a tile lies."""
         side = self.channels if self.channels_last else self.pixels
+        reach = self.runs * self.pixels * (self.pitch or self.channels)
         return dict(
-            PIXELS=self.pixels, C=self.channels, CHANNELS_LAST=self.channels_last, VEC=power_of_two_divisor(side),
-            INDEX_64=needs_int64(self.runs * self.pixels * self.channels), **config.kwargs,
+            PIXELS=self.pixels, C=self.channels, CHANNELS_LAST=self.channels_last,
+            VEC=power_of_two_divisor(side, self.pitch or side), INDEX_64=needs_int64(reach), **config.kwargs,
         )  # fmt: skip
 
     def blocks(self, config: Any) -> int:
@@ -185,6 +191,7 @@ def normalize(
 
     Args:
         mean, var, weight, bias: (C,), each of any floating dtype.
+        z: dense, or some channels of a dense channels-last tensor.
         residual: of z's size; copied to z's format where it has another.
     """
     from tritonconv.kernels.batch_norm import batch_norm_normalize_kernel
@@ -195,7 +202,7 @@ def normalize(
     view = View.of(z)
     config = view.config(walks=False)
     arguments = dict(
-        z_ptr=z, residual_ptr=_as(residual, view), y_ptr=y, **_vectors(mean, var, weight, bias),
+        z_ptr=z, residual_ptr=_as(residual, view), y_ptr=y, stride_z=view.pitch, **_vectors(mean, var, weight, bias),
         **epilogue_constants(Epilogue(activation=activation)), **view.sizes(config),
     )  # fmt: skip
     arguments["EPS"] = float(eps)

@@ -121,12 +121,14 @@ class Prepared:
         )  # fmt: skip
 
     def run(
-        self, x: Tensor, weight: Tensor, epilogue: Epilogue, statistics: Slots = NO_STATISTICS, y: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, weight: Tensor, epilogue: Epilogue, statistics: Slots = NO_STATISTICS, y: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Launch the kernel for tensors of this call's signature, and take statistics where there is room for them.
 
         Args:
             y: where the result goes; None: into memory of its own.
+            gate: [N, C], where the call was prepared to be gated.
         """
         if y is None:
             y = torch.empty_strided(self.output.shape, self.output.strides, dtype=self.dtype, device=self.device)
@@ -134,7 +136,7 @@ class Prepared:
             return y if self.copy_y is None else self.copy_y.copy(y)
         if self.rearranges:
             x, weight, epilogue = self._rearranged(x, weight, epilogue)
-        self.recipe.run(x, weight, y, epilogue, self.device, statistics)
+        self.recipe.run(x, weight, y, epilogue, self.device, statistics, gate)
         return y if self.copy_y is None else self.copy_y.copy(y)
 
     def _rearranged(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> tuple[Tensor, Tensor, Epilogue]:

@@ -47,13 +47,14 @@ def plan_for(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvPlan:
 
 def prepare(
     x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Literal["conv", "matmul"],
-    statistics: bool = False, sink: Sink = WHOLE,
+    statistics: bool = False, sink: Sink = WHOLE, gated: bool = False,
 ) -> Prepared:  # fmt: skip
     """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory.
 
     Args:
         statistics: whether it is to be run with room for them.
         sink: where results go.
+        gated: whether x is to be multiplied by a gate on the way in, which `matmul` alone can.
     """
     channels_last = output_format(x, weight)
     plan = plan_for(x, weight, geometry)
@@ -63,7 +64,8 @@ def prepare(
         # A copy starts where the allocator likes, on 16 bytes at least.
         aligned = plan.copy_input or x.data_ptr() % 16 == 0, plan.copy_weight or weight.data_ptr() % 16 == 0
         products, device = precision(x.dtype, kind), device_of(x.device)
-        problem = replace(problem_of(plan, x.dtype, products == "tf32", device), statistics=statistics)
+        problem = problem_of(plan, x.dtype, products == "tf32", device)
+        problem = replace(problem, statistics=statistics, computed=gated)
         recipe = _recipe(plan, problem, products, channels_last, aligned, epilogue, sink)
     return Prepared.of(
         plan.kernel, recipe, output, x, epilogue, Dense.of(x.shape, True) if plan.copy_input else None,
@@ -95,7 +97,8 @@ def _recipe(
     w_row = c if plan.kernel == "matmul" else k // plan.pack
     tma = tiles.pop("USE_TMA") and device.tma and plan.pack == 1 and aligned[1] and w_row * problem.itemsize % 16 == 0
     if plan.kernel == "matmul":
-        tma = tma and aligned[0] and plan.row_stride * problem.itemsize % 16 == 0
+        # Neither is a computed operand read by descriptor.
+        tma = tma and not problem.computed and aligned[0] and plan.row_stride * problem.itemsize % 16 == 0
     stride_y, pixels = sink.pitch or g.out_channels, math.prod(g.output)
     constants: dict[str, Any] = dict(
         M=m, K=n, VEC_K=power_of_two_divisor(n, stride_y), stride_y=stride_y, POOL=sink.images(block_m, pixels),
@@ -108,7 +111,7 @@ def _recipe(
     w_box = Box(g.groups * n, w_row, w_row, (block_n, block_k)) if tma else None
     if plan.kernel == "matmul":
         constants |= dict(
-            stride_xm=plan.row_stride, PIXELS=pixels, EVEN_C=c % block_k == 0,
+            gate_ptr=None, stride_xm=plan.row_stride, PIXELS=pixels, EVEN_C=c % block_k == 0,
             VEC_C=power_of_two_divisor(c, plan.row_stride),
         )  # fmt: skip
         x_box = Box(m, c, plan.row_stride, (block_m, block_k)) if tma else None

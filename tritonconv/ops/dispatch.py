@@ -233,11 +233,12 @@ def _first_run(
             measured = judge(prepared.recipe.problem, conditions).reason if prepared.recipe is not None else ""
             decision = Decision("triton", f"{prepared.kernel}{measured and ', '}{measured}", prepared.copies)
         size = geometry.bytes(x.element_size(), residual=epilogue.residual is not None)
-        part = shared()
-        if part is not None:
-            # What lies between the two never goes to memory.
-            decision = replace(decision, reason=f"separable, its {part} part")
-            size -= geometry.elements()[2 if part == "first" else 0] * x.element_size()
+        share = shared()
+        if share is not None:
+            # What lies between two parts never goes to memory.
+            decision = replace(decision, reason=share.reason)
+            image, _, result = geometry.elements()
+            size -= (image * share.unread + result * share.unwritten) * x.element_size()
         to_measure = None if conditions is None or 0 in geometry.elements() else example.on_meta()
         return Call(op, decision, geometry, geometry.macs, size, x.dtype, x.device, to_measure, conditions or "")
 

@@ -11,6 +11,7 @@ from tritonconv.ops.batch_norm import check_sizes, normalize, update_running
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.library_batch_norm import (
     as_dense,
+    as_readable,
     batch_norm_eval,
     batch_norm_train,
     batch_statistics,
@@ -81,7 +82,7 @@ def norm_act(
         if registered:
             numbers = to_numbers(activation)
             return batch_norm_eval(x, running_mean, running_var, weight, bias, residual, eps=eps, **numbers)
-        return normalize(as_dense(x), running_mean, running_var, weight, bias, eps, residual, activation)
+        return normalize(as_readable(x), running_mean, running_var, weight, bias, eps, residual, activation)
     if registered:
         numbers = to_numbers(activation)
         y, mean, var, count = batch_norm_train(x, weight, bias, residual, eps=eps, **numbers, group=group)

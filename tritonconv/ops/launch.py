@@ -121,22 +121,28 @@ class Recipe:
         self.interpreted = interpreting()
 
     def arguments(
-        self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, statistics: Slots = NO_STATISTICS
-    ) -> tuple[Any, ...]:
+        self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, statistics: Slots = NO_STATISTICS,
+        gate: Tensor | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """The kernel's arguments in order."""
         bias, norm, residual, _ = epilogue
+        behind_x = self.behind_x if gate is None else (gate, *self.behind_x[1:])
         return (
-            x if self.x_box is None else self.x_box.descriptor(x), *self.behind_x,
+            x if self.x_box is None else self.x_box.descriptor(x), *behind_x,
             weight if self.w_box is None else self.w_box.descriptor(weight), *self.behind_w,
             y, residual, bias, *(NO_NORM if norm is None else norm[:4]), *statistics, *self.behind_all,
         )  # fmt: skip
 
     def run(
         self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, device: torch.device,
-        statistics: Slots = NO_STATISTICS,
+        statistics: Slots = NO_STATISTICS, gate: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Launch on the current stream of `device`, or keep the launch where `captured` asks for it."""
-        arguments = self.arguments(x, weight, y, epilogue, statistics)
+        """Launch on the current stream of `device`, or keep the launch where `captured` asks for it.
+
+        Args:
+            gate: [N, C], for a recipe whose kernel has `gate_ptr` behind its image.
+        """
+        arguments = self.arguments(x, weight, y, epilogue, statistics, gate)
         if _state.log is not None:
             _state.log.append(self.name)
         if _state.captured is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["as_format", "dense_strides", "empty_output", "is_dense", "same_elements", "suggests_channels_last", "wide"]
+__all__ = [
+    "as_format", "dense_strides", "empty_output", "is_dense", "pitch_of", "same_elements", "suggests_channels_last", "wide",
+]  # fmt: skip
 
 
 def suggests_channels_last(x: Tensor) -> bool:
@@ -33,6 +35,21 @@ def dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...
         strides[d] = step
         step *= max(shape[d], 1)
     return tuple(strides)
+
+
+def pitch_of(x: Tensor) -> int | None:
+    """Elements from a pixel to the next, where `x` is some channels of a wider channels-last tensor; None elsewhere."""
+    sizes, strides = x.shape, x.stride()
+    inner = next((d for d in (*range(len(sizes) - 1, 1, -1), 0) if sizes[d] > 1), None)
+    if inner is None or x.numel() == 0 or (sizes[1] > 1 and strides[1] != 1):
+        return None
+    pitch, step = strides[inner], strides[inner]
+    for d in (*range(len(sizes) - 1, 1, -1), 0):
+        if sizes[d] > 1 and strides[d] != step:
+            return None
+        step *= sizes[d]
+    # One channel alone could be anything's.
+    return pitch if pitch > sizes[1] > 1 else None
 
 
 def same_elements(sizes: tuple[int, ...], strides: tuple[int, ...], others: tuple[int, ...]) -> bool:

@@ -13,15 +13,28 @@ from torch import Tensor
 
 from tritonconv.ops.activation import ActivationSpec, from_numbers
 from tritonconv.ops.batch_norm import check_sizes, input_gradient, normalize, statistics, update_running
-from tritonconv.ops.layout import as_format, dense_strides, suggests_channels_last, wide
+from tritonconv.ops.layout import as_format, dense_strides, pitch_of, suggests_channels_last, wide
 from tritonconv.ops.training import Norm, combined, norm_gradient
 
-__all__ = ["as_dense", "batch_norm_eval", "batch_norm_train", "batch_statistics", "gradients", "update_running_stats"]
+__all__ = [
+    "as_dense",
+    "as_readable",
+    "batch_norm_eval",
+    "batch_norm_train",
+    "batch_statistics",
+    "gradients",
+    "update_running_stats",
+]
 
 
 def as_dense(x: Tensor) -> Tensor:
     """`x`, or a dense copy in the format that torch would give a result of it."""
     return as_format(x, suggests_channels_last(x))
+
+
+def as_readable(x: Tensor) -> Tensor:
+    """`x` itself where `normalize` reads it in place, also some channels of a wider tensor; else a dense copy."""
+    return x if pitch_of(x) is not None else as_dense(x)
 
 
 def batch_statistics(x: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +76,7 @@ def batch_norm_eval(
 ) -> Tensor:  # fmt: skip
     """act(bn(x) + residual) by given statistics, which are constants."""
     check_sizes(x, residual, running_mean=mean, running_var=var, weight=weight, bias=bias)
-    return normalize(as_dense(x), mean, var, weight, bias, eps, residual, from_numbers(activation, a, b))
+    return normalize(as_readable(x), mean, var, weight, bias, eps, residual, from_numbers(activation, a, b))
 
 
 @batch_norm_eval.register_fake

@@ -7,7 +7,7 @@ from torch import Tensor
 from tritonconv.geometry import ConvGeometry, Pass
 from tritonconv.ops.bands import bands_dgrad, bands_wgrad, prefers_bands, prepare_bands
 from tritonconv.ops.calls import Prepared
-from tritonconv.ops.convolution import output_format, prepare
+from tritonconv.ops.convolution import output_format, plan_for, prepare
 from tritonconv.ops.depthwise import View, depthwise_dgrad, depthwise_wgrad, is_depthwise, prepare_depthwise
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.gradients import NormGradient, conv_dgrad, conv_wgrad
@@ -16,12 +16,12 @@ from tritonconv.ops.layout import as_format, is_dense
 from tritonconv.ops.sink import WHOLE, Sink
 from tritonconv.ops.transposed import prepare_transposed
 
-__all__ = ["data_gradient", "prepare_call", "takes_sink", "weight_gradient"]
+__all__ = ["data_gradient", "prepare_call", "takes_gate", "takes_sink", "weight_gradient"]
 
 
 def prepare_call(
     x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Kind, statistics: bool = False,
-    sink: Sink = WHOLE,
+    sink: Sink = WHOLE, gated: bool = False,
 ) -> Prepared:  # fmt: skip
     """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory.
 
@@ -29,6 +29,7 @@ def prepare_call(
         kind: "matmul" takes the TF32 switch of matrix products.
         statistics: whether it is to be run with room for them.
         sink: where results go; other than `WHOLE` only where `takes_sink` says so.
+        gated: whether x is to be multiplied by a gate on the way in; only where `takes_gate` says so.
     """
     if is_depthwise(geometry):
         conv = geometry.mirrored if geometry.transposed else geometry
@@ -37,7 +38,17 @@ def prepare_call(
         return prepare_depthwise(x, weight, epilogue, geometry, statistics, sink)
     if kind == "conv_transpose":
         return prepare_transposed(x, weight, epilogue, geometry, statistics)
-    return prepare(x, weight, epilogue, geometry, kind, statistics, sink)
+    return prepare(x, weight, epilogue, geometry, kind, statistics, sink, gated)
+
+
+def takes_gate(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether a call's kernel can multiply x by a gate on the way in: a convolution of single pixels, read in place."""
+    g = geometry
+    single = g.taps == max(g.stride) == g.groups == 1 and not any(g.padding + g.padding_after)
+    if g.transposed or not single:
+        return False
+    plan = plan_for(x, weight, g)
+    return plan.kernel == "matmul" and not plan.copy_input
 
 
 def takes_sink(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -15,7 +15,7 @@ from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.backend import capture
 from tritonconv.ops.example import Example
 
-__all__ = ["Call", "Decision", "is_observed", "is_watched", "notify", "observe", "shared", "sharing"]
+__all__ = ["Call", "Decision", "Share", "is_observed", "is_watched", "notify", "observe", "shared", "sharing"]
 
 
 @dataclass(frozen=True)
@@ -78,26 +78,39 @@ def is_observed() -> bool:
     return _observer.callback is not None
 
 
+class Share(NamedTuple):
+    """What an observed call would be a part of."""
+
+    reason: str
+    """The launch that it would share."""
+    unread: bool = False
+    """Whether its input would not come from memory."""
+    unwritten: bool = False
+    """Whether its result would not go there."""
+    members: tuple[Any, ...] = ()
+    """What else the launch computes: modules, or names of functions."""
+
+
 class _Shared(threading.local):
-    part: Literal["first", "second"] | None = None
+    share: Share | None = None
 
 
 _shared = _Shared()
 
 
 @contextmanager
-def sharing(part: Literal["first", "second"] | None) -> Iterator[None]:
-    """Let observers know that calls on this thread would be one part of a launch that computes two."""
-    outer, _shared.part = _shared.part, part
+def sharing(share: Share | None) -> Iterator[None]:
+    """Let observers know that calls on this thread would be part of a launch that computes more."""
+    outer, _shared.share = _shared.share, share
     try:
         yield
     finally:
-        _shared.part = outer
+        _shared.share = outer
 
 
-def shared() -> Literal["first", "second"] | None:
-    """Which part of a launch that computes two an observed call would be."""
-    return _shared.part
+def shared() -> Share | None:
+    """What an observed call would be a part of."""
+    return _shared.share
 
 
 # Looked up once, for every call asks them.

@@ -1,4 +1,4 @@
-"""Convolutions in eval mode whose results go elsewhere: to a global average, or into a wider tensor."""
+"""Convolutions in eval mode with more in their kernel: an average behind, channels of a wider tensor, a gate before."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tritonconv.ops.convolution import check_convolution, output_format
 from tritonconv.ops.dispatch import autocast, missing
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.layout import empty_output, wide
-from tritonconv.ops.prepare import prepare_call, takes_sink
+from tritonconv.ops.prepare import prepare_call, takes_gate, takes_sink
 from tritonconv.ops.registered import arguments_of, is_traced
-from tritonconv.ops.sink import MOST_IMAGES, Sink, average
+from tritonconv.ops.sink import MOST_IMAGES, WHOLE, Sink, average
 from tritonconv.ops.watch import is_watched
 from tritonconv.tuning import judge
 
-__all__ = ["averaged_convolution", "convolution_into", "would_average"]
+__all__ = ["averaged_convolution", "convolution_into", "gated_convolution", "would_average", "would_gate"]
 
 ELSEWHERE = OnTorch("it runs on its own")
 
@@ -84,24 +84,50 @@ def convolution_into(
     return True
 
 
+def gated_convolution(
+    x: Tensor, gate: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None
+) -> Tensor | None:
+    """act(bn(conv(x * gate) + bias) + residual) without a pass for the product; None where there must be one.
+
+    Args:
+        x: (N, C, *spatial).
+        gate: (N, C, 1, ...), of x's dtype.
+        numbers: as `dispatch.replay` takes them.
+    """
+    if torch.compiler.is_compiling() or is_watched() or needs_gradients((gate,)):
+        return None
+    x, weight, epilogue = autocast(x, weight, epilogue)
+    if (gate.dtype, gate.device) != (x.dtype, x.device) or gate.shape != (*x.shape[:2], *(1,) * (x.dim() - 2)):
+        return None
+    call = _find(x, weight, epilogue, numbers, backend, WHOLE, gated=True)
+    return None if call is None else call.run(x, weight, epilogue, gate=gate.contiguous())
+
+
+def would_gate(x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None) -> bool:
+    """Whether a call that someone observes would multiply by a gate on the way in if no one did."""
+    return isinstance(_suits(*autocast(x, weight, epilogue), numbers, backend, WHOLE, True), Prepared)
+
+
 def _find(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, sink: Sink
-) -> Prepared | None:
-    """The call, resolved once for each signature; None where the sink does not suit it."""
+    x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, sink: Sink,
+    gated: bool = False,
+) -> Prepared | None:  # fmt: skip
+    """The call, resolved once for each signature; None where the sink or the gate does not suit it."""
     own = signature("conv", x, weight, epilogue, numbers, backend)
     if own is None:
         return None
-    key = (sink, *own)
+    key = (sink, gated, *own)
     call = find(key)
     if call is None:
-        call = _suits(x, weight, epilogue, numbers, backend, sink)
+        call = _suits(x, weight, epilogue, numbers, backend, sink, gated)
         remember(key, call)
     return call if isinstance(call, Prepared) else None
 
 
 def _suits(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, sink: Sink
-) -> Prepared | OnTorch:
+    x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, sink: Sink,
+    gated: bool = False,
+) -> Prepared | OnTorch:  # fmt: skip
     """The call for one launch; `ELSEWHERE` where it is to see to itself, and says why."""
     tensors = (x, weight, *epilogue.tensors())
     if current_backend(backend) == "torch" or needs_gradients(tensors) or x.dim() != numbers[0] + 2:
@@ -114,9 +140,11 @@ def _suits(
     # The call on its own says what is wrong.
     except (RuntimeError, TypeError, ValueError):
         return ELSEWHERE
+    if gated and not takes_gate(x, weight, g):
+        return ELSEWHERE
     if not takes_sink(x, weight, g) or (sink.pitch is not None and not output_format(x, weight)):
         return ELSEWHERE
-    call = prepare_call(x, weight, epilogue, g, "conv", sink=sink)
+    call = prepare_call(x, weight, epilogue, g, "conv", sink=sink, gated=gated)
     if call.recipe is None:
         return ELSEWHERE
     if sink.average and (call.recipe.sums is None or call.recipe.sums[2] > MOST_IMAGES):

@@ -1,0 +1,135 @@
+"""Around squeeze-excite and global averages: calls that share a launch where they can, and run one by one elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from tritonconv.nn.conv import Conv1d, Conv2d, Conv3d, member, numbers_of
+from tritonconv.nn.fused import fused_call, running, unchanged
+from tritonconv.nn.linear import Linear
+from tritonconv.ops.activation import from_module, parse_activation
+from tritonconv.ops.dispatch_extended import averaged_convolution, gated_convolution, would_average, would_gate
+from tritonconv.ops.epilogue import Epilogue
+from tritonconv.ops.library_adaptive import global_average
+from tritonconv.ops.library_squeeze_excite import excited, scale_channels, would_excite
+from tritonconv.ops.watch import Share, is_observed, sharing
+
+__all__ = ["fused_average", "fused_gate", "fused_gated", "fused_scale"]
+
+CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
+
+
+def fused_average(
+    layer: Module, norm: Module | None, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool, keep: bool,
+    pool: Module | None = None,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """(y, y's global average (N, K, 1, ...)), with y as `fused_call` computes it; one pass in eval mode.
+
+    Args:
+        layer, norm, activation, input, residual, in_place: as `fused_call` takes them.
+        keep: whether y is read by someone else; else None may stand for it.
+        pool: the module that averages, whose own call is due where it carries hooks.
+    """
+    parts = _parts(layer, norm, activation, input, residual, in_place)
+    plain = pool is None or unchanged(pool)
+    if parts is not None and plain:
+        found = averaged_convolution(input, *parts, keep)
+        if found is not None:
+            return found
+    if parts is not None and plain and _is_seen() and would_average(input, *parts, keep):
+        named: Any = "mean" if pool is None else pool
+        with sharing(Share("with its global average", unwritten=not keep, members=(named,))):
+            y = fused_call(layer, norm, activation, input, residual, in_place)
+        return y, y.mean(tuple(range(2, y.dim())), keepdim=True)
+    y = fused_call(layer, norm, activation, input, residual, in_place)
+    return y, global_average(y, True) if pool is None else pool(y)
+
+
+def fused_gate(first: Module, activation: Any, second: Module, gate: Any, mean: Tensor) -> Tensor:
+    """gate(second(activation(first(mean)))), (N, C, 1, ...), in one launch in eval mode.
+
+    Args:
+        first, second: convolutions of ours with a filter of one tap, or linear layers.
+        mean: (N, C, 1, ...), or (N, C) for linear layers.
+    """
+    acts = [from_module(a) if isinstance(a, Module) else parse_activation(a) for a in (activation, gate)]
+    known = all(
+        not isinstance(a, Module) or (s is not None and unchanged(a)) for a, s in zip((activation, gate), acts, strict=True)
+    )
+    if known and _single(first) and _single(second) and first.backend == second.backend:
+        whole = mean if mean.dim() > 2 else mean[..., None]
+        w1, b1, w2, b2 = (member(layer, name) for layer in (first, second) for name in ("weight", "bias"))
+        found = excited(whole, w1, b1, acts[0], w2, b2, acts[1], first.backend)  # type: ignore[arg-type]
+        if found is not None:
+            return found.view(mean.shape)
+        if _is_seen() and would_excite(whole, w1, b1, w2, b2, first.backend):  # type: ignore[arg-type]
+            with sharing(Share("excite_kernel, its first product", unwritten=True)):
+                hidden = fused_call(first, None, activation, mean)
+            with sharing(Share("excite_kernel, its second product", unread=True)):
+                return fused_call(second, None, gate, hidden)
+    return fused_call(second, None, gate, fused_call(first, None, activation, mean))
+
+
+def fused_scale(
+    input: Tensor, gate: Tensor, residual: Tensor | None = None, activation: Any = None, in_place: bool = False
+) -> Tensor:
+    """activation(input * gate + residual) in one pass where gradients are not needed."""
+    spec = from_module(activation) if isinstance(activation, Module) else parse_activation(activation)
+    known = not isinstance(activation, Module) or (spec is not None and unchanged(activation))
+    if known and not (in_place and residual is not None and residual.dtype != input.dtype):
+        return scale_channels(input, gate, residual, spec)
+    y = scale_channels(input, gate)
+    if residual is not None:
+        y = y.add_(residual) if in_place else y + residual
+    return activation(y) if isinstance(activation, Module) else y if spec is None else spec.torch(y)
+
+
+def fused_gated(
+    layer: Module, norm: Module | None, activation: Any, input: Tensor, gate: Tensor, residual: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:  # fmt: skip
+    """activation(norm(layer(input * gate)) + residual); in eval mode the product never goes to memory.
+
+    Args:
+        layer: our convolution with a filter of one tap.
+        gate: (N, C, 1, ...).
+        norm, activation, residual, in_place: as `fused_call` takes them.
+    """
+    parts = _parts(layer, norm, activation, input, residual, in_place)
+    if parts is not None:
+        weight, epilogue, numbers, backend = parts
+        y = gated_convolution(input, gate, weight, epilogue, numbers, backend)
+        if y is not None:
+            return y
+        if _is_seen() and would_gate(input, weight, epilogue, numbers, backend):
+            with sharing(Share("matmul, gated on its way in", members=("mul",))):
+                return fused_call(layer, norm, activation, input * gate, residual, in_place)
+    return fused_call(layer, norm, activation, scale_channels(input, gate), residual, in_place)
+
+
+def _is_seen() -> bool:
+    return not torch.compiler.is_compiling() and is_observed()
+
+
+def _single(layer: Any) -> bool:
+    """Whether a layer of ours is a product of vectors, one for each image."""
+    if type(layer) is Linear:
+        return unchanged(layer)
+    if type(layer) not in CONVOLUTIONS or not unchanged(layer) or layer.padding_mode != "zeros":
+        return False
+    ones = (1,) * len(layer.kernel_size)
+    return layer.groups == 1 and layer.kernel_size == layer.stride == ones and not any(layer.padding)
+
+
+def _parts(
+    layer: Any, norm: Any, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool
+) -> tuple[Tensor, Epilogue, tuple[Any, ...], Any] | None:
+    """(weight, epilogue, numbers, backend) of a convolution in eval mode, or None where its members run one by one."""
+    if type(layer) not in CONVOLUTIONS or layer.padding_mode != "zeros":
+        return None
+    epilogue = running(layer, norm, activation, input, residual, in_place)
+    return None if epilogue is None else (member(layer, "weight"), epilogue, numbers_of(layer)[1], layer.backend)
