@@ -16,9 +16,11 @@ def average_kernel(
     sums_ptr,  # [tiles, IMAGES, C]
     mean_ptr,  # [N, C]
     C, UNITS, TILE, COUNT,
-    IMAGES: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    IMAGES: tl.constexpr, VEC: tl.constexpr,  # VEC: a power of two up to 16 that divides C
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The mean of COUNT pixels for each image and channel."""
+    C = C // VEC * VEC
     tiles_c = tl.cdiv(C, BLOCK_C)
     n = tl.program_id(0) // tiles_c
     offs_c = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -109,8 +109,8 @@ def finish_slice(acc, first_n, where, tensors, EPS: tl.constexpr, ACT: tl.conste
     if residual_ptr is not None:
         acc = acc + tl.load(residual_ptr + offs_y, mask=mask, other=0.0).to(acc.dtype)
     acc = ACT(acc, ACT_A, ACT_B)
+    axis: tl.constexpr = 0 if Y_CHANNELS_LAST else 1
     for i in tl.static_range(magnitude(POOL)):
-        axis: tl.constexpr = 0 if Y_CHANNELS_LAST else 1
         total = tl.sum(tl.where(tl.expand_dims(mask_m & (images == i), 1 - axis), acc, 0.0), axis)
         row = slot.to(tl.int64) * magnitude(POOL) + i
         tl.store(moments_ptr + row * channels + offs_n, total, mask=mask_n)

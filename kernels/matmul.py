@@ -39,6 +39,14 @@ def configs() -> list[triton.Config]:
         tile(64, 16, 16, 4, 3),
         # A batch of a few rows: the weight is what is read.
         tile(16, 64, 64, 2, 4),
+        # Gated rows, which are computed on their way in, each from two tiles in registers.
+        # Columns of 256 spill 8 bytes on sm_80.
+        tile(64, 128, 32, 8, 3, tma=False),
+        tile(128, 64, 32, 8, 3, tma=False),
+        tile(64, 64, 32, 4, 3, tma=False),
+        # Products without tensor cores: IEEE fp32 and fp64.
+        tile(64, 64, 16, 4, 3, tma=False),
+        tile(64, 16, 16, 4, 3, tma=False),
     ]
 
 

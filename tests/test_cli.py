@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import torch
 from click.testing import CliRunner, Result
 
 import tritonconv
+from tritonconv.bench.cases import Case
+from tritonconv.bench.registry import operations
 from tritonconv.cli import main
 from tritonconv.doctor import Finding, first_checks, in_range
+from tritonconv.tuning import device_named
 
 MODEL = """
     import torch
@@ -160,11 +164,13 @@ def test_doctor_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_checks_every_kernel() -> None:
-    # Three of a convolution, two of a transposed one, and one layer each for batch norm and the memory-bound ones.
-    kinds = [case.kind for case in first_checks()]
-    assert (
-        kinds.count("conv") == 3 and set(kinds) >= {"bn", "bands", "causal", "depthwise", "separable"} and len(kinds) == 10
-    )
+    gpu = device_named("H200")
+
+    def kernels(cases: list[Case]) -> set[str]:
+        return {each.kernel.__name__ for case in cases for each in operations()[case.kind].launches(case, gpu)}
+
+    every = [replace(case, dtype="fp16") for operation in operations().values() for case in operation.checks()]
+    assert kernels(first_checks()) == kernels(every) and len(first_checks()) < len(every)
 
 
 def test_versions_are_compared_as_numbers() -> None:

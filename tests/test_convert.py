@@ -371,7 +371,8 @@ def test_torch_export_takes_the_fused_forward() -> None:
     with torch.no_grad():
         program = torch.export.export(model, (x,))
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count("tritonconv.conv.default") == RESNET.launches
+    # All but the pooling and the average.
+    assert targets.count("tritonconv.conv.default") == RESNET.launches - 2
     assert not any("batch_norm" in target or "relu" in target for target in targets)
     assert set(program.state_dict) == set(original.state_dict())
     assert_as_good(run(program.module(), x)[0], original, x)

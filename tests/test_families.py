@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +132,19 @@ MODELS = {
 
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_every_convolution_runs_on_our_kernels_and_gives_what_torch_does(kind: type[nn.Module]) -> None:
+    check_family(kind, MODELS[kind], ("Conv2d", "Linear"))
+
+
+def check_family(kind: type[nn.Module], kernels: set[str], ours: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Compare a converted network with the original in fp64: its results, and one step of training.
+
+    Args:
+        kernels: some that must have run in eval mode.
+        ours: the kinds of layers that must be on our kernels.
+
+    Returns:
+        The rows of its report.
+    """
     plain = kind()
     for norm in plain.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -138,13 +152,14 @@ def test_every_convolution_runs_on_our_kernels_and_gives_what_torch_does(kind: t
             norm.running_var.uniform_(0.5, 2)
     reference = copy.deepcopy(plain).double()
     model = tritonconv.convert(plain)
-    x, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 3, 1])
+    x = torch.randn(3, 3, 32, 32)
+    labels = torch.randint(5, model.eval()(x)[:, 0].shape)
 
     report = tritonconv.explain(model.eval(), x).to_dict()["layers"]
-    assert all(row["backend"] == "triton" for row in report if row["kind"] in ("Conv2d", "Linear")), report
+    assert all(row["backend"] == "triton" for row in report if row["kind"] in ours), report
     with torch.no_grad(), record_launches() as launches:
         out = model(x)
-    assert MODELS[kind] <= set(launches)
+    assert kernels <= set(launches), launches
     assert_close(out, reference.eval()(x.double()), depth=1000)
 
     # One step of training: the loss, every gradient, running statistics.
@@ -163,3 +178,4 @@ def test_every_convolution_runs_on_our_kernels_and_gives_what_torch_does(kind: t
         assert error <= 1e-4 * scale + 1e-6, (name, error, scale)
     for (name, ours), theirs in zip(model.named_buffers(), reference.buffers(), strict=True):
         assert torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6), name
+    return report

@@ -144,7 +144,7 @@ def test_operands_and_constants_reach_their_parameters(arguments: list[tuple[Any
     name, grid, named, options = arguments[1]
     assert (name, grid) == ("matmul_kernel", (1,))
     pointers = {k: v for k, v in named.items() if k.endswith("_ptr") and k != "y_ptr"}
-    absent = ("residual_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr", "counts_ptr", "moments_ptr")
+    absent = ("gate_ptr", "residual_ptr", "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr", "counts_ptr", "moments_ptr")
     assert pointers == dict(bias_ptr=shown(bias), **dict.fromkeys(absent))
     assert (named["M"], named["C"], named["K"], named["stride_xm"], named["stride_wk"]) == (15, 24, 16, 24, 24)
     assert set(options) == {"num_warps", "num_stages", "enable_fp_fusion"}
@@ -381,7 +381,7 @@ def test_unbatched_images_of_every_form(channels: int) -> None:
 
 
 def test_wrong_calls_raise_every_time_and_are_not_kept() -> None:
-    x, w, kept = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3), len(calls._calls)
+    x, w, kept = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3), len(calls._calls.found)
     wrong: list[tuple[Any, ...]] = [
         (x, w.double()), (x, w, torch.randn(3)), (x, w, None, 0), (x, w, None, 1, -1), (x, w, None, 1, {}), (x[:, :2], w),
         (x, w, None, 1, 0, 1, 3), (x, "w"),
@@ -393,7 +393,7 @@ def test_wrong_calls_raise_every_time_and_are_not_kept() -> None:
                 TF.conv2d(*arguments)
             raised.append((error.type, str(error.value)))
         assert raised[0] == raised[1]
-    assert len(calls._calls) == kept
+    assert len(calls._calls.found) == kept
 
 
 @pytest.mark.parametrize("wrong", [True, 1.0, (True, 1), (1, 1.0), np.True_, np.float32(1)])
@@ -541,7 +541,7 @@ def test_no_tensor_is_kept_alive() -> None:
     alive = [weakref.ref(t) for t in (x, w, bias, *results)]
     del x, w, bias, results
     gc.collect()
-    assert calls._calls and not any(ref() is not None for ref in alive)
+    assert calls._calls.found and not any(ref() is not None for ref in alive)
 
 
 def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,21 +550,21 @@ def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in range(1, 12):
         x = torch.randn(1, 4, size, 2)
         assert torch.allclose(TF.conv2d(x, w), F.conv2d(x, w), atol=1e-5)
-        assert len(calls._calls) <= 4
+        assert len(calls._calls.found) <= 4
 
 
 def test_lists_are_remembered_as_tuples_are() -> None:
     x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
     TF.conv2d(x, w, None, [1, 1], [1, 1])
-    kept = len(calls._calls)
+    kept = len(calls._calls.found)
     TF.conv2d(x, w, None, (1, 1), (1, 1))
-    assert len(calls._calls) == kept == 1
+    assert len(calls._calls.found) == kept == 1
 
 
 def test_copies_share_what_was_resolved(block: torch.nn.Module) -> None:
-    kept = len(calls._calls)
+    kept = len(calls._calls.found)
     agrees(copy.deepcopy(block))
-    assert len(calls._calls) == kept
+    assert len(calls._calls.found) == kept
 
 
 def test_the_host_cost_is_bounded(tmp_path: Path) -> None:
@@ -574,7 +574,7 @@ def test_the_host_cost_is_bounded(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     ours = json.loads(file.read_text())["ours, up to Triton's launcher"]
-    assert [row["launches"] for row in ours if "ResNet" in row["name"]] == [21]
+    assert [row["launches"] for row in ours if "ResNet" in row["name"]] == [23]
     for row in ours:
         # Generous: a busy machine takes twice the time. The goal is 15.
         assert "ResNet" in row["name"] or "torch.ops" in row["name"] or (row["launches"], row["low"] < 60) == (1, True), row

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from tritonconv import functional, nn
+from tritonconv import nn
+from tritonconv.convert.averages import share_averages, share_gates
 from tritonconv.convert.calls import activation_of, addition_of, is_batch_norm, module_of
+from tritonconv.convert.functions import replace_functions
+from tritonconv.convert.joins import share_joins
 from tritonconv.convert.memory import Memory, thread_in_place
+from tritonconv.convert.pools import share_pools
 from tritonconv.nn.fused import carries_hook, fused_call, fused_norm, fused_pair
 from tritonconv.ops.activation import ActivationSpec
 
@@ -26,16 +30,6 @@ DIMENSIONS = {
 }  # fmt: skip
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-FUNCTIONS = {
-    torch.conv1d: functional.conv1d,
-    torch.conv2d: functional.conv2d,
-    torch.conv3d: functional.conv3d,
-    torch.conv_transpose1d: functional.conv_transpose1d,
-    torch.conv_transpose2d: functional.conv_transpose2d,
-    torch.conv_transpose3d: functional.conv_transpose3d,
-    torch.nn.functional.linear: functional.linear,
-}
 
 
 @dataclass(frozen=True)
@@ -92,10 +86,9 @@ def rewrite(graph: fx.Graph, root: torch.nn.Module) -> Rewriting:
     for pair in pairs:
         _replace(graph, pair)
     done.chains = len(chains) + sum(len(chain.nodes) == 1 for pair in pairs for chain in pair)
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in FUNCTIONS:
-            node.target = FUNCTIONS[node.target]
-            done.functional.append(node.name)
+    for share in (share_pools, share_averages, share_gates, share_joins):
+        done.chains += share(graph, modules)
+    done.functional = replace_functions(graph, modules)
     return done
 
 

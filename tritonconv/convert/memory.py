@@ -9,7 +9,9 @@ import torch
 from torch import fx
 
 from tritonconv.convert.calls import in_place_target, module_of, overwrites, spec_of_call
-from tritonconv.nn.fused import BATCH_NORMS
+from tritonconv.nn.fused import BATCH_NORMS, fused_call, fused_norm, fused_pair
+from tritonconv.nn.fused_pool import fused_pool
+from tritonconv.nn.gates import fused_gate, fused_gated, fused_scale
 from tritonconv.ops.activation import from_module, module_types
 
 __all__ = ["Memory", "thread_in_place"]
@@ -24,7 +26,8 @@ NEW_MODULES = {
     *(kind for kinds in BATCH_NORMS.values() for kind in kinds),
 }  # fmt: skip
 NEW_FUNCTIONS = {
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.matmul, torch.add, torch.sub,
+    fused_call, fused_gate, fused_gated, fused_norm, fused_pair, fused_pool, fused_scale, operator.add, operator.sub,
+    operator.mul, operator.truediv, operator.neg, operator.matmul, torch.add, torch.sub,
     torch.mul, torch.cat, torch.stack, torch.matmul, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d,
     torch.conv_transpose2d, torch.conv_transpose3d, torch.nn.functional.linear,
 }  # fmt: skip

@@ -167,8 +167,8 @@ def _through(kind: str, nd: int, given: dict[str, Any], field: Field, shape: tup
     if kind == "interpolate" and len(shape) == axes + 2:
         taps = 1 if str(given.get("mode", "nearest")).startswith("nearest") else 2
         return field.over([taps] * axes, [n / o for n, o in zip(shape[2:], output.shape[2:], strict=True)])
-    gone = len(shape) == axes + 2 and output.dim() < len(shape) and math.prod(shape[2:]) > 1
-    return field.whole() if gone and axes else field
+    gone = output.dim() < len(shape) or (kind == "mean" and math.prod(output.shape[2:]) == 1)
+    return field.whole() if axes and gone and len(shape) == axes + 2 and math.prod(shape[2:]) > 1 else field
 
 
 def _product(name: str, kind: str, given: dict[str, Any], output: Tensor) -> Product:

@@ -26,6 +26,24 @@ TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.ConvTranspose2d: nn.ConvTranspose2d,
     torch.nn.ConvTranspose3d: nn.ConvTranspose3d,
     torch.nn.Linear: nn.Linear,
+    torch.nn.MaxPool1d: nn.MaxPool1d,
+    torch.nn.MaxPool2d: nn.MaxPool2d,
+    torch.nn.MaxPool3d: nn.MaxPool3d,
+    torch.nn.AvgPool1d: nn.AvgPool1d,
+    torch.nn.AvgPool2d: nn.AvgPool2d,
+    torch.nn.AvgPool3d: nn.AvgPool3d,
+    torch.nn.LPPool1d: nn.LPPool1d,
+    torch.nn.LPPool2d: nn.LPPool2d,
+    torch.nn.LPPool3d: nn.LPPool3d,
+    torch.nn.MaxUnpool1d: nn.MaxUnpool1d,
+    torch.nn.MaxUnpool2d: nn.MaxUnpool2d,
+    torch.nn.MaxUnpool3d: nn.MaxUnpool3d,
+    torch.nn.AdaptiveAvgPool1d: nn.AdaptiveAvgPool1d,
+    torch.nn.AdaptiveAvgPool2d: nn.AdaptiveAvgPool2d,
+    torch.nn.AdaptiveAvgPool3d: nn.AdaptiveAvgPool3d,
+    torch.nn.AdaptiveMaxPool1d: nn.AdaptiveMaxPool1d,
+    torch.nn.AdaptiveMaxPool2d: nn.AdaptiveMaxPool2d,
+    torch.nn.AdaptiveMaxPool3d: nn.AdaptiveMaxPool3d,
 }
 
 MARK = "_tritonconv"
@@ -59,7 +77,7 @@ def set_mark(module: torch.nn.Module, **changes: Any) -> None:
 
 
 def swap_layers(model: torch.nn.Module, backend: Backend, keep_contiguous: str) -> None:
-    """Make every convolution, batch norm and linear layer of exactly torch's class ours.
+    """Make every layer of exactly torch's class ours.
 
     Parameters, hooks and names stay: the new classes add no state, so a change of `__class__` is all, and whoever shares
     the module shares the change. Weights of convolutions move to channels-last memory behind the same Parameter, unless

@@ -198,8 +198,15 @@ def is_layer(module: torch.nn.Module) -> bool:
 
 
 def leaf_modules(root: torch.nn.Module) -> set[torch.nn.Module]:
-    """Every module under `root` that a graph of it calls as a whole: layers, and modules that carry hooks."""
-    return {m for m in root.modules() if m is not root and (is_layer(m) or carries_hook(m))}
+    """Every module under `root` that a graph of it calls as a whole: layers, and modules that carry hooks.
+
+    What does nothing is no layer: identities stand between others in many models, and would part them.
+    """
+    return {m for m in root.modules() if m is not root and ((is_layer(m) and not _is_identity(m)) or carries_hook(m))}
+
+
+def _is_identity(module: torch.nn.Module) -> bool:
+    return type(module) is torch.nn.Identity and "forward" not in module.__dict__
 
 
 def called_children(module: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,10 +25,12 @@ from tritonconv.nn.conv import (
     numbers_of,
     output_shape,
 )
+from tritonconv.nn.join import Join
 from tritonconv.nn.linear import Linear
 from tritonconv.ops.activation import ActivationSpec, from_module, parse_activation
 from tritonconv.ops.dispatch import linear, replay
 from tritonconv.ops.dispatch_batch_norm import batch_norm
+from tritonconv.ops.dispatch_extended import convolution_into
 from tritonconv.ops.dispatch_separable import Part, separable_convolution, would_join
 from tritonconv.ops.dispatch_training import convolution_batch_norm
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
@@ -36,7 +39,7 @@ from tritonconv.ops.watch import Share, is_observed, shared, sharing
 
 __all__ = [
     "ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d", "ConvBNReLU2d", "Group", "carries_hook", "fused_call", "fused_norm",
-    "fused_pair", "observe_groups", "running", "unchanged",
+    "fused_pair", "observe_groups", "running", "shown", "unchanged",
 ]  # fmt: skip
 
 BATCH_NORMS: dict[int, tuple[type[torch.nn.Module], ...]] = {
@@ -87,7 +90,7 @@ def observe_groups(callback: Callable[[Group], None]) -> Iterator[None]:
 
 def fused_call(
     layer: torch.nn.Module, norm: torch.nn.Module | None, activation: Any, input: Tensor, residual: Tensor | None = None,
-    in_place: bool = False,
+    in_place: bool = False, into: tuple[Join, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """activation(norm(layer(input)) + residual) in one kernel, or member by member where that would not be the same.
 
@@ -100,8 +103,13 @@ def fused_call(
         norm: a batch norm of torch.nn, or None.
         activation: a module of torch.nn, what `parse_activation` takes, or None.
         in_place: the sum has the dtype of norm(layer(input)), as `+=` gives it.
+        into: a concatenation that the result has a place in, and which; without a residual.
     """
     spec = from_module(activation) if isinstance(activation, Module) else parse_activation(activation)
+    if into is not None and not torch.compiler.is_compiling():
+        found = _joined(layer, norm, activation, input, *into)
+        if found is not None:
+            return found
     if _one_kernel(layer, norm, activation, spec, input):
         epilogue = Epilogue(member(layer, "bias"), None, residual, spec)
         if norm is not None and (norm.training or norm._buffers.get("running_mean") is None):
@@ -110,11 +118,25 @@ def fused_call(
             batch_norm = None if norm is None else _batch_norm(norm)
             y = _run(layer, input, epilogue._replace(batch_norm=batch_norm), in_place)
         if y is not None:
-            return _shown(y, layer, norm, residual, activation if isinstance(activation, Module) else spec, input)
+            return shown(y, layer, norm, residual, activation if isinstance(activation, Module) else spec, input)
     y = layer(input)
     if norm is not None:
         y = norm(y)
     return _behind(y, residual, in_place, activation, spec)
+
+
+def _joined(layer: Any, norm: Any, activation: Any, input: Tensor, join: Join, place: int) -> Tensor | None:
+    """The result in its place of a concatenation, or None where it gets memory of its own."""
+    if isinstance(layer, Linear) or layer.padding_mode != "zeros":
+        return None
+    epilogue = running(layer, norm, activation, input, None, False)
+    if epilogue is None:
+        return None
+    kind, numbers = numbers_of(layer)
+    if kind != "conv":
+        return None
+    memory = functools.partial(join.memory, place)
+    return convolution_into(input, member(layer, "weight"), epilogue, numbers, layer.backend, join.pitch, memory)
 
 
 def fused_norm(
@@ -134,7 +156,7 @@ def fused_norm(
     if isinstance(norm, (BatchNorm1d, BatchNorm2d, BatchNorm3d)) and known and fits and not _is_changed(norm):
         norm._check_input_dim(input)
         y = batch_norm(input, *begin_batch(norm), backend=norm.backend, residual=residual, activation=spec)
-        return _shown(y, norm, None, residual, activation if isinstance(activation, Module) else spec, input)
+        return shown(y, norm, None, residual, activation if isinstance(activation, Module) else spec, input)
     return _behind(norm(input), residual, in_place, activation, spec)
 
 
@@ -193,7 +215,7 @@ def running(
     return Epilogue(member(layer, "bias"), None if norm is None else _batch_norm(norm), residual, spec)
 
 
-def _shown(
+def shown(
     y: Tensor, layer: Module, norm: Module | None, residual: Tensor | None, activation: Module | ActivationSpec | None,
     input: Tensor,
 ) -> Tensor:  # fmt: skip

@@ -42,7 +42,7 @@ def fused_average(
             return found
     if parts is not None and plain and _is_seen() and would_average(input, *parts, keep):
         named: Any = "mean" if pool is None else pool
-        with sharing(Share("with its global average", unwritten=not keep, members=(named,))):
+        with sharing(Share("{}, with its global average", unwritten=not keep, members=(named,))):
             y = fused_call(layer, norm, activation, input, residual, in_place)
         return y, y.mean(tuple(range(2, y.dim())), keepdim=True)
     y = fused_call(layer, norm, activation, input, residual, in_place)
@@ -106,7 +106,7 @@ def fused_gated(
         if y is not None:
             return y
         if _is_seen() and would_gate(input, weight, epilogue, numbers, backend):
-            with sharing(Share("matmul, gated on its way in", members=("mul",))):
+            with sharing(Share("{}, gated on its way in", members=("mul",))):
                 return fused_call(layer, norm, activation, input * gate, residual, in_place)
     return fused_call(layer, norm, activation, scale_channels(input, gate), residual, in_place)
 

@@ -11,7 +11,7 @@ import marshal
 from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.launch import NO_STATISTICS, Kind, Recipe, Slots, forcing, precision
 from tritonconv.ops.layout import dense_strides, same_elements
 
-__all__ = ["Dense", "Prepared", "Registered", "clear_caches", "find", "remember", "signature"]
+__all__ = ["Dense", "Memo", "Prepared", "Registered", "clear_caches", "find", "remember", "signature"]
 
 # A model has at most a few hundred; the bound only stops a service with endless input sizes from growing.
 MOST_CALLS = 4096
+
+Value = TypeVar("Value")
 
 
 class Dense(NamedTuple):
@@ -159,30 +161,41 @@ class Registered(NamedTuple):
     """What it runs forward."""
 
 
-_calls: dict[Hashable, Prepared | Registered | OnTorch] = {}
+class Memo(Generic[Value]):
+    """What was found for calls' signatures, until `clear_caches`."""
+
+    def __init__(self) -> None:
+        self.found: dict[Hashable, Value] = {}
+        _memos.append(self)
+
+    def get(self, key: Hashable) -> Value | None:
+        try:
+            return self.found.get(key)
+        # Numbers may be anything until they are checked.
+        except TypeError:
+            return None
+
+    def put(self, key: Hashable, value: Value) -> None:
+        """Let `get` give this for the key, unless it is None or can be no key."""
+        if len(self.found) >= MOST_CALLS:
+            self.found.clear()
+        if key is not None:
+            with suppress(TypeError):
+                self.found[key] = value
 
 
-def find(key: Hashable) -> Prepared | Registered | OnTorch | None:
-    """Who runs calls of this signature, if one was seen."""
-    try:
-        return _calls.get(key)
-    # Numbers may be anything until they are checked.
-    except TypeError:
-        return None
-
-
-def remember(key: Hashable, call: Prepared | Registered | OnTorch) -> None:
-    """Let `find` give this for calls of this signature, unless it is None or can be no key."""
-    if len(_calls) >= MOST_CALLS:
-        _calls.clear()
-    if key is not None:
-        with suppress(TypeError):
-            _calls[key] = call
+_memos: list[Memo[Any]] = []
+_calls: Memo[Prepared | Registered | OnTorch] = Memo()
+find = _calls.get
+"""Who runs calls of a signature, if one was seen."""
+remember = _calls.put
+"""Let `find` give this call for a signature, unless that is None or can be no key."""
 
 
 def clear_caches() -> None:
     """Resolve every call anew, as after a change of what configs and backends are chosen by."""
-    _calls.clear()
+    for memo in _memos:
+        memo.found.clear()
 
 
 def signature(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.backend import Backend, OnTorch, current_backend, needs_gradients, unsupported
+from tritonconv.ops.backend import Backend, OnTorch, capture, current_backend, needs_gradients, unsupported
 from tritonconv.ops.calls import Prepared, find, remember, signature
 from tritonconv.ops.convolution import check_convolution, output_format
 from tritonconv.ops.dispatch import autocast, missing
@@ -24,6 +25,8 @@ __all__ = ["averaged_convolution", "convolution_into", "gated_convolution", "wou
 
 ELSEWHERE = OnTorch("it runs on its own")
 
+Memory = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor | None]
+
 
 def averaged_convolution(
     x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, keep: bool
@@ -38,7 +41,7 @@ def averaged_convolution(
     Returns:
         y, and its mean (N, K, 1, ...) in its dtype.
     """
-    if torch.compiler.is_compiling() or is_watched():
+    if _apart():
         return None
     x, weight, epilogue = autocast(x, weight, epilogue)
     sink = Sink(average="also" if keep else "alone")
@@ -54,6 +57,11 @@ def averaged_convolution(
     return y if keep else None, average(sums, shape, tile, units, images, x.dtype)
 
 
+def _apart() -> bool:
+    """Whether someone sees single calls, and so each part of this one; who keeps launches wants them as they are."""
+    return torch.compiler.is_compiling() or (is_watched() and not capture.active)
+
+
 def would_average(
     x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, keep: bool
 ) -> bool:
@@ -64,24 +72,23 @@ def would_average(
 
 
 def convolution_into(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, out: Tensor
-) -> bool:
-    """Whether the convolution's result was written into `out`; if not, nothing was.
+    x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: tuple[Any, ...], backend: Backend | None, pitch: int,
+    memory: Memory,
+) -> Tensor | None:  # fmt: skip
+    """The convolution's result as some channels of a wider channels-last tensor; None where it must run on its own.
 
     Args:
         x: (N, C, *spatial).
         numbers: as `dispatch.replay` takes them.
-        out: some channels of a wider channels-last tensor (N, K', *spatial).
+        pitch: channels of the wider tensor.
+        memory: gives these channels for (size, dtype, device), or None where they do not fit.
     """
-    if torch.compiler.is_compiling() or is_watched() or epilogue.residual is not None:
-        return False
+    if _apart() or epilogue.residual is not None:
+        return None
     x, weight, epilogue = autocast(x, weight, epilogue)
-    call = _find(x, weight, epilogue, numbers, backend, Sink(pitch=out.stride(-1)))
-    if call is None or call.output != (out.shape, out.stride()) or (call.dtype, call.device) != (out.dtype, out.device):
-        return False
-    if call.recipe is not None:
-        call.run(x, weight, epilogue, y=out)
-    return True
+    call = _find(x, weight, epilogue, numbers, backend, Sink(pitch))
+    out = None if call is None else memory(call.output.shape, call.dtype, call.device)
+    return None if call is None or out is None else call.run(x, weight, epilogue, y=out)
 
 
 def gated_convolution(
@@ -94,7 +101,7 @@ def gated_convolution(
         gate: (N, C, 1, ...), of x's dtype.
         numbers: as `dispatch.replay` takes them.
     """
-    if torch.compiler.is_compiling() or is_watched() or needs_gradients((gate,)):
+    if _apart() or needs_gradients((gate,)):
         return None
     x, weight, epilogue = autocast(x, weight, epilogue)
     if (gate.dtype, gate.device) != (x.dtype, x.device) or gate.shape != (*x.shape[:2], *(1,) * (x.dim() - 2)):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.backend import Backend, current_backend, needs_gradients, unsupported
-from tritonconv.ops.calls import signature
+from tritonconv.ops.calls import Memo, signature
 from tritonconv.ops.dispatch import autocast
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.library_separable import call_separable
@@ -19,8 +18,6 @@ from tritonconv.ops.separable import pointwise_geometry, separable, takes
 from tritonconv.ops.watch import is_watched
 
 __all__ = ["Part", "separable_convolution", "would_join"]
-
-MOST_CALLS = 4096
 
 
 class Part(NamedTuple):
@@ -33,7 +30,7 @@ class Part(NamedTuple):
     backend: Backend | None
 
 
-_known: dict[Hashable, ConvGeometry | None] = {}
+_known: Memo[ConvGeometry | Literal["apart"]] = Memo()
 
 
 def separable_convolution(x: Tensor, first: Part, second: Part) -> Tensor | None:
@@ -64,12 +61,11 @@ def separable_convolution(x: Tensor, first: Part, second: Part) -> Tensor | None
     )
     if None in key:
         return None
-    if key not in _known:
-        if len(_known) >= MOST_CALLS:
-            _known.clear()
-        _known[key] = _suits(x, first, second)
-    geometry = _known[key]
+    geometry = _known.get(key)
     if geometry is None:
+        geometry = _suits(x, first, second) or "apart"
+        _known.put(key, geometry)
+    if geometry == "apart":
         return None
     return separable(x, first.weight, first.epilogue, second.weight, second.epilogue, geometry)
 

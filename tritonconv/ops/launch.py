@@ -164,8 +164,15 @@ def launch(one: Launch, device: torch.device) -> None:
     if _state.captured is not None:
         _state.captured.append(one)
         return
-    with _interpreter if interpreting() else torch.cuda.device(device):
-        one.kernel[(one.programs,)](**one.arguments, **one.options)
+    launcher = functools.partial(one.kernel[(one.programs,)], **one.arguments, **one.options)
+    if interpreting():
+        with _interpreter:
+            launcher()
+    elif torch.cuda.current_device() == device.index:
+        launcher()
+    else:
+        with torch.cuda.device(device):
+            launcher()
 
 
 class Forced(NamedTuple):

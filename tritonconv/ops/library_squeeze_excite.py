@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonconv.ops.activation import ActivationSpec
-from tritonconv.ops.backend import Backend, current_backend, decide, needs_gradients, unsupported
+from tritonconv.ops.backend import Backend, capture, current_backend, decide, needs_gradients, unsupported
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.layout import dense_strides, suggests_channels_last
 from tritonconv.ops.registered import is_traced
@@ -49,7 +49,11 @@ def excited(
         w2, b2: (C, R, 1, ...) or (C, R), and (C,).
         backend: the layers' own choice.
     """
-    if torch.compiler.is_compiling() or is_watched() or not would_excite(mean, w1, b1, w2, b2, backend):
+    if (
+        torch.compiler.is_compiling()
+        or (is_watched() and not capture.active)
+        or not would_excite(mean, w1, b1, w2, b2, backend)
+    ):
         return None
     return excite(mean, w1, b1, act, w2, b2, gate_act)
 

@@ -108,12 +108,9 @@ def separable(
     device = device_of(x.device)
     x = x if x.stride()[1] == 1 else as_format(x, True)
     first_weight, weight = as_format(first_weight, False), weight if is_dense(weight, True) else as_format(weight, False)
-    first, epilogue = (
-        first.map(Tensor.contiguous),
-        epilogue._replace(residual=None)
-        .map(Tensor.contiguous)
-        ._replace(residual=None if epilogue.residual is None else as_format(epilogue.residual, True)),
-    )
+    residual = None if epilogue.residual is None else as_format(epilogue.residual, True)
+    first = first.map(Tensor.contiguous)
+    epilogue = epilogue._replace(residual=None).map(Tensor.contiguous)._replace(residual=residual)
     sn, _, _, sh, sw = lift(x.stride(), (g.batch, g.in_channels, *g.input))
     sizes = pointwise_geometry(g, filters)
     problem = Problem("separable", sizes, str(x.dtype)[6:], products == "tf32", power_of_two_divisor(sn, sh) > 1, device)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import power
+from tritonconv.geometry import power, power_of_two_divisor
 from tritonconv.ops.calls import Dense
 from tritonconv.ops.launch import Launch, device_of, launch
 from tritonconv.ops.layout import empty_output
@@ -68,11 +68,11 @@ def average(sums: Tensor, shape: tuple[int, ...], tile: int, pixels: int, images
     ones = (1,) * len(spatial)
     mean = empty_output(sums, (n, c, *ones), False, dtype)
     interpreted = device_of(sums.device).arch == INTERPRETER.arch
-    block_c = power(c, 256) if interpreted else 32
+    block_c = power(c, 256) if interpreted else 64
     block_s = power(math.ceil(pixels / tile) + 1, 64)
     arguments = dict(
         sums_ptr=sums, mean_ptr=mean, C=c, UNITS=pixels, TILE=tile, COUNT=math.prod(spatial), IMAGES=images,
-        BLOCK_S=block_s, BLOCK_C=block_c,
+        VEC=power_of_two_divisor(c), BLOCK_S=block_s, BLOCK_C=block_c,
     )  # fmt: skip
     launch(Launch(average_kernel, n * math.ceil(c / block_c), arguments, None, None), sums.device)
     return mean

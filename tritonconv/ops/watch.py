@@ -82,7 +82,7 @@ class Share(NamedTuple):
     """What an observed call would be a part of."""
 
     reason: str
-    """The launch that it would share."""
+    """The launch that it would share; "{}" stands for its kernel."""
     unread: bool = False
     """Whether its input would not come from memory."""
     unwritten: bool = False

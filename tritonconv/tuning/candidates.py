@@ -42,9 +42,12 @@ def _patches(problem: Problem, p: int, q: int) -> list[Any]:
 def _fitting(problem: Problem, m: int, n: int) -> list[Any]:
     from tritonconv.kernels.tiles import fitting
 
+    configs = importlib.import_module(f"tritonconv.kernels.{problem.kernel}").configs()
+    if problem.kernel == "matmul":
+        # Rows that are computed on their way in come by pointers alone, and have tiles of their own.
+        configs = [config for config in configs if config.kwargs["USE_TMA"] != problem.computed]
     return fitting(
-        importlib.import_module(f"tritonconv.kernels.{problem.kernel}").configs(),
-        m=m, n=n, k=problem.run, itemsize=problem.itemsize, tensor_cores=problem.tensor_cores,
+        configs, m=m, n=n, k=problem.run, itemsize=problem.itemsize, tensor_cores=problem.tensor_cores,
         shared=problem.device.shared_memory, even=problem.kernel == "conv_fprop", vectors=problem.vectors,
         turned=problem.kernel == "conv_wgrad", computed=problem.computed,
         scattered=problem.pass_ == "dgrad" and max(problem.geometry.stride) > 1, statistics=problem.statistics,

@@ -1,0 +1,149 @@
+"""Concatenations of channels whose parts our kernels write where they belong.
+
+A part that a convolution or a pooling of ours computes goes to its channels of the wide tensor at once; any other part is
+copied there. Concatenations that grow, as in a dense block (each begins with all parts of the one before), share the widest
+one's memory and are its first channels. It is decided at each call whether memory is shared (nn/join.py); here only which
+parts may: nobody may write into them, nor into the whole, later on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from tritonconv import nn
+from tritonconv.convert.calls import module_of, overwrites
+from tritonconv.convert.memory import Memory
+from tritonconv.convert.pools import pool_of
+from tritonconv.nn.fused import carries_hook, fused_call, fused_norm
+from tritonconv.nn.fused_pool import fused_pool
+from tritonconv.nn.gates import fused_scale
+from tritonconv.nn.join import Join, joined
+from tritonconv.ops.activation import module_types
+
+__all__ = ["share_joins"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
+Parts = tuple[fx.Node, ...]
+
+
+def share_joins(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> int:
+    """Let parts of concatenations be written where they belong; how many concatenations can gain by it."""
+    memory = Memory(graph, modules)
+    found = [(node, parts) for node in graph.nodes if (parts := _parts(node)) is not None]
+    # The longest first: shorter ones that it begins with share its memory.
+    found.sort(key=lambda entry: -len(entry[1]))
+    count, taken = 0, set[fx.Node]()
+    for node, parts in found:
+        if node in taken:
+            continue
+        same = [(other, shorter) for other, shorter in found if other not in taken and shorter == parts[: len(shorter)]]
+        channels = [_channels(part, modules) for part in parts]
+        writers = [part for part in parts if _writes(part, modules) and part not in taken]
+        nodes = [*parts, *(other for other, _ in same)]
+        if not writers or None in channels or len(set(parts)) < len(parts) or _is_written(nodes, graph, memory):
+            continue
+        taken.update(nodes)
+        _share(graph, modules, same, parts, tuple(channels), writers)
+        count += len(same)
+    return count
+
+
+def _parts(node: fx.Node) -> Parts | None:
+    """What a node concatenates along channels."""
+    if node.op != "call_function" or node.target not in CONCATENATIONS or not node.args:
+        return None
+    if node.kwargs.keys() - {"dim", "axis"}:
+        return None
+    parts = node.args[0]
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    if dim != 1 or not isinstance(parts, (list, tuple)) or not all(isinstance(part, fx.Node) for part in parts):
+        return None
+    return tuple(parts) if len(parts) > 1 else None  # type: ignore[arg-type]
+
+
+def _writes(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
+    """Whether a node is a call of ours that can write its result anywhere."""
+    if node.op == "call_module":
+        module = module_of(node, modules)
+        plain = (node.args, node.kwargs) == ((*node.all_input_nodes,), {}) and len(node.args) == 1
+        if type(module) in CONVOLUTIONS and module is not None:
+            return not carries_hook(module) and plain
+    if node.target is fused_call:
+        # A residual would have to lie as the result does.
+        return type(_member(node, 0, modules)) in CONVOLUTIONS and node.args[4] is None
+    return node.target is fused_pool or pool_of(node, modules) is not None
+
+
+def _member(node: fx.Node, position: int, modules: dict[str, torch.nn.Module]) -> torch.nn.Module | None:
+    """The module that a fused call has at a position."""
+    at = node.args[position]
+    return modules.get(str(at.target)) if isinstance(at, fx.Node) else None
+
+
+def _channels(node: Any, modules: dict[str, torch.nn.Module]) -> int | None:
+    """Channels of a value, as far as the layers that it comes from tell."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target is joined:
+        join, own = node.args
+        return sum(join.args[0][: len(own)])  # type: ignore[union-attr,index,arg-type]
+    parts = _parts(node)
+    if parts is not None:
+        each = [_channels(part, modules) for part in parts]
+        return None if None in each else sum(each)  # type: ignore[arg-type]
+    module: Any = module_of(node, modules)
+    if node.target in (fused_call, fused_norm):
+        module = _member(node, 0, modules)
+    if isinstance(module, torch.nn.modules.conv._ConvNd):
+        return module.out_channels
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        return module.num_features
+    if pool_of(node, modules) is not None or type(module) in module_types() or node.target is fused_scale:
+        return _channels(node.args[0], modules)
+    return _channels(node.args[3], modules) if node.target is fused_pool else None
+
+
+def _is_written(nodes: list[fx.Node], graph: fx.Graph, memory: Memory) -> bool:
+    """Whether someone may write into any of these values once it is computed."""
+    first = min(memory.position[node] for node in nodes)
+    held = {origin for node in nodes for origin in (node, *memory.origins(node)) if origin is not None}
+    for node in list(graph.nodes)[first + 1 :]:
+        targets, _ = overwrites(node, memory.modules)
+        if any(held & memory.origins(target) for target in targets):
+            return True
+    return False
+
+
+def _share(
+    graph: fx.Graph, modules: dict[str, torch.nn.Module], same: list[tuple[fx.Node, Parts]], parts: Parts,
+    channels: tuple[Any, ...], writers: list[fx.Node],
+) -> None:  # fmt: skip
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    with graph.inserting_before(min(writers, key=order.__getitem__)):
+        join = graph.call_function(Join, (channels,))
+    # A cat's own parts may be replaced on the way.
+    current = dict(zip(parts, parts, strict=True))
+    for part in writers:
+        into: dict[str, Any] = {"into": (join, parts.index(part))}
+        if part.target in (fused_call, fused_pool):
+            part.kwargs = {**part.kwargs, **into}
+            continue
+        pool = pool_of(part, modules)
+        with graph.inserting_before(part):
+            layer: Any = graph.get_attr(str(part.target)) if part.op == "call_module" else pool
+            if pool is None:
+                call = graph.call_function(fused_call, (layer, None, None, part.args[0], None, False), into)
+            else:
+                call = graph.call_function(fused_pool, (layer, None, False, part.args[0]), into)
+        part.replace_all_uses_with(call)
+        graph.erase_node(part)
+        current[part] = call
+    for node, own in same:
+        with graph.inserting_before(node):
+            call = graph.call_function(joined, (join, [current[part] for part in own]))
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
