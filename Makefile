@@ -51,7 +51,7 @@ codegen: $(VENV)/.with-test ## write what the compiler makes of each kernel (reg
 	$(CODEGEN)
 
 codegen-check: $(VENV)/.with-test ## the same, compared with benchmarks/codegen.json
-	$(CODEGEN) --check
+	$(CODEGEN) --check --whole
 
 compat: test compat-3.6 compat-3.9 ## the kernel tests under the oldest and the newest supported Triton too
 

@@ -403,14 +403,14 @@ def test_an_operation_that_registers_itself_is_measured_everywhere(monkeypatch: 
     monkeypatch.setattr(registry, "operations", lambda: registry._registered)
 
     @registry.register
-    class Pool(type(registry.operations()["conv"])):  # type: ignore[misc]
-        kind = "pool"
+    class Deformable(type(registry.operations()["conv"])):  # type: ignore[misc]
+        kind = "deform"
 
     assert before - {case.id for case in cases if registry.operation_for(case) is None} == {
-        case.id for case in cases if case.kind == "pool"
+        case.id for case in cases if case.kind == "deform"
     }
-    with pytest.raises(ValueError, match="'pool' is registered already"):
-        registry.register(Pool)
+    with pytest.raises(ValueError, match="'deform' is registered already"):
+        registry.register(Deformable)
 
 
 def test_columns_by_word() -> None:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "benchmarks/codegen.json"
 KEYS = {
-    "kernel", "case", "config", "target", "triton", "registers", "stack", "shared", "serialized", "issue_ratio",
+    "kernel", "case", "config", "target", "triton", "source", "registers", "stack", "shared", "serialized", "issue_ratio",
     "lane_instructions_per_output", "counts",
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 A part that a convolution or a pooling of ours computes goes to its channels of the wide tensor at once; any other part is
 copied there. Concatenations that grow, as in a dense block (each begins with all parts of the one before), share the widest
 one's memory and are its first channels. It is decided at each call whether memory is shared (nn/join.py); here only which
-parts may: nobody may write into them, nor into the whole, later on.
+parts may: nobody may write into them, nor into the whole, later on, and callers, who might, get none but the whole.
 """
 
 from __future__ import annotations
@@ -44,10 +44,17 @@ def share_joins(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> int:
         channels = [_channels(part, modules) for part in parts]
         writers = [part for part in parts if _writes(part, modules) and part not in taken]
         nodes = [*parts, *(other for other, _ in same)]
-        if not writers or None in channels or len(set(parts)) < len(parts) or _is_written(nodes, graph, memory):
+        if not writers or len(set(parts)) < len(parts) or _is_written(nodes, node, graph, memory):
+            continue
+        # Room is made for all parts when the first one is written.
+        order = {each: i for i, each in enumerate(graph.nodes)}
+        begin = min(writers, key=order.__getitem__)
+        if any(isinstance(known, fx.Node) and order[known] >= order[begin] for known in channels):
             continue
         taken.update(nodes)
-        _share(graph, modules, same, parts, tuple(channels), writers)
+        with graph.inserting_before(begin):
+            join = graph.call_function(Join, (tuple(channels),))
+        _share(graph, modules, join, same, parts, writers)
         count += len(same)
     return count
 
@@ -84,32 +91,33 @@ def _member(node: fx.Node, position: int, modules: dict[str, torch.nn.Module]) -
     return modules.get(str(at.target)) if isinstance(at, fx.Node) else None
 
 
-def _channels(node: Any, modules: dict[str, torch.nn.Module]) -> int | None:
-    """Channels of a value, as far as the layers that it comes from tell."""
-    if not isinstance(node, fx.Node):
-        return None
-    if node.target is joined:
-        join, own = node.args
-        return sum(join.args[0][: len(own)])  # type: ignore[union-attr,index,arg-type]
+def _channels(node: Any, modules: dict[str, torch.nn.Module]) -> int | fx.Node:
+    """Channels of a value, as far as the layers that it comes from tell; else a value that has as many."""
     parts = _parts(node)
-    if parts is not None:
-        each = [_channels(part, modules) for part in parts]
-        return None if None in each else sum(each)  # type: ignore[arg-type]
+    if parts is not None or node.target is joined:
+        each = (
+            [_channels(part, modules) for part in parts] if parts is not None else node.args[0].args[0][: len(node.args[1])]
+        )
+        return sum(each) if all(isinstance(known, int) for known in each) else node
     module: Any = module_of(node, modules)
     if node.target in (fused_call, fused_norm):
         module = _member(node, 0, modules)
     if isinstance(module, torch.nn.modules.conv._ConvNd):
-        return module.out_channels
+        return int(module.out_channels)
     if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-        return module.num_features
+        return int(module.num_features)
     if pool_of(node, modules) is not None or type(module) in module_types() or node.target is fused_scale:
         return _channels(node.args[0], modules)
-    return _channels(node.args[3], modules) if node.target is fused_pool else None
+    result: int | fx.Node = _channels(node.args[3], modules) if node.target is fused_pool else node
+    return result
 
 
-def _is_written(nodes: list[fx.Node], graph: fx.Graph, memory: Memory) -> bool:
-    """Whether someone may write into any of these values once it is computed."""
+def _is_written(nodes: list[fx.Node], whole: fx.Node, graph: fx.Graph, memory: Memory) -> bool:
+    """Whether someone may write into any of these values once it is computed; callers may, but for the whole."""
     first = min(memory.position[node] for node in nodes)
+    given = {origin for result in graph.output_node().all_input_nodes for origin in (result, *memory.origins(result))}
+    if given & {node for node in nodes if node is not whole}:
+        return True
     held = {origin for node in nodes for origin in (node, *memory.origins(node)) if origin is not None}
     for node in list(graph.nodes)[first + 1 :]:
         targets, _ = overwrites(node, memory.modules)
@@ -119,12 +127,9 @@ def _is_written(nodes: list[fx.Node], graph: fx.Graph, memory: Memory) -> bool:
 
 
 def _share(
-    graph: fx.Graph, modules: dict[str, torch.nn.Module], same: list[tuple[fx.Node, Parts]], parts: Parts,
-    channels: tuple[Any, ...], writers: list[fx.Node],
+    graph: fx.Graph, modules: dict[str, torch.nn.Module], join: fx.Node, same: list[tuple[fx.Node, Parts]], parts: Parts,
+    writers: list[fx.Node],
 ) -> None:  # fmt: skip
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    with graph.inserting_before(min(writers, key=order.__getitem__)):
-        join = graph.call_function(Join, (channels,))
     # A cat's own parts may be replaced on the way.
     current = dict(zip(parts, parts, strict=True))
     for part in writers:

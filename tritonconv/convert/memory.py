@@ -14,7 +14,7 @@ from tritonconv.nn.fused_pool import fused_pool
 from tritonconv.nn.gates import fused_gate, fused_gated, fused_scale
 from tritonconv.ops.activation import from_module, module_types
 
-__all__ = ["Memory", "thread_in_place"]
+__all__ = ["Memory", "is_new", "thread_in_place"]
 
 OUTSIDE = None
 """Stands for the memory of everything that a graph gets: inputs, parameters, buffers."""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from tritonconv.convert.calls import activation_of, module_of
-from tritonconv.convert.memory import Memory
+from tritonconv.convert.calls import activation_of, in_place_target, module_of
+from tritonconv.convert.memory import Memory, is_new
 from tritonconv.nn.fused import carries_hook
 from tritonconv.nn.fused_pool import Window, fused_pool, window_of
 from tritonconv.ops.activation import ActivationSpec, from_module
@@ -45,6 +45,8 @@ def share_pools(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> int:
             activation = _activation(source, earlier, modules) if isinstance(earlier, fx.Node) else None
             spec = from_module(activation) if isinstance(activation, torch.nn.Module) else activation
             falls = spec is None or not (spec.name in NEVER_FALLING or (spec.name == "leaky_relu" and spec.a >= 0))
+            # Of what an activation changes in place there may be other names, the caller's among them.
+            falls = falls or (in_place_target(source, modules) is not None and not is_new(earlier, modules))
             if falls or memory.is_written(earlier, source, node, (source,)):
                 activation = None
             before = activation is not None

@@ -29,6 +29,14 @@ from tritonconv.nn.pooling import (
     MinPool2d,
     SumPool2d,
 )
+from tritonconv.nn.resampling import (
+    ChannelShuffle,
+    PixelShuffle,
+    PixelUnshuffle,
+    Upsample,
+    UpsamplingBilinear2d,
+    UpsamplingNearest2d,
+)
 from tritonconv.nn.separable import DepthwiseSeparableConv2d
 from tritonconv.nn.squeeze_excite import SqueezeExcite
 from tritonconv.nn.stochastic import StochasticPool2d
@@ -36,8 +44,9 @@ from tritonconv.nn.stochastic import StochasticPool2d
 __all__ = [
     "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d",
     "AdaptiveMaxPool3d", "AvgPool1d", "AvgPool2d", "AvgPool3d", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d",
-    "CausalConv1d", "Conv1d", "Conv2d", "Conv3d", "ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d", "ConvBNReLU2d",
-    "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "DepthwiseSeparableConv2d", "LPPool1d", "LPPool2d",
-    "LPPool3d", "Linear", "MaxPool1d", "MaxPool2d", "MaxPool3d", "MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d",
-    "MinPool2d", "SqueezeExcite", "StochasticPool2d", "SumPool2d", "SyncBatchNorm",
+    "CausalConv1d", "ChannelShuffle", "Conv1d", "Conv2d", "Conv3d", "ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d",
+    "ConvBNReLU2d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "DepthwiseSeparableConv2d", "LPPool1d",
+    "LPPool2d", "LPPool3d", "Linear", "MaxPool1d", "MaxPool2d", "MaxPool3d", "MaxUnpool1d", "MaxUnpool2d",
+    "MaxUnpool3d", "MinPool2d", "PixelShuffle", "PixelUnshuffle", "SqueezeExcite", "StochasticPool2d", "SumPool2d",
+    "SyncBatchNorm", "Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d",
 ]  # fmt: skip

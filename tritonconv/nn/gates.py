@@ -67,9 +67,9 @@ def fused_gate(first: Module, activation: Any, second: Module, gate: Any, mean: 
         if found is not None:
             return found.view(mean.shape)
         if _is_seen() and would_excite(whole, w1, b1, w2, b2, first.backend):  # type: ignore[arg-type]
-            with sharing(Share("excite_kernel, its first product", unwritten=True)):
+            with sharing(Share("excite, its first product", unwritten=True)):
                 hidden = fused_call(first, None, activation, mean)
-            with sharing(Share("excite_kernel, its second product", unread=True)):
+            with sharing(Share("excite, its second product", unread=True)):
                 return fused_call(second, None, gate, hidden)
     return fused_call(second, None, gate, fused_call(first, None, activation, mean))
 

@@ -16,11 +16,12 @@ class Join:
     """The memory of one concatenation, in one run of a model: channels-last, made when the first part asks for its place.
 
     Args:
-        channels: of every part, in order.
+        channels: of every part, in order: a number, or a tensor that has as many.
     """
 
-    def __init__(self, channels: tuple[int, ...]) -> None:
-        self.starts = tuple(sum(channels[:i]) for i in range(len(channels) + 1))
+    def __init__(self, channels: tuple[int | Tensor, ...]) -> None:
+        sizes = [known.shape[1] if isinstance(known, Tensor) else known for known in channels]
+        self.starts = tuple(sum(sizes[:i]) for i in range(len(sizes) + 1))
         self.pitch = self.starts[-1]
         self.whole: Tensor | None = None
         self.copied: dict[int, Tensor] = {}

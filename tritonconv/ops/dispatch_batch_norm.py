@@ -149,5 +149,5 @@ def missing_norm(
 def _as_call(x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool) -> Call:
     parameters = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
     size = (3 if training else 2) * x.numel() * x.element_size() + parameters
-    kernel = "batch_norm_statistics_kernel" if training else "batch_norm_normalize_kernel"
+    kernel = "batch_norm_statistics" if training else "batch_norm_normalize"
     return Call("batch_norm", Decision("triton", kernel), None, 0, size, x.dtype, x.device, None, "")

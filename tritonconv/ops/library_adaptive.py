@@ -130,7 +130,7 @@ def _on_torch(kind: Kind, x: Tensor, output_size: Any, nd: int, return_indices: 
 
 def _as_call(kind: Kind, x: Tensor, geometry: AdaptiveGeometry) -> Call:
     copies = int(needs_copy(x.unsqueeze(0) if x.dim() == geometry.nd + 1 else x))
-    kernel = "global_reduce_kernel" if geometry.is_global else "adaptive_forward_kernel"
+    kernel = "global_reduce" if geometry.is_global else "adaptive_forward"
     size = (geometry.elements + geometry.results) * x.element_size()
     decision = Decision("triton", kernel, copies)
     return Call(f"adaptive_{kind}_pool{geometry.nd}d", decision, None, 0, size, x.dtype, x.device, None, "")

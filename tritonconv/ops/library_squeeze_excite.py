@@ -78,7 +78,7 @@ def scale_channels(
 
     def seen() -> Call:
         size = (sum(t.numel() for t in tensors) + x.numel()) * x.element_size()
-        return Call("scale_channels", Decision("triton", "scale_kernel"), None, 0, size, x.dtype, x.device, None, "")
+        return Call("scale_channels", Decision("triton", "scale"), None, 0, size, x.dtype, x.device, None, "")
 
     if decide(tensors, backend, lambda: f"scale_channels of {list(x.shape)}") is not None:
         return behind.torch(x * gate)

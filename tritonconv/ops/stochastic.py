@@ -69,7 +69,7 @@ def _uniform(x: Tensor, g: PoolGeometry, generator: torch.Generator | None) -> T
 
 def _as_call(x: Tensor, g: PoolGeometry) -> Call:
     size = (x.numel() + math.prod(g.output_shape)) * x.element_size()
-    return Call(OP, Decision("triton", "stochastic_kernel", int(needs_copy(x))), None, 0, size, x.dtype, x.device, None, "")
+    return Call(OP, Decision("triton", "stochastic", int(needs_copy(x))), None, 0, size, x.dtype, x.device, None, "")
 
 
 def _on_torch(x: Tensor, u: Tensor | None, g: PoolGeometry) -> Tensor:

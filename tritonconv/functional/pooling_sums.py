@@ -1,0 +1,247 @@
+"""Means, sums and power sums of windows: torch.nn.functional's avg_pool and lp_pool, and sum_pool beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch  # noqa: F401 - the examples' name
+from torch import Tensor
+
+from tritonconv.ops.dispatch_pool import lp_pool, pool
+
+__all__ = [
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool1d", "lp_pool2d", "lp_pool3d", "sum_pool1d", "sum_pool2d",
+    "sum_pool3d",
+]  # fmt: skip
+
+Ints = int | Sequence[int]
+
+
+def avg_pool1d(
+    input: Tensor, kernel_size: Ints, stride: Ints | None = None, padding: Ints = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:  # fmt: skip
+    """Mean of every window, as `torch.nn.functional.avg_pool1d`; summed in fp32 (fp64 for fp64).
+
+    Args:
+        input: (N, C, L) or without N; fp16, bf16, fp32 or fp64.
+        kernel_size: of the window, a number; stride: of windows, by default their size.
+        padding: of zeros, on both sides, at most half a window.
+        ceil_mode: whether a last window may reach beyond the padding; what lies there does not count.
+        count_include_pad: whether the padding counts.
+
+    Returns:
+        Of the input's dtype; channels-last if the input is, else contiguous.
+
+    Raises:
+        RuntimeError, TypeError: as torch's.
+
+    >>> avg_pool1d(torch.arange(6.0).view(1, 1, 6), 2).flatten().tolist()
+    [0.5, 2.5, 4.5]
+    """
+    return pool(
+        "avg", input, kernel_size, stride, padding, 1, ceil_mode, nd=1,
+        include_pad=count_include_pad,
+    )  # fmt: skip
+
+
+def avg_pool2d(
+    input: Tensor, kernel_size: Ints, stride: Ints | None = None, padding: Ints = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Mean of every window, as `torch.nn.functional.avg_pool2d`; summed in fp32 (fp64 for fp64).
+
+    Args:
+        input: (N, C, H, W) or without N; fp16, bf16, fp32 or fp64.
+        kernel_size: of the window, one number or 2; stride: of windows, by default their size.
+        padding: of zeros, on both sides, at most half a window.
+        ceil_mode: whether a last window may reach beyond the padding; what lies there does not count.
+        count_include_pad: whether the padding counts.
+        divisor_override: what sums are divided by; None: the window's size.
+
+    Returns:
+        Of the input's dtype; channels-last if the input is, else contiguous.
+
+    Raises:
+        RuntimeError, TypeError: as torch's.
+
+    >>> avg_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 2).flatten().tolist()
+    [2.5, 4.5, 10.5, 12.5]
+    """
+    return pool(
+        "avg", input, kernel_size, stride, padding, 1, ceil_mode, nd=2,
+        include_pad=count_include_pad, divisor=divisor_override,
+    )  # fmt: skip
+
+
+def avg_pool3d(
+    input: Tensor, kernel_size: Ints, stride: Ints | None = None, padding: Ints = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Mean of every window, as `torch.nn.functional.avg_pool3d`; summed in fp32 (fp64 for fp64).
+
+    Args:
+        input: (N, C, D, H, W) or without N; fp16, bf16, fp32 or fp64.
+        kernel_size: of the window, one number or 3; stride: of windows, by default their size.
+        padding: of zeros, on both sides, at most half a window.
+        ceil_mode: whether a last window may reach beyond the padding; what lies there does not count.
+        count_include_pad: whether the padding counts.
+        divisor_override: what sums are divided by; None: the window's size.
+
+    Returns:
+        Of the input's dtype; channels-last if the input is, else contiguous.
+
+    Raises:
+        RuntimeError, TypeError: as torch's.
+
+    >>> avg_pool3d(torch.arange(64.0).view(1, 1, 4, 4, 4), 2).flatten().tolist()
+    [10.5, 12.5, 18.5, 20.5, 42.5, 44.5, 50.5, 52.5]
+    """
+    return pool(
+        "avg", input, kernel_size, stride, padding, 1, ceil_mode, nd=3,
+        include_pad=count_include_pad, divisor=divisor_override,
+    )  # fmt: skip
+
+
+def sum_pool1d(
+    input: Tensor, kernel_size: Ints, stride: Ints | None = None, padding: Ints = 0, ceil_mode: bool = False
+) -> Tensor:
+    """Sum of every window: a mean whose divisor is 1; summed in fp32 (fp64 for fp64).
+
+    Args:
+        input: (N, C, L) or without N; fp16, bf16, fp32 or fp64.
+        kernel_size: of the window, a number; stride: of windows, by default their size.
+        padding: of zeros, on both sides, at most half a window.
+        ceil_mode: whether a last window may reach beyond the padding.
+
+    Returns:
+        Of the input's dtype; channels-last if the input is, else contiguous.
+
+    Raises:
+        RuntimeError, TypeError: as torch's.
+
+    >>> sum_pool1d(torch.arange(6.0).view(1, 1, 6), 2).flatten().tolist()
+    [1.0, 5.0, 9.0]
+    """
+    return pool("avg", input, kernel_size, stride, padding, 1, ceil_mode, nd=1, divisor=1)
+
+
+def sum_pool2d(
+    input: Tensor, kernel_size: Ints, stride: Ints | None = None, padding: Ints = 0, ceil_mode: bool = False
+) -> Tensor:
+    """Sum of every window: a mean whose divisor is 1; summed in fp32 (fp64 for fp64).
+
+    Args:
+        input: (N, C, H, W) or without N; fp16, bf16, fp32 or fp64.
+        kernel_size: of the window, one number or 2; stride: of windows, by default their size.
+        padding: of zeros, on both sides, at most half a window.
+        ceil_mode: whether a last window may reach beyond the padding.
+
+    Returns:
+        Of the input's dtype; channels-last if the input is, else contiguous.
+
+    Raises:
+        RuntimeError, TypeError: as torch's.
+
+    >>> sum_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 2).flatten().tolist()
+    [10.0, 18.0, 42.0, 50.0]
+    """
+    return pool("avg", input, kernel_size, stride, padding, 1, ceil_mode, nd=2, divisor=1)
+
+
+def sum_pool3d(
+    input: Tensor, kernel_size: Ints, stride: Ints | None = None, padding: Ints = 0, ceil_mode: bool = False
+) -> Tensor:
+    """Sum of every window: a mean whose divisor is 1; summed in fp32 (fp64 for fp64).
+
+    Args:
+        input: (N, C, D, H, W) or without N; fp16, bf16, fp32 or fp64.
+        kernel_size: of the window, one number or 3; stride: of windows, by default their size.
+        padding: of zeros, on both sides, at most half a window.
+        ceil_mode: whether a last window may reach beyond the padding.
+
+    Returns:
+        Of the input's dtype; channels-last if the input is, else contiguous.
+
+    Raises:
+        RuntimeError, TypeError: as torch's.
+
+    >>> sum_pool3d(torch.arange(64.0).view(1, 1, 4, 4, 4), 2).flatten().tolist()
+    [84.0, 100.0, 148.0, 164.0, 340.0, 356.0, 404.0, 420.0]
+    """
+    return pool("avg", input, kernel_size, stride, padding, 1, ceil_mode, nd=3, divisor=1)
+
+
+def lp_pool1d(
+    input: Tensor, norm_type: float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
+) -> Tensor:
+    """(sum of x ** p) ** (1 / p) of every window, as `torch.nn.functional.lp_pool1d`; in fp32 (fp64 for fp64).
+
+    Odd p of a negative sum and fractional p of negative elements give NaN, as torch's do.
+
+    Args:
+        input: (N, C, L) or without N; fp16, bf16, fp32 or fp64.
+        norm_type: p, whole up to 16 or fractional; infinite: the maximum of absolute values, or their minimum.
+        kernel_size: of the window, a number; stride: of windows, by default their size.
+        ceil_mode: whether a last window may reach beyond the image.
+
+    Returns:
+        Of the input's dtype; channels-last if the input is, else contiguous. Where a sum is zero, so is its gradient.
+
+    Raises:
+        RuntimeError, TypeError: as torch's.
+
+    >>> lp_pool1d(torch.tensor([[[3.0, 4.0, 6.0, 8.0]]]), 2, 2).flatten().tolist()
+    [5.0, 10.0]
+    """
+    return lp_pool(1, input, norm_type, kernel_size, stride, ceil_mode)
+
+
+def lp_pool2d(
+    input: Tensor, norm_type: float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
+) -> Tensor:
+    """(sum of x ** p) ** (1 / p) of every window, as `torch.nn.functional.lp_pool2d`; in fp32 (fp64 for fp64).
+
+    Odd p of a negative sum and fractional p of negative elements give NaN, as torch's do.
+
+    Args:
+        input: (N, C, H, W) or without N; fp16, bf16, fp32 or fp64.
+        norm_type: p, whole up to 16 or fractional; infinite: the maximum of absolute values, or their minimum.
+        kernel_size: of the window, one number or 2; stride: of windows, by default their size.
+        ceil_mode: whether a last window may reach beyond the image.
+
+    Returns:
+        Of the input's dtype; channels-last if the input is, else contiguous. Where a sum is zero, so is its gradient.
+
+    Raises:
+        RuntimeError, TypeError: as torch's.
+
+    >>> lp_pool2d(torch.tensor([[[[3.0, 4.0], [0.0, 12.0]]]]), 2, 2).flatten().tolist()
+    [13.0]
+    """
+    return lp_pool(2, input, norm_type, kernel_size, stride, ceil_mode)
+
+
+def lp_pool3d(
+    input: Tensor, norm_type: float, kernel_size: Ints, stride: Ints | None = None, ceil_mode: bool = False
+) -> Tensor:
+    """(sum of x ** p) ** (1 / p) of every window, as `torch.nn.functional.lp_pool3d`; in fp32 (fp64 for fp64).
+
+    Odd p of a negative sum and fractional p of negative elements give NaN, as torch's do.
+
+    Args:
+        input: (N, C, D, H, W) or without N; fp16, bf16, fp32 or fp64.
+        norm_type: p, whole up to 16 or fractional; infinite: the maximum of absolute values, or their minimum.
+        kernel_size: of the window, one number or 3; stride: of windows, by default their size.
+        ceil_mode: whether a last window may reach beyond the image.
+
+    Returns:
+        Of the input's dtype; channels-last if the input is, else contiguous. Where a sum is zero, so is its gradient.
+
+    Raises:
+        RuntimeError, TypeError: as torch's.
+
+    >>> lp_pool3d(torch.tensor([[[[[3.0, 4.0], [0.0, 12.0]]]]]), 2, (1, 2, 2)).flatten().tolist()
+    [13.0]
+    """
+    return lp_pool(3, input, norm_type, kernel_size, stride, ceil_mode)

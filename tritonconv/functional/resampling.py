@@ -1,0 +1,104 @@
+"""Resampling and shuffles, as torch.nn.functional has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch  # noqa: F401 - the examples' name
+from torch import Tensor
+
+from tritonconv.ops import library_resample, library_shuffle
+
+__all__ = ["channel_shuffle", "interpolate", "pixel_shuffle", "pixel_unshuffle"]
+
+
+def interpolate(
+    input: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None, antialias: bool = False,
+) -> Tensor:  # fmt: skip
+    """Resamples images up or down, as `torch.nn.functional.interpolate`.
+
+    Arithmetic is in fp32 (fp64 for fp64). Gradients are gathered: the same bits on every run. Mode "area" runs on the
+    kernels of adaptive pooling; "bicubic", "lanczos", `antialias` and integer inputs run on torch.
+
+    Args:
+        input: (N, C, *spatial) of one to three spatial axes, fp16, bf16, fp32 or fp64.
+        size: the result's spatial sizes, an int or one for each axis.
+        scale_factor: in place of it, how many times the input's, a number or one for each axis.
+        mode: "nearest", "nearest-exact", "linear" (3-d inputs), "bilinear" (4-d), "trilinear" (5-d), "area", "bicubic" or
+            "lanczos".
+        align_corners: of linear modes, whether the first and last elements lie on the first and last results.
+        recompute_scale_factor: whether the scale follows from the sizes where `scale_factor` is given.
+        antialias: whether each result is a mean over what it covers.
+
+    Returns:
+        Of the input's dtype; channels-last if the input is, else contiguous.
+
+    Raises:
+        ValueError: a combination of arguments that torch does not take.
+        NotImplementedError: a mode that is not for inputs of these dimensions.
+        RuntimeError: an input or a result without pixels.
+
+    >>> interpolate(torch.tensor([[[1.0, 3.0]]]), scale_factor=2, mode="linear").tolist()
+    [[[1.0, 1.5, 2.5, 3.0]]]
+    """
+    return library_resample.interpolate(
+        input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
+    )  # fmt: skip
+
+
+def pixel_shuffle(input: Tensor, upscale_factor: int) -> Tensor:
+    """Lays channels out as pixels, as `torch.nn.functional.pixel_shuffle`: r^2 channels become a square of r pixels.
+
+    Args:
+        input: (*, C r^2, H, W), of any dtype of 1, 2, 4 or 8 bytes.
+        upscale_factor: r.
+
+    Returns:
+        (*, C, H r, W r); channels-last if a 4-d input is, else contiguous.
+
+    Raises:
+        RuntimeError: a factor that is not positive or whose square does not divide the channels, or fewer than 3 axes.
+
+    >>> pixel_shuffle(torch.arange(8).reshape(4, 1, 2), 2).tolist()
+    [[[0, 2, 1, 3], [4, 6, 5, 7]]]
+    """
+    return library_shuffle.pixel_shuffle(input, upscale_factor)
+
+
+def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
+    """Lays pixels out as channels, as `torch.nn.functional.pixel_unshuffle`: what `pixel_shuffle` does, undone.
+
+    Args:
+        input: (*, C, H r, W r), of any dtype of 1, 2, 4 or 8 bytes.
+        downscale_factor: r.
+
+    Returns:
+        (*, C r^2, H, W); channels-last if a 4-d input is, else contiguous.
+
+    Raises:
+        RuntimeError: a factor that is not positive or does not divide the image, or fewer than 3 axes.
+
+    >>> pixel_unshuffle(torch.tensor([[[0, 2, 1, 3], [4, 6, 5, 7]]]), 2).flatten().tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    return library_shuffle.pixel_unshuffle(input, downscale_factor)
+
+
+def channel_shuffle(input: Tensor, groups: int) -> Tensor:
+    """Takes channels from each group in turn, as `torch.nn.functional.channel_shuffle`.
+
+    Args:
+        input: (N, C, *), of any dtype of 1, 2, 4 or 8 bytes.
+        groups: how many of them the channels are.
+
+    Returns:
+        Of the input's size; channels-last if a 4-d or 5-d input is, else contiguous.
+
+    Raises:
+        RuntimeError: groups that are not positive or do not divide the channels, or fewer than 3 axes.
+
+    >>> channel_shuffle(torch.arange(6).reshape(1, 6, 1), 2).flatten().tolist()
+    [0, 3, 1, 4, 2, 5]
+    """
+    return library_shuffle.channel_shuffle(input, groups)
