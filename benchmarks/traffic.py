@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import traffic_direct
+from benchmarks import traffic_direct, traffic_pools
 from benchmarks.markdown import table
 from tritonconv.bench.cases import Case, load_cases
 from tritonconv.bench.registry import dtype_of, operation_for
@@ -91,7 +91,7 @@ def page() -> str:
 
 
 def main() -> None:
-    for path, made in ((PAGE, page()), (traffic_direct.PAGE, traffic_direct.page())):
+    for path, made in ((PAGE, page()), *((other.PAGE, other.page()) for other in (traffic_direct, traffic_pools))):
         before, _, rest = path.read_text().partition(BEGIN)
         _, _, after = rest.partition(END)
         path.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}")

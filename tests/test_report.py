@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import traffic, traffic_direct
+from benchmarks import traffic, traffic_direct, traffic_pools
 from benchmarks.markdown import number, table
 from benchmarks.plots import write_plots
 from benchmarks.records import Record, bound_of, by_family, is_timed, latest, mean_of, outcome_of, read, rows_of
@@ -305,6 +305,11 @@ def test_the_bytes_of_training_are_current() -> None:
 
 def test_the_bytes_of_the_memory_bound_layers_are_current_and_near_the_floor() -> None:
     assert traffic_direct.page() in traffic_direct.PAGE.read_text(), "run python -m benchmarks.traffic"
+    assert traffic_pools.page() in traffic_pools.PAGE.read_text(), "run python -m benchmarks.traffic"
+    for case in load_cases():
+        if case.family in traffic_pools.FAMILIES:
+            _, floor, moved = traffic_pools.bytes_of(case)
+            assert floor <= moved <= 1.1 * floor, case.id
     for case in traffic_direct.cases():
         found = traffic_direct.bytes_of(case)
         assert found.floor <= found.memory

@@ -57,6 +57,8 @@ class Rewriting:
     """What became of a graph."""
 
     chains: int = 0
+    joins: int = 0
+    """Concatenations whose parts may be written where they belong."""
     functional: list[str] = field(default_factory=list)
     """Names of the nodes that call functional convolutions, in the order they run."""
 
@@ -86,8 +88,9 @@ def rewrite(graph: fx.Graph, root: torch.nn.Module) -> Rewriting:
     for pair in pairs:
         _replace(graph, pair)
     done.chains = len(chains) + sum(len(chain.nodes) == 1 for pair in pairs for chain in pair)
-    for share in (share_pools, share_averages, share_gates, share_joins):
+    for share in (share_pools, share_averages, share_gates):
         done.chains += share(graph, modules)
+    done.joins = share_joins(graph, modules)
     done.functional = replace_functions(graph, modules)
     return done
 

@@ -385,7 +385,7 @@ def _compile(
     names, defaults = parameters_of(type(root).forward)
     done = rewrite(graph, root)
     function = None
-    if done.chains or done.functional:
+    if done.chains or done.joins or done.functional:
         _reach_members(graph, root)
         code = graph.python_code("self")
         file = f"<tritonconv: {type(root).__name__}.forward, fused>"

@@ -32,31 +32,37 @@ Parts = tuple[fx.Node, ...]
 
 def share_joins(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> int:
     """Let parts of concatenations be written where they belong; how many concatenations can gain by it."""
-    memory = Memory(graph, modules)
-    found = [(node, parts) for node in graph.nodes if (parts := _parts(node)) is not None]
-    # The longest first: shorter ones that it begins with share its memory.
-    found.sort(key=lambda entry: -len(entry[1]))
-    count, taken = 0, set[fx.Node]()
-    for node, parts in found:
-        if node in taken:
-            continue
-        same = [(other, shorter) for other, shorter in found if other not in taken and shorter == parts[: len(shorter)]]
-        channels = [_channels(part, modules) for part in parts]
-        writers = [part for part in parts if _writes(part, modules) and part not in taken]
-        nodes = [*parts, *(other for other, _ in same)]
-        if not writers or len(set(parts)) < len(parts) or _is_written(nodes, node, graph, memory):
-            continue
-        # Room is made for all parts when the first one is written.
-        order = {each: i for i, each in enumerate(graph.nodes)}
-        begin = min(writers, key=order.__getitem__)
-        if any(isinstance(known, fx.Node) and order[known] >= order[begin] for known in channels):
-            continue
-        taken.update(nodes)
-        with graph.inserting_before(begin):
-            join = graph.call_function(Join, (tuple(channels),))
-        _share(graph, modules, join, same, parts, writers)
-        count += len(same)
-    return count
+    count, tried = 0, set[fx.Node]()
+    while True:
+        found = [(node, parts) for node in graph.nodes if (parts := _parts(node)) is not None]
+        # The longest first: shorter ones that it begins with share its memory.
+        untried = sorted((entry for entry in found if entry[0] not in tried), key=lambda entry: -len(entry[1]))
+        if not untried:
+            return count
+        node, parts = untried[0]
+        tried.add(node)
+        same = [(other, shorter) for other, shorter in found if shorter == parts[: len(shorter)]]
+        count += _share(graph, modules, node, parts, same)
+
+
+def _share(
+    graph: fx.Graph, modules: dict[str, torch.nn.Module], node: fx.Node, parts: Parts, same: list[tuple[fx.Node, Parts]]
+) -> int:
+    """Let the parts of a concatenation, and of those that it begins with, share memory; how many concatenations do."""
+    writers = [part for part in parts if _writes(part, modules)]
+    nodes = [*parts, *(other for other, _ in same)]
+    if not writers or len(set(parts)) < len(parts) or _is_written(nodes, node, graph, Memory(graph, modules)):
+        return 0
+    channels = [_channels(part, modules) for part in parts]
+    # Room is made for all parts when the first one is written.
+    order = {each: i for i, each in enumerate(graph.nodes)}
+    begin = min(writers, key=order.__getitem__)
+    if any(isinstance(known, fx.Node) and order[known] >= order[begin] for known in channels):
+        return 0
+    with graph.inserting_before(begin):
+        join = graph.call_function(Join, (tuple(channels),))
+    _replace(graph, modules, join, same, parts, writers)
+    return len(same)
 
 
 def _parts(node: fx.Node) -> Parts | None:
@@ -81,8 +87,8 @@ def _writes(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
             return not carries_hook(module) and plain
     if node.target is fused_call:
         # A residual would have to lie as the result does.
-        return type(_member(node, 0, modules)) in CONVOLUTIONS and node.args[4] is None
-    return node.target is fused_pool or pool_of(node, modules) is not None
+        return type(_member(node, 0, modules)) in CONVOLUTIONS and node.args[4] is None and not node.kwargs
+    return (node.target is fused_pool and not node.kwargs) or pool_of(node, modules) is not None
 
 
 def _member(node: fx.Node, position: int, modules: dict[str, torch.nn.Module]) -> torch.nn.Module | None:
@@ -126,7 +132,7 @@ def _is_written(nodes: list[fx.Node], whole: fx.Node, graph: fx.Graph, memory: M
     return False
 
 
-def _share(
+def _replace(
     graph: fx.Graph, modules: dict[str, torch.nn.Module], join: fx.Node, same: list[tuple[fx.Node, Parts]], parts: Parts,
     writers: list[fx.Node],
 ) -> None:  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -236,7 +235,6 @@ def _first_run(
         share = shared()
         if share is not None:
             # What lies between two parts never goes to memory.
-            decision = replace(decision, reason=share.reason.format(decision.reason))
             image, _, result = geometry.elements()
             size -= (image * share.unread + result * share.unwritten) * x.element_size()
         to_measure = None if conditions is None or 0 in geometry.elements() else example.on_meta()

@@ -20,7 +20,7 @@ from tritonconv.ops.adaptive import (
     geometry_of,
     needs_copy,
 )
-from tritonconv.ops.backend import Backend, decide, needs_gradients
+from tritonconv.ops.backend import Backend, OnTorch, decide, needs_gradients
 from tritonconv.ops.layout import dense_strides, suggests_channels_last
 from tritonconv.ops.registered import is_traced
 from tritonconv.ops.watch import Call, Decision, notify
@@ -44,7 +44,8 @@ def adaptive_pool(
     if geometry is None:
         return _on_torch(kind, x, output_size, nd, return_indices)
     refused = decide((x,), backend, lambda: f"adaptive_{kind}_pool{nd}d of {geometry}", geometry.limit)
-    if refused is not None or (not torch.compiler.is_compiling() and notify(lambda: _as_call(kind, x, geometry))):
+    observed = not torch.compiler.is_compiling() and notify(lambda: _as_call(kind, x, geometry, refused))
+    if observed or refused is not None:
         return _on_torch(kind, x, output_size, nd, return_indices)
     # As torch has it in autocast: on CPUs the 3-d ones are computed in fp32.
     if nd == 3 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.element_size() == 2:
@@ -83,9 +84,11 @@ def global_average(x: Tensor, keepdim: bool, backend: Backend | None = None) -> 
     nd = x.dim() - 2
     geometry = _geometry(x, 1, nd)
     axes = tuple(range(2, 2 + nd))
-    if geometry is None or decide((x,), backend, lambda: f"global_average of {geometry}", geometry.limit) is not None:
+    if geometry is None:
         return x.mean(axes, keepdim)
-    if not torch.compiler.is_compiling() and notify(lambda: _as_call("avg", x, geometry)):
+    refused = decide((x,), backend, lambda: f"global_average of {geometry}", geometry.limit)
+    observed = not torch.compiler.is_compiling() and notify(lambda: _as_call("avg", x, geometry, refused))
+    if observed or refused is not None:
         return x.mean(axes, keepdim)
     if is_traced((x,)) or needs_gradients((x,)):
         result: Tensor = torch.ops.tritonconv.global_average(x, keepdim)
@@ -128,11 +131,11 @@ def _on_torch(kind: Kind, x: Tensor, output_size: Any, nd: int, return_indices: 
     return getattr(torch.nn.functional, name)(x, output_size)
 
 
-def _as_call(kind: Kind, x: Tensor, geometry: AdaptiveGeometry) -> Call:
+def _as_call(kind: Kind, x: Tensor, geometry: AdaptiveGeometry, refused: OnTorch | None) -> Call:
     copies = int(needs_copy(x.unsqueeze(0) if x.dim() == geometry.nd + 1 else x))
     kernel = "global_reduce" if geometry.is_global else "adaptive_forward"
     size = (geometry.elements + geometry.results) * x.element_size()
-    decision = Decision("triton", kernel, copies)
+    decision = Decision("torch", refused.reason) if refused is not None else Decision("triton", kernel, copies)
     return Call(f"adaptive_{kind}_pool{geometry.nd}d", decision, None, 0, size, x.dtype, x.device, None, "")
 
 

@@ -44,8 +44,8 @@ def interpolate(
         assert found is not None
         if mode == "area":
             # The very function that torch calls.
-            result: Tensor = adaptive_pool("avg", x, found[0], x.dim() - 2, backend=backend)
-            return result
+            means: Tensor = adaptive_pool("avg", x, found[0], x.dim() - 2, backend=backend)
+            return means
         if not compiling:
             # Torch says best what is wrong, and where there is no element there is nothing to compute.
             try:
@@ -53,7 +53,7 @@ def interpolate(
             except (TypeError, ValueError):
                 return _on_torch(x, arguments)
             missing = geometry.limit
-    refused, result = None, None
+    result = None
     if missing is not None and geometry is None:
         # Torch judges arguments first, and where it finds nothing wrong, its result is no silent one.
         result = _on_torch(x, arguments)
@@ -130,7 +130,7 @@ def _as_call(x: Tensor, geometry: ResampleGeometry | None, mode: str, refused: s
 
 def _of_operator(sizes: Sequence[int], output: Sequence[int], factors: Sequence[float], mode: str) -> ResampleGeometry:
     _check(sizes, output, factors, mode)
-    return _geometry(tuple(sizes), tuple(output), tuple(factors) or None, mode)  # type: ignore[arg-type]
+    return _geometry(tuple(sizes), tuple(output), tuple(factors) or None, mode)
 
 
 def _check(sizes: Sequence[int], output: Sequence[int], factors: Sequence[float], mode: str) -> None:
@@ -162,9 +162,7 @@ def _(x: Tensor, output_size: Sequence[int], factors: Sequence[float], mode: str
 
 
 @torch.library.custom_op("tritonconv::resample_backward", mutates_args=())
-def resample_backward(
-    dy: Tensor, sizes: Sequence[int], factors: Sequence[float], mode: str, channels_last: bool
-) -> Tensor:
+def resample_backward(dy: Tensor, sizes: Sequence[int], factors: Sequence[float], mode: str, channels_last: bool) -> Tensor:
     """The gradient of an input of these sizes, in that format, on Triton alone."""
     return resample_gradient(dy, _of_operator(sizes, dy.shape[2:], factors, mode), channels_last)
 

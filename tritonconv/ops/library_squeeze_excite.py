@@ -76,13 +76,15 @@ def scale_channels(
     if not _is_plain(x, gate, residual) or torch._C._is_any_autocast_enabled():
         return behind.torch(x * gate)
 
+    refused = decide(tensors, backend, lambda: f"scale_channels of {list(x.shape)}")
+
     def seen() -> Call:
         size = (sum(t.numel() for t in tensors) + x.numel()) * x.element_size()
-        return Call("scale_channels", Decision("triton", "scale"), None, 0, size, x.dtype, x.device, None, "")
+        decision = Decision("torch", refused.reason) if refused is not None else Decision("triton", "scale")
+        return Call("scale_channels", decision, None, 0, size, x.dtype, x.device, None, "")
 
-    if decide(tensors, backend, lambda: f"scale_channels of {list(x.shape)}") is not None:
-        return behind.torch(x * gate)
-    if not torch.compiler.is_compiling() and notify(seen):
+    observed = not torch.compiler.is_compiling() and notify(seen)
+    if observed or refused is not None:
         return behind.torch(x * gate)
     if is_traced(tensors) or needs_gradients(tensors):
         return behind.torch(torch.ops.tritonconv.scale_channels(x, gate))

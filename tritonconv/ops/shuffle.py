@@ -139,8 +139,8 @@ def _launch(plan: Plan, x: Tensor, y: Tensor) -> None:
     from tritonconv.kernels.shuffle import shuffle_kernel
 
     device, itemsize = device_of(x.device), x.element_size()
-    config = forced_config("BLOCK_BYTES") or _choose(device)
-    constants, programs = _constants(plan, config.kwargs["BLOCK_BYTES"] // itemsize)
+    config = forced_config("BYTES") or _choose(device)
+    constants, programs = _constants(plan, config.kwargs["BYTES"] // itemsize)
     bits = BITS[itemsize]
     arguments = dict(x_ptr=x.view(bits), y_ptr=y.view(bits), **constants, **config.kwargs)
     launch(Launch(shuffle_kernel, programs, arguments, None, config), x.device)

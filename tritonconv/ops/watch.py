@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -69,7 +69,11 @@ def notify(make_call: Callable[[], Call]) -> bool:
     callback = _observer.callback
     if callback is None:
         return False
-    callback(make_call())
+    call, share = make_call(), shared()
+    if share is not None:
+        decision = replace(call.decision, reason=share.reason.format(call.decision.reason))
+        call = replace(call, decision=decision)
+    callback(call)
     return True
 
 
