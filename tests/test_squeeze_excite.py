@@ -10,6 +10,7 @@ import torch
 from reference import assert_close
 from torch import Tensor, nn
 
+import tritonconv
 from tritonconv.bench.registry import configs_of
 from tritonconv.nn import SqueezeExcite
 from tritonconv.ops.activation import parse_activation
@@ -168,3 +169,68 @@ def test_what_the_module_is_given_is_checked() -> None:
         SqueezeExcite(8, activation="nothing")
     with pytest.raises(RuntimeError, match=r"expected 4D input \(N, C, H, W\), but got input of size \[8, 3\]"):
         SqueezeExcite(8)(torch.ones(8, 3))
+
+
+class Torchvision(nn.Module):
+    """The names and the order of torchvision's SqueezeExcitation."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc1, self.fc2 = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+        self.activation, self.scale_activation = nn.ReLU(), nn.Hardsigmoid()
+
+    def _scale(self, input: Tensor) -> Tensor:
+        return self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(input)))))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._scale(input) * input
+
+
+class Timm(nn.Module):
+    """Those of timm's SEModule."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.bn, self.act = nn.Conv2d(channels, hidden, 1), nn.Identity(), nn.ReLU(inplace=True)
+        self.fc2, self.gate = nn.Conv2d(hidden, channels, 1), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_se = x.mean((2, 3), keepdim=True)
+        x_se = self.fc2(self.act(self.bn(self.fc1(x_se))))
+        return x * self.gate(x_se)
+
+
+class Functional(nn.Module):
+    """Functions throughout, and a reshape."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.adaptive_avg_pool2d(x, (1, 1)).flatten(1)
+        y = torch.sigmoid(self.fc2(nn.functional.relu(self.fc1(y))))
+        return torch.mul(x, y.reshape(x.shape[0], -1, 1, 1))
+
+
+@pytest.mark.parametrize("block", [Torchvision, Timm, Functional, SqueezeExcite], ids=lambda block: block.__name__)
+def test_convert_knows_a_block_by_what_it_computes(block: type[nn.Module], device: str) -> None:
+    layers = [nn.Conv2d(8, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), block(24, 6), nn.Conv2d(24, 16, 1), nn.SiLU()]
+    model = nn.Sequential(*layers).to(device).eval()
+    double, x = copy.deepcopy(model).double(), torch.randn(3, 8, 7, 6, device=device)
+    with set_backend("torch"):
+        expected = double(x.double())
+    fused = tritonconv.convert(model)
+    with torch.no_grad(), record_launches() as launches:
+        y = fused(x)
+    # The average with the convolution, the gate, and the product in the convolution behind it.
+    assert launches == ["conv_flat_kernel", "average_kernel", "excite_kernel", "matmul_kernel"]
+    assert_close(y, expected, depth=500)
+    # With gradients each part runs on its own.
+    x.requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    with set_backend("torch"):
+        reference = torch.autograd.grad(double(wide).sum(), wide)[0]
+    assert_close(torch.autograd.grad(fused(x).sum(), x)[0], reference, depth=5000)
+    assert set(fused.state_dict()) == set(double.state_dict())

@@ -25,11 +25,12 @@ from torch import fx
 from tritonconv.convert.calls import IN_PLACE
 from tritonconv.convert.state import Kept
 from tritonconv.nn.fused import carries_hook
+from tritonconv.nn.squeeze_excite import SqueezeExcite
 from tritonconv.ops.backend import current_backend
 
 __all__ = ["Survey", "called_children", "inlined_modules", "leaf_modules", "survey"]
 
-CONTAINERS = (torch.nn.Module, torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+CONTAINERS = (torch.nn.Module, torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict, SqueezeExcite)
 LIBRARIES = ("torch.nn", "torch.ao", "torch.jit", "tritonconv.nn")
 
 # Taken before fx patches it.

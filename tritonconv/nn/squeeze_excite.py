@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import Module
 
 from tritonconv.nn.conv import Conv2d
 from tritonconv.nn.gates import fused_gate, fused_scale
-from tritonconv.ops.activation import parse_activation
+from tritonconv.ops.activation import parse_activation, to_module
 from tritonconv.ops.library_adaptive import global_average
 
 __all__ = ["SqueezeExcite"]
@@ -53,11 +52,13 @@ class SqueezeExcite(Module):
         self.fc1 = Conv2d(input_channels, squeezed, 1, bias=bias, **made)
         self.fc2 = Conv2d(squeezed, input_channels, 1, bias=bias, **made)
         specs = parse_activation(activation), parse_activation(gate)
-        # Modules stay modules, which may carry hooks.
-        self.act = activation if isinstance(activation, Module) else specs[0]
-        self.gate = gate if isinstance(gate, Module) else specs[1]
+        self.act = activation if isinstance(activation, Module) else to_module(specs[0])
+        self.gate = gate if isinstance(gate, Module) else to_module(specs[1])
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            # Written out, as convert knows it.
+            return input * self.gate(self.fc2(self.act(self.fc1(input.mean((2, 3), keepdim=True)))))
         if input.dim() != 4:
             raise RuntimeError(
                 f"SqueezeExcite: expected 4D input (N, C, H, W), but got input of size {list(input.shape)} "
@@ -65,7 +66,3 @@ class SqueezeExcite(Module):
             )
         mean = global_average(input, True, self.fc1.backend)
         return fused_scale(input, fused_gate(self.fc1, self.act, self.fc2, self.gate, mean))
-
-    def extra_repr(self) -> str:
-        named = (("activation", self.act), ("gate", self.gate))
-        return ", ".join(f"{name}={spec}" for name, spec in named if not isinstance(spec, torch.nn.Module))

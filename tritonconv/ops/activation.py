@@ -13,7 +13,9 @@ from tritonconv.ops.backend import HAS_TRITON
 if TYPE_CHECKING:
     from tritonconv.kernels.activations import Activation
 
-__all__ = ["ActivationSpec", "from_module", "from_numbers", "module_types", "parse_activation", "table", "to_numbers"]
+__all__ = [
+    "ActivationSpec", "from_module", "from_numbers", "module_types", "parse_activation", "table", "to_module", "to_numbers",
+]  # fmt: skip
 
 
 def table() -> dict[str, Activation]:
@@ -113,6 +115,16 @@ def from_module(module: torch.nn.Module) -> ActivationSpec | None:
         if all(getattr(module, key) == value for key, value in row.fixed):
             return make_spec(name, tuple(getattr(module, parameter) for parameter, _ in row.parameters))
     return None
+
+
+def to_module(spec: ActivationSpec | None) -> torch.nn.Module:
+    """torch.nn's module of an activation, or one that does nothing."""
+    if spec is None:
+        return torch.nn.Identity()
+    row = table()[spec.name]
+    numbers = dict(zip((name for name, _ in row.parameters), (spec.a, spec.b), strict=False))
+    module: torch.nn.Module = getattr(torch.nn, row.module)(**numbers, **dict(row.fixed))
+    return module
 
 
 def parse_activation(value: object) -> ActivationSpec | None:
