@@ -58,7 +58,8 @@ def conv_flat_kernel(
     # [groups * K, taps * C] (PACK_C of them), dense rows: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
     w, stride_wk,
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
-    # sizes; K is that of one group; stride_y: from a pixel of y to the next
+    # sizes; K is that of one group; stride_y: from a pixel of y to the
+    # next, where y is some channels of a wider channels-last tensor, else None
     M, D, H, W, K, O, P, Q, GROUPS, stride_y,
     # geometry; C is that of one group. PACK: how many of the layer's groups are one here; PACK_C, PACK_K: the channels and
     # filters of each of them; all 1 where groups stay alone
@@ -89,7 +90,8 @@ def conv_flat_kernel(
         stride_wk = stride_wk // VEC_W * VEC_W
     if VEC_K > 1:
         K = K // VEC_K * VEC_K
-        stride_y = stride_y // VEC_K * VEC_K
+        if stride_y is not None:
+            stride_y = stride_y // VEC_K * VEC_K
     TAPS: tl.constexpr = T * R * S
     DEPTH: tl.constexpr = TAPS * C
     EVEN: tl.constexpr = DEPTH % BLOCK_K == 0

@@ -50,7 +50,8 @@ def conv_fprop_kernel(
     x_ptr, stride_xn, stride_xd, stride_xh, stride_xw,  # channels have stride 1
     w, stride_wk,  # [groups * K, taps * C], channels innermost: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
-    # sizes; C and K are those of one group, and BLOCK_K divides C; stride_y: from a pixel of y to the next
+    # sizes; C and K are those of one group, and BLOCK_K divides C; stride_y: from a pixel of y to the
+    # next, where y is some channels of a wider channels-last tensor, else None
     M, D, H, W, C, K, O, P, Q, GROUPS, stride_y,
     # geometry
     T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
@@ -75,7 +76,8 @@ def conv_fprop_kernel(
         stride_xw = stride_xw // VEC_X * VEC_X
     if VEC_K > 1:
         K = K // VEC_K * VEC_K
-        stride_y = stride_y // VEC_K * VEC_K
+        if stride_y is not None:
+            stride_y = stride_y // VEC_K * VEC_K
     TAPS: tl.constexpr = T * R * S
     HAS_D: tl.constexpr = T > 1 or PAD_D > 0
     # Filter positions that fit a word of bits, a sign bit to spare.

@@ -178,7 +178,8 @@ def finish_rows(
 def finish_tile(
     acc,  # [BLOCK_M, BLOCK_N]
     offs_m, M, pixels,  # output pixels, how many there are, and how many in an image
-    group, first_n, K, channels, stride_y,  # as finish_rows has them; elements from a pixel to the next, channels-last
+    group, first_n, K, channels,  # as finish_rows has them
+    stride_y,  # from a pixel to the next where y is some channels of a wider channels-last tensor, else None
     slot, slots, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
     EPS: tl.constexpr, ACT: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
     Y_CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, POOL: tl.constexpr,
@@ -195,7 +196,7 @@ def finish_tile(
     if INDEX_64:
         offs_m = offs_m.to(tl.int64)
     if Y_CHANNELS_LAST:
-        rows = offs_m * stride_y
+        rows = offs_m * (channels if stride_y is None else stride_y)
     else:
         rows = offs_m // pixels * channels * pixels + offs_m % pixels
     finish_rows(

@@ -57,7 +57,8 @@ def matmul_kernel(
     stride_xm,
     w, stride_wk,  # [K, C]: a pointer, or a descriptor of [BLOCK_N, BLOCK_K] boxes
     y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, counts_ptr, moments_ptr,
-    # sizes: rows, channels in and out, rows of one image, and elements from a row of a channels-last y to the next
+    # sizes: rows, channels in and out, rows of one image; stride_y: from a row of y to the next,
+    # where y is some channels of a wider channels-last tensor, else None
     M, C, K, PIXELS, stride_y,
     # flags: EVEN_C: BLOCK_K divides C. VEC_C, VEC_K: powers of two up to 16 that divide C and both strides, K and
     # stride_y. POOL: as finish_tile has it
@@ -74,7 +75,8 @@ def matmul_kernel(
         stride_wk = stride_wk // VEC_C * VEC_C
     if VEC_K > 1:
         K = K // VEC_K * VEC_K
-        stride_y = stride_y // VEC_K * VEC_K
+        if stride_y is not None:
+            stride_y = stride_y // VEC_K * VEC_K
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(K, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)

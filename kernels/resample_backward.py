@@ -15,17 +15,18 @@ from .resample import counter, source
 __all__ = ["configs", "resample_backward_kernel"]
 
 
-def tile(pixels: int, channels: int) -> triton.Config:
-    return triton.Config(dict(BLOCK_P=pixels, BLOCK_C=channels), num_warps=4, num_stages=1)
+def tile(pixels: int, channels: int, warps: int = 4) -> triton.Config:
+    return triton.Config(dict(BLOCK_P=pixels, BLOCK_C=channels), num_warps=warps, num_stages=1)
 
 
 def configs() -> list[triton.Config]:
     """Every candidate; each is right for both memory formats."""
     return [
-        # 16 elements a thread: the weight of a result takes about as many instructions as 8 elements.
-        tile(16, 128),
-        tile(32, 64),
-        tile(64, 32),
+        # 16 elements a thread: the weight of a result takes about as many instructions as 8 elements. With 4 warps some
+        # spill 8 bytes on sm_100, with 8 warps 16 on sm_80.
+        tile(8, 128, 2),
+        tile(16, 64, 2),
+        tile(32, 32, 2),
         # Contiguous rows; 8 elements a thread for few channels.
         tile(128, 16),
         tile(512, 4),
@@ -49,16 +50,20 @@ def reaching(i, scale, inverse, SIZE, COUNT, RULE: tl.constexpr):
         most = (place + 1.0) * inverse - behind
         # Numbers beyond all results stay within 32 bits.
         bound = COUNT.to(scale.dtype)
-        first = tl.where(least > 0.0, tl.where(least < bound, least, bound), 0.0).to(tl.int32)
-        end = tl.where(most > 0.0, tl.where(most < bound, most, bound), 0.0).to(tl.int32)
-        # Coordinates are off by less than a millionth.
-        first = tl.maximum(first - 1 - (first >> 20), 0)
-        end = tl.minimum(end + 2 + (end >> 20), COUNT)
-        for _ in tl.static_range(2):
-            _, second, _ = source(first, scale, SIZE, RULE)
-            first = tl.where((second < i) & (first < end), first + 1, first)
-            begin, _, _ = source(tl.maximum(end - 1, 0), scale, SIZE, RULE)
-            end = tl.where((begin > i) & (first < end), end - 1, end)
+        least = tl.where(least > 0.0, tl.where(least < bound, least, bound), 0.0)
+        most = tl.where(most > 0.0, tl.where(most < bound, most, bound), 0.0)
+        first = least.to(tl.int32)
+        end = most.to(tl.int32)
+        # Rounded up, and then wider by one and a millionth, which coordinates are not off by.
+        first += tl.where(first.to(scale.dtype) < least, 0, -1) - (first >> 20)
+        end += tl.where(end.to(scale.dtype) < most, 2, 1) + (end >> 20)
+        first = tl.maximum(first, 0)
+        end = tl.minimum(end, COUNT)
+        # Mostly by one too much.
+        _, second, _ = source(first, scale, SIZE, RULE)
+        first += tl.where((second < i) & (first < end), 1, 0)
+        begin, _, _ = source(tl.maximum(end - 1, 0), scale, SIZE, RULE)
+        end -= tl.where((begin > i) & (first < end), 1, 0)
     return first, end
 
 
@@ -66,10 +71,30 @@ def reaching(i, scale, inverse, SIZE, COUNT, RULE: tl.constexpr):
 def part_of(i, o, scale, SIZE, RULE: tl.constexpr):
     """Whether result o was made of element i, and the weight that it had."""
     first, second, weight = source(o, scale, SIZE, RULE)
-    share = tl.where(first == i, 1.0 - weight, 0.0)
+    inside = first == i
+    share = tl.where(inside, 1.0 - weight, 0.0)
     if RULE > 2:
-        share += tl.where(second == i, weight, 0.0)
-    return (first == i) | (second == i), share
+        last = second == i
+        share += tl.where(last, weight, 0.0)
+        inside = inside | last
+    return inside, share
+
+
+@triton.jit
+def over_rows(
+    value, dy_ptr, od, h, first, end, scale, SIZE, COUNT, stride_row, place, share, mask, RULE: tl.constexpr,
+    LINEAR: tl.constexpr, INDEX_64: tl.constexpr,
+):  # fmt: skip
+    """`value` and what rows [first, end) of plane od add to it; `place` and `share` are those of the columns."""
+    for oh in range(first, end):
+        inside, share_h = part_of(h, counter(oh), scale, SIZE, RULE)
+        row = od * COUNT + counter(oh)
+        if INDEX_64:
+            row = row.to(tl.int64)
+        dy = tl.load(dy_ptr + row * stride_row + place, mask=mask & inside, other=0.0).to(value.dtype)
+        # All that is inside counts as it is, unless some axis has weights.
+        value += (share_h * share) * dy if LINEAR else dy
+    return value
 
 
 @triton.jit
@@ -91,7 +116,8 @@ def resample_backward_kernel(
     ROWS: tl.constexpr = BLOCK_P if CHANNELS_LAST else BLOCK_C
     COLUMNS: tl.constexpr = BLOCK_C if CHANNELS_LAST else BLOCK_P
     wide: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    precise: tl.constexpr = wide if RULE_D > 2 or RULE_H > 2 or RULE_W > 2 else tl.float32
+    LINEAR: tl.constexpr = RULE_D > 2 or RULE_H > 2 or RULE_W > 2
+    precise: tl.constexpr = wide if LINEAR else tl.float32
     scale_d = tl.full((), scale_d, precise)
     scale_h = tl.full((), scale_h, precise)
     scale_w = tl.full((), scale_w, precise)
@@ -151,18 +177,22 @@ def resample_backward_kernel(
             inside = inside & (ow < end_w)
             share_w = tl.expand_dims(share_w, 1 - axis)
             here = tl.expand_dims(inside, 1 - axis) & mask_c
-            for od in range(first_d, end_d):
-                in_d, share_d = part_of(d, counter(od), scale_d, D, RULE_D)
-                for oh in range(first_h, end_h):
-                    in_h, share_h = part_of(h, counter(oh), scale_h, H, RULE_H)
-                    results = counter(od) * OH + counter(oh)
-                    places = ow
-                    if INDEX_64:
-                        results = results.to(tl.int64)
-                        places = ow.to(tl.int64)
-                    place = tl.expand_dims(places * pixel, 1 - axis) + dy_columns
-                    dy = tl.load(dy_ptr + results * OW * pixel + place, mask=here & (in_d & in_h), other=0.0).to(wide)
-                    value += (share_d * share_h * share_w) * dy
+            places = ow
+            if INDEX_64:
+                places = ow.to(tl.int64)
+            place = tl.expand_dims(places * pixel, 1 - axis) + dy_columns
+            if RULE_D == 0:
+                value = over_rows(
+                    value, dy_ptr, d, h, first_h, end_h, scale_h, H, OH, OW * pixel, place, share_w, here, RULE_H, LINEAR,
+                    INDEX_64,
+                )  # fmt: skip
+            else:
+                for od in range(first_d, end_d):
+                    in_d, share_d = part_of(d, counter(od), scale_d, D, RULE_D)
+                    value = over_rows(
+                        value, dy_ptr, counter(od), h, first_h, end_h, scale_h, H, OH, OW * pixel, place,
+                        share_d * share_w, here & in_d, RULE_H, LINEAR, INDEX_64,
+                    )  # fmt: skip
         store_row = h
         if INDEX_64:
             store_row = h.to(tl.int64)

@@ -18,7 +18,7 @@ STRIDED, FLAT_IN, FLAT_OUT = range(3)
 
 
 def tile(size: int) -> triton.Config:
-    return triton.Config(dict(BLOCK_BYTES=size), num_warps=4, num_stages=1)
+    return triton.Config(dict(BYTES=size), num_warps=4, num_stages=1)
 
 
 def configs() -> list[triton.Config]:
@@ -37,9 +37,9 @@ def shuffle_kernel(
     # flags; what divides M, and the strides that a side's addresses are made of
     FLAT: tl.constexpr, VEC_M: tl.constexpr, VEC_IN: tl.constexpr, VEC_OUT: tl.constexpr, INDEX_64: tl.constexpr,
     # tiles
-    BLOCK_BYTES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    BYTES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    BLOCK_O: tl.constexpr = BLOCK_BYTES * 8 // x_ptr.dtype.element_ty.primitive_bitwidth // (BLOCK_M * BLOCK_F)
+    BLOCK_O: tl.constexpr = BYTES * 8 // x_ptr.dtype.element_ty.primitive_bitwidth // (BLOCK_M * BLOCK_F)
     M = M // VEC_M * VEC_M
     tiles_m = tl.cdiv(M, BLOCK_M)
     TILES_F: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
@@ -89,6 +89,4 @@ def shuffle_kernel(
         tl.store(y_ptr + outer_out[:, None] + flat[None, :], x, mask=mask_flat)
     else:
         places = few // J * (out_i // VEC_OUT * VEC_OUT) + few % J * (out_j // VEC_OUT * VEC_OUT)
-        tl.store(
-            y_ptr + outer_out[:, None, None] + places[None, :, None] + (many * out_m)[None, None, :], x, mask=mask
-        )
+        tl.store(y_ptr + outer_out[:, None, None] + places[None, :, None] + (many * out_m)[None, None, :], x, mask=mask)

@@ -124,47 +124,42 @@ def share_gates(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> int:
     """Make one launch of each squeeze-excite block's gate, and let the product with it go along with what follows."""
     count = 0
     for node in list(graph.nodes):
-        found = _gated(node) if node in graph.nodes else None
+        found = _gated(node, modules) if node in graph.nodes else None
         if found is None:
             continue
-        x, gate = found
-        before = _two_layers(gate, modules)
-        if before is None:
-            continue
-        first, second = before
+        x, gate, first, second = found
         with graph.inserting_before(second):
             members = (first.args[0], first.args[2], second.args[0], second.args[2], first.args[3])
             whole = graph.call_function(fused_gate, members)
         second.replace_all_uses_with(whole)
         graph.erase_node(second)
         graph.erase_node(first)
-        gate = found[1] if found[1] is not second else whole
         count += 1
-        _take_product(graph, node, x, gate, modules, Memory(graph, modules))
+        _take_product(graph, node, x, whole if gate is second else gate, modules, Memory(graph, modules))
     return count
 
 
-def _gated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(x, gate) of a product that may be a squeeze-excite block's; the gate is what was expanded, where it was."""
+def _gated(node: fx.Node, modules: dict[str, torch.nn.Module]) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
+    """(x, gate, the gate's two layers) of a squeeze-excite block's product."""
     function = node.op == "call_function" and node.target in PRODUCTS
     if not function and not (node.op == "call_method" and node.target == "mul"):
         return None
     if len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
         return None
     for x, gate in (node.args, node.args[::-1]):
-        root = gate
-        while isinstance(root, fx.Node) and root.op == "call_method" and root.target in RESHAPED:
-            root = root.args[0]
-        if isinstance(root, fx.Node) and root.target is fused_call and root is not x:
-            return x, gate  # type: ignore[return-value]
+        layers = _two_layers(gate, modules)
+        if layers is not None and layers[1] is not x:
+            return x, gate, *layers  # type: ignore[return-value]
     return None
 
 
-def _two_layers(gate: fx.Node, modules: dict[str, torch.nn.Module]) -> tuple[fx.Node, fx.Node] | None:
-    """The fused calls of the two layers that a gate comes from, the second a gate's, behind a global average."""
+def _two_layers(gate: Any, modules: dict[str, torch.nn.Module]) -> tuple[fx.Node, fx.Node] | None:
+    """The fused calls of the two layers that a gate comes from, behind a global average."""
     second = gate
-    while second.op == "call_method":
-        second = second.args[0]  # type: ignore[assignment]
+    while isinstance(second, fx.Node) and second.op == "call_method" and second.target in RESHAPED:
+        second = second.args[0]
+    if not isinstance(second, fx.Node) or second.target is not fused_call:
+        return None
     first = second.args[3]
     if not isinstance(first, fx.Node) or first.target is not fused_call or len(first.users) > 1:
         return None

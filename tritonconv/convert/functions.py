@@ -18,6 +18,7 @@ NAMES = (
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
     *(f"{kind}{nd}d" for kind in ("max_pool", "adaptive_max_pool") for nd in (1, 2, 3)),
     *(f"{kind}{nd}d_with_indices" for kind in ("max_pool", "adaptive_max_pool") for nd in (1, 2, 3)),
+    "interpolate", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
     *(f"{kind}{nd}d" for kind in ("avg_pool", "lp_pool", "max_unpool", "adaptive_avg_pool") for nd in (1, 2, 3)),
 )  # fmt: skip
 
@@ -31,7 +32,7 @@ def _functions() -> dict[Callable[..., Any], Callable[..., Any]]:
             theirs = getattr(home, name, None)
             if theirs is not None:
                 found[theirs] = ours
-    return found
+    return found | {torch.native_channel_shuffle: functional.channel_shuffle}
 
 
 FUNCTIONS = _functions()

@@ -44,6 +44,12 @@ TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.AdaptiveMaxPool1d: nn.AdaptiveMaxPool1d,
     torch.nn.AdaptiveMaxPool2d: nn.AdaptiveMaxPool2d,
     torch.nn.AdaptiveMaxPool3d: nn.AdaptiveMaxPool3d,
+    torch.nn.Upsample: nn.Upsample,
+    torch.nn.UpsamplingNearest2d: nn.UpsamplingNearest2d,
+    torch.nn.UpsamplingBilinear2d: nn.UpsamplingBilinear2d,
+    torch.nn.PixelShuffle: nn.PixelShuffle,
+    torch.nn.PixelUnshuffle: nn.PixelUnshuffle,
+    torch.nn.ChannelShuffle: nn.ChannelShuffle,
 }
 
 MARK = "_tritonconv"

@@ -7,7 +7,8 @@ from typing import Any
 import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
-from tritonconv.ops import library_resample, library_shuffle
+from tritonconv.ops import library_resample
+from tritonconv.ops import library_shuffle as shuffles
 
 __all__ = ["channel_shuffle", "interpolate", "pixel_shuffle", "pixel_unshuffle"]
 
@@ -63,7 +64,7 @@ def pixel_shuffle(input: Tensor, upscale_factor: int) -> Tensor:
     >>> pixel_shuffle(torch.arange(8).reshape(4, 1, 2), 2).tolist()
     [[[0, 2, 1, 3], [4, 6, 5, 7]]]
     """
-    return library_shuffle.pixel_shuffle(input, upscale_factor)
+    return shuffles.pixel_shuffle(input, upscale_factor)
 
 
 def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
@@ -82,7 +83,7 @@ def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
     >>> pixel_unshuffle(torch.tensor([[[0, 2, 1, 3], [4, 6, 5, 7]]]), 2).flatten().tolist()
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
-    return library_shuffle.pixel_unshuffle(input, downscale_factor)
+    return shuffles.pixel_unshuffle(input, downscale_factor)
 
 
 def channel_shuffle(input: Tensor, groups: int) -> Tensor:
@@ -101,4 +102,4 @@ def channel_shuffle(input: Tensor, groups: int) -> Tensor:
     >>> channel_shuffle(torch.arange(6).reshape(1, 6, 1), 2).flatten().tolist()
     [0, 3, 1, 4, 2, 5]
     """
-    return library_shuffle.channel_shuffle(input, groups)
+    return shuffles.channel_shuffle(input, groups)

@@ -51,7 +51,9 @@ class ResampleGeometry(NamedTuple):
         nd = len(spatial)
         given = tuple(factors) if factors else (0.0,) * nd
         if not 1 <= nd <= 3 or len(output) != nd or len(given) != nd:
-            raise ValueError(f"expected a size and a factor for each axis, but got {list(x_shape)} to {list(output)}, {given}")
+            raise ValueError(
+                f"expected a size and a factor for each axis, but got {list(x_shape)} to {list(output)}, {given}"
+            )
         if any(size < 1 for size in (*x_shape, *output)):
             raise ValueError(f"nothing to resample: {list(x_shape)} to {list(output)}")
         ones = (1,) * (3 - nd)

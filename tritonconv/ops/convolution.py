@@ -65,7 +65,7 @@ def prepare(
         aligned = plan.copy_input or x.data_ptr() % 16 == 0, plan.copy_weight or weight.data_ptr() % 16 == 0
         products, device = precision(x.dtype, kind), device_of(x.device)
         problem = problem_of(plan, x.dtype, products == "tf32", device)
-        problem = replace(problem, statistics=statistics, computed=gated)
+        problem = replace(problem, statistics=statistics or sink != WHOLE, computed=gated)
         recipe = _recipe(plan, problem, products, channels_last, aligned, epilogue, sink)
     return Prepared.of(
         plan.kernel, recipe, output, x, epilogue, Dense.of(x.shape, True) if plan.copy_input else None,
@@ -99,9 +99,9 @@ def _recipe(
     if plan.kernel == "matmul":
         # Neither is a computed operand read by descriptor.
         tma = tma and not problem.computed and aligned[0] and plan.row_stride * problem.itemsize % 16 == 0
-    stride_y, pixels = sink.pitch or g.out_channels, math.prod(g.output)
+    pixels = math.prod(g.output)
     constants: dict[str, Any] = dict(
-        M=m, K=n, VEC_K=power_of_two_divisor(n, stride_y), stride_y=stride_y, POOL=sink.images(block_m, pixels),
+        M=m, K=n, VEC_K=power_of_two_divisor(n, sink.pitch or n), stride_y=sink.pitch, POOL=sink.images(block_m, pixels),
         Y_CHANNELS_LAST=channels_last, INDEX_64=plan.index_64, PRECISION=products,
         USE_TMA=tma, stride_wk=w_row, C=c, **tiles, STAGES=config.num_stages,
         **epilogue_constants(epilogue),

@@ -105,6 +105,8 @@ def _sizes(x: Tensor, size: Any, factor: Any, recompute: Any) -> tuple[tuple[Any
     if len(given) != nd or any(isinstance(v, bool) for v in given):
         return None
     if factor is None:
+        # As torch has it, numpy's integers count as Python's.
+        given = tuple(v if isinstance(v, integers) or not hasattr(v, "__index__") else int(v) for v in given)
         return (given, None) if all(isinstance(v, integers) for v in given) else None
     if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in given):
         return None

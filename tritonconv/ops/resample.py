@@ -43,7 +43,7 @@ def resample_forward(x: Tensor, geometry: ResampleGeometry) -> Tensor:
     n, c, *spatial = x.stride()
     d, h, w = (*(0,) * (3 - g.nd), *spatial)
     device = device_of(x.device)
-    config = forced_config("BLOCK_P") or _choose(g.output[2], g.channels, channels_last, device)
+    config = forced_config("BLOCK_P") or _choose("forward", g.output[2], g.channels, channels_last, device)
     programs, size = _programs(g.batch, g.channels, *g.output, config, device)
     axes = zip((g.batch, g.channels, *g.input), (n, c, d, h, w), strict=True)
     extent = sum((length - 1) * stride for length, stride in axes)
@@ -66,7 +66,7 @@ def resample_gradient(dy: Tensor, geometry: ResampleGeometry, channels_last: boo
     dx = empty_output(dy, (g.batch, g.channels, *g.input[3 - g.nd :]), channels_last, dy.dtype)
     dy = as_format(dy, channels_last)
     device = device_of(dy.device)
-    config = forced_config("BLOCK_P") or _choose(g.input[2], g.channels, channels_last, device)
+    config = forced_config("BLOCK_P") or _choose("backward", g.input[2], g.channels, channels_last, device)
     programs, size = _programs(g.batch, g.channels, *g.input, config, device)
     inverse = {f"inverse_{name}": g.inverse(axis) for axis, name in enumerate("dhw")}
     arguments = dict(
@@ -102,14 +102,16 @@ def _programs(
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(width: int, channels: int, channels_last: bool, device: Device) -> Any:
+def _choose(pass_: str, width: int, channels: int, channels_last: bool, device: Device) -> Any:
     """By a rule, as none was measured: the tile of which least lies outside."""
-    from tritonconv.kernels.resample import configs, tile
+    from tritonconv.kernels import resample, resample_backward
+
+    module = resample if pass_ == "forward" else resample_backward
 
     if device.arch == INTERPRETER.arch:
         # One large tile: the interpreter's time goes per operation, hardly per element.
         pixels = power(width, 256)
-        return tile(pixels, power(channels, (1 << 16) // pixels))
+        return module.tile(pixels, power(channels, (1 << 16) // pixels))
 
     def cover(config: Any) -> tuple[int, int]:
         p, c = config.kwargs.values()
@@ -117,4 +119,4 @@ def _choose(width: int, channels: int, channels_last: bool, device: Device) -> A
         return covered, -c if channels_last else -p
 
     # Channels-last, at least half a line of memory.
-    return min((config for config in configs() if (config.kwargs["BLOCK_C"] >= 32) == channels_last), key=cover)
+    return min((config for config in module.configs() if (config.kwargs["BLOCK_C"] >= 32) == channels_last), key=cover)

@@ -139,7 +139,7 @@ def _launch(plan: Plan, x: Tensor, y: Tensor) -> None:
     from tritonconv.kernels.shuffle import shuffle_kernel
 
     device, itemsize = device_of(x.device), x.element_size()
-    config = forced_config("BYTES") or _choose(device)
+    config = forced_config("BYTES") or _choose(device, plan.outer[3] * plan.many * math.prod(plan.few) * itemsize)
     constants, programs = _constants(plan, config.kwargs["BYTES"] // itemsize)
     bits = BITS[itemsize]
     arguments = dict(x_ptr=x.view(bits), y_ptr=y.view(bits), **constants, **config.kwargs)
@@ -170,9 +170,9 @@ def _constants(plan: Plan, elements: int) -> tuple[dict[str, Any], int]:
     return constants, programs
 
 
-@functools.lru_cache(maxsize=64)
-def _choose(device: Device) -> Any:
-    """None was measured: one large tile in the interpreter, whose time goes per operation."""
+@functools.lru_cache(maxsize=4096)
+def _choose(device: Device, size: int) -> Any:
+    """None was measured; in the interpreter one tile for all `size` bytes behind the outer axes that programs are for."""
     from tritonconv.kernels.shuffle import tile
 
-    return tile(1 << 18 if device.arch == INTERPRETER.arch else 8192)
+    return tile(power(size, 1 << 17, least=1024) if device.arch == INTERPRETER.arch else 8192)

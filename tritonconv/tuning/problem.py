@@ -32,7 +32,10 @@ class Problem:
     computed: bool = False
     """Whether the kernel computes an operand on its way in: a batch norm's gradient from two tensors."""
     statistics: bool = False
-    """Whether it takes a batch norm's statistics of its result; what was measured without them counts."""
+    """Whether its epilogue does more than to store: a batch norm's statistics, sums, another tensor's channels.
+
+    What was measured without counts.
+    """
     pack: int = 1
     """How many of the layer's groups are one of the geometry's: all but a share of 1 / pack of its weights are zeros."""
 
