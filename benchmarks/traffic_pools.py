@@ -27,9 +27,7 @@ def bytes_of(case: Case) -> tuple[str, int, int]:
     operation = operation_for(case)
     assert operation is not None
     launches = operation.launches(case, device_named("H200"))
-    moved = sum(
-        t.numel() * t.element_size() for one in launches for t in one.arguments.values() if isinstance(t, Tensor)
-    )
+    moved = sum(t.numel() * t.element_size() for one in launches for t in one.arguments.values() if isinstance(t, Tensor))
     names = " + ".join(dict.fromkeys(one.kernel.__name__.removesuffix("_kernel") for one in launches))
     return f"{names} {name_of(launches[0].config)}", operation.count(case)[1], moved
 

@@ -238,9 +238,7 @@ def batch_norm_normalize_kernel(
     offsets, mask, _ = locate(tl.program_id(0) // tiles, offs_c, PIXELS, C, CHANNELS_LAST, VEC, INDEX_64, BLOCK_P)
     offs_z = offsets
     if stride_z is not None:
-        offs_z, _, _ = locate(
-            tl.program_id(0) // tiles, offs_c, PIXELS, C, CHANNELS_LAST, VEC, INDEX_64, BLOCK_P, stride_z
-        )
+        offs_z, _, _ = locate(tl.program_id(0) // tiles, offs_c, PIXELS, C, CHANNELS_LAST, VEC, INDEX_64, BLOCK_P, stride_z)
     v = widened(tl.load(z_ptr + offs_z, mask=mask, other=0.0))
     v = v - tl.expand_dims(load_channels(mean_ptr, offs_c, mask_c, v.dtype), axis)
     v = v * tl.expand_dims(channel_scale(var_ptr, weight_ptr, offs_c, mask_c, EPS, v.dtype), axis)

@@ -125,7 +125,10 @@ class Squeezed(nn.Module):
         super().__init__()
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Sequential(
-            nn.Linear(channels, hidden, bias=False), nn.ReLU(inplace=True), nn.Linear(hidden, channels, bias=False), nn.Sigmoid()
+            nn.Linear(channels, hidden, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, channels, bias=False),
+            nn.Sigmoid(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,7 +209,10 @@ class MBConv(nn.Module):
     def __init__(self, inputs: int, outputs: int, expand: int, kernel: int, stride: int) -> None:
         super().__init__()
         wide = inputs * expand
-        self.expand, self.depthwise = ConvNorm(inputs, wide, 1, act=nn.SiLU), ConvNorm(wide, wide, kernel, stride, wide, nn.SiLU)
+        self.expand, self.depthwise = (
+            ConvNorm(inputs, wide, 1, act=nn.SiLU),
+            ConvNorm(wide, wide, kernel, stride, wide, nn.SiLU),
+        )
         self.se, self.project = Excite(wide, max(1, inputs // 4)), ConvNorm(wide, outputs, 1, act=nn.Identity)
         self.joins = stride == 1 and inputs == outputs
 
