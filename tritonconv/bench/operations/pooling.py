@@ -148,7 +148,7 @@ class Pooling(Operation):
             seen("lp 2x2 s2", *unet, 2, 2, configs=1, **back),
             seen("unpool 2x2", *unet, 2, 2, configs=2),
             seen("unpool 2x2 contiguous", *unet, 2, 2, **plain),
-            seen("unpool 2x2", *unet, 2, 2, configs=1, **back),
+            seen("unpool 2x2 backward", *unet, 2, 2, configs=1, **back),
         ]
 
 

@@ -20,7 +20,7 @@ from tritonconv.ops.layout import as_format
 from tritonconv.ops.library_squeeze_excite import excited
 from tritonconv.ops.squeeze_excite import scale, scale_gradients
 
-__all__ = ["Averaged", "Excite", "Gated", "Scale"]
+__all__ = ["Averaged", "AveragedDepthwise", "Excite", "Gated", "Scale"]
 
 # Of the product: name, channels, whether channels-last, configs.
 LAYERS: list[tuple[str, int, bool, int | None]] = [
@@ -219,7 +219,7 @@ class Averaged(_Extended):
     """The mean of silu(conv(x)) over each image, and nothing else of it: x once in."""
 
     kind = "averaged"
-    kernels = ("matmul", "conv_fprop", "conv_flat", "depthwise")
+    kernels: tuple[str, ...] = ("matmul", "conv_fprop", "conv_flat")
 
     def count(self, case: Case) -> tuple[int, int]:
         g = self.geometry(case)
@@ -240,10 +240,7 @@ class Averaged(_Extended):
         return torch.nn.functional.silu(y).mean((2, 3), keepdim=True)
 
     def checks(self) -> list[Case]:
-        return [
-            layer("averaged 1x1", (3, 40, 16, 16), (72, 40, 1, 1), kind=self.kind),
-            layer("averaged depthwise", (2, 24, 16, 15), (24, 1, 3, 3), padding=1, groups=24, kind=self.kind),
-        ]
+        return [layer("averaged 1x1", (3, 40, 16, 16), (72, 40, 1, 1), kind=self.kind)]
 
     def specimens(self) -> list[Specimen]:
         def seen(
@@ -254,5 +251,18 @@ class Averaged(_Extended):
         return [
             seen("matmul", "averaged 1x1 of 7x7", (256, 320, 7, 7), (1280, 320, 1, 1), 4),
             seen("conv_fprop", "averaged 3x3 of 14x14", (256, 256, 14, 14), (256, 256, 3, 3), 3, padding=1),
-            seen("depthwise", "averaged depthwise", (64, 240, 28, 28), (240, 1, 3, 3), 2, padding=1, groups=240),
         ]
+
+
+@register
+class AveragedDepthwise(Averaged):
+    kind = "averaged depthwise"
+    kernels = ("depthwise",)
+    products = False
+
+    def checks(self) -> list[Case]:
+        return [layer("averaged depthwise", (2, 24, 16, 15), (24, 1, 3, 3), padding=1, groups=24, kind=self.kind)]
+
+    def specimens(self) -> list[Specimen]:
+        case = layer("averaged depthwise", (64, 240, 28, 28), (240, 1, 3, 3), padding=1, groups=240, kind=self.kind)
+        return [Specimen("depthwise", case, 2)]
