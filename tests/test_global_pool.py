@@ -13,7 +13,6 @@ import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import AdaptiveGeometry
 from tritonconv.ops import adaptive as launches_of
-from tritonconv.ops.adaptive import global_sum
 from tritonconv.ops.launch import forced, record_launches
 from tritonconv.ops.layout import as_format, is_dense, suggests_channels_last
 from tritonconv.ops.library_adaptive import global_average
@@ -93,8 +92,7 @@ def test_as_many_slots_as_a_gpu_would_have(channels_last: bool, device: str) -> 
     with forced(device=H200), record_launches() as launches:
         for kind in ("avg", "max"):
             compared(kind, x, "H200")
-        assert_close(global_sum(x), x.double().sum((2, 3)), depth=63 * 65)
-    assert launches.count("global_join_kernel") == 3
+    assert launches.count("global_join_kernel") == 2
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 5), (2, 3, 3), (1, 3, 8), (3, 5, 9), (1, 7, 300)], ids=str)
@@ -161,9 +159,8 @@ def test_global_average_of_what_no_kernel_takes_is_torchs(device: str) -> None:
 
 def test_sums_are_wide(device: str) -> None:
     x = torch.full((1, 3, 64, 64), 100.0, dtype=torch.float16, device=device)
-    # Beyond what fp16 can hold.
-    assert global_sum(x).dtype == torch.float32 and (global_sum(x) == 409600.0).all()
-    assert global_sum(x.double()).dtype == torch.float64
+    # The sum is 409600, beyond what fp16 can hold.
+    assert (global_average(x, False) == 100.0).all()
 
 
 def test_views_are_read_in_place(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +183,6 @@ def test_views_are_read_in_place(device: str, monkeypatch: pytest.MonkeyPatch) -
         found, [getattr(F, f"adaptive_{kind}_pool2d")(x, 1) for x in views for kind in ("avg", "max")]
     )
     assert launches == ["global_reduce_kernel"] * 6 + ["adaptive_forward_kernel"] * 4 + ["global_reduce_kernel"] * 2
-    for x in views:
-        assert_close(global_sum(x), x.double().sum((2, 3)), depth=72)
 
 
 def test_two_runs_are_bit_equal(device: str) -> None:

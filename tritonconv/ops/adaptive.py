@@ -20,7 +20,7 @@ from tritonconv.ops.layout import as_format, empty_output, suggests_channels_las
 from tritonconv.tuning import INTERPRETER, Device
 
 __all__ = [
-    "adaptive_average", "adaptive_average_gradient", "adaptive_maximum", "adaptive_maximum_gradient", "global_sum",
+    "adaptive_average", "adaptive_average_gradient", "adaptive_maximum", "adaptive_maximum_gradient",
     "needs_copy",
 ]  # fmt: skip
 
@@ -109,19 +109,6 @@ def adaptive_maximum(
     else:
         _pool(x, view, y, index, True)
     return y, index
-
-
-def global_sum(x: Tensor) -> Tensor:
-    """Sums over all pixels, (N, C) in fp32 (fp64 for fp64), for x (N, C, *spatial) of at most three axes."""
-    geometry = AdaptiveGeometry.parse(x.shape, 1, x.dim() - 2)
-    x = _readable(x)
-    view = View.of(x, geometry)
-    if view.pixel_stride is None:
-        x = as_format(x, view.channels_last)
-        view = View.of(x, geometry)
-    y = empty_output(x, (geometry.batch, geometry.channels), False, wide(x.dtype))
-    _reduce(x, view, y, None, SUM)
-    return y
 
 
 def adaptive_average_gradient(dy: Tensor, geometry: AdaptiveGeometry, channels_last: bool) -> Tensor:
