@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,6 +17,12 @@ KEYS = {
     "kernel", "case", "config", "target", "triton", "source", "registers", "stack", "shared", "serialized", "issue_ratio",
     "lane_instructions_per_output", "counts",
 }  # fmt: skip
+
+
+POOLING = (
+    "pool", "pool_backward", "unpool", "adaptive_pool", "adaptive_pool_backward", "global_pool", "stochastic_pool",
+    "resample", "resample_backward", "shuffle", "squeeze_excite",
+)  # fmt: skip
 
 
 @pytest.mark.codegen
@@ -56,10 +63,12 @@ def test_the_table_has_every_config_of_every_kernel() -> None:
 def test_the_table_has_every_config_of_the_kernels_without_products() -> None:
     from tritonconv.kernels import batch_norm, causal_conv1d, depthwise, depthwise_wgrad
 
+    from tritonconv import kernels as folder
     from tritonconv.tuning.configs import name_of
 
     rows = json.loads(TABLE.read_text())
     kernels = dict(batch_norm=batch_norm, batch_norm_backward=batch_norm, depthwise=depthwise)
     kernels |= dict(depthwise_wgrad=depthwise_wgrad, causal_conv1d=causal_conv1d)
+    kernels |= {name: importlib.import_module(f"{folder.__name__}.{name}") for name in POOLING}
     for kernel, module in kernels.items():
         assert {row["config"] for row in rows if row["kernel"] == kernel} >= set(map(name_of, module.configs())), kernel

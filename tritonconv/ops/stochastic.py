@@ -16,14 +16,14 @@ from torch import Tensor
 
 from tritonconv.geometry import PoolGeometry, power, power_of_two_divisor
 from tritonconv.ops.adaptive import needs_copy, needs_int64
-from tritonconv.ops.backend import Backend, decide, needs_gradients
+from tritonconv.ops.backend import Backend, OnTorch, decide, needs_gradients
 from tritonconv.ops.launch import Launch, device_of, forced_config, launch
 from tritonconv.ops.layout import as_format, dense_strides, empty_output, suggests_channels_last, wide
 from tritonconv.ops.registered import is_traced
 from tritonconv.ops.watch import Call, Decision, notify
 from tritonconv.tuning import INTERPRETER, Device
 
-__all__ = ["stochastic_pool"]
+__all__ = ["on_torch", "stochastic_backward", "stochastic_forward", "stochastic_pool"]
 
 OP = "stochastic_pool2d"
 # Places in a window are saved in a byte where one suffices; 255 stands for none.
@@ -51,13 +51,16 @@ def stochastic_pool(
         return stochastic_pool(batch, kernel_size, stride, padding, ceil_mode, training, generator, backend).squeeze(0)
     g = PoolGeometry.parse(x.shape, kernel_size, stride, padding, 1, ceil_mode, nd=2, name="stochastic_pool")
     u = _uniform(x, g, generator) if training else None
-    refused = x.numel() == 0 or decide((x,), backend, lambda: str(g)) is not None
-    if refused or (not torch.compiler.is_compiling() and notify(lambda: _as_call(x, g))):
-        return _on_torch(x, u, g)
+    if x.numel() == 0:
+        return on_torch(x, u, g)
+    refused = decide((x,), backend, lambda: str(g))
+    observed = not torch.compiler.is_compiling() and notify(lambda: _as_call(x, g, refused))
+    if observed or refused is not None:
+        return on_torch(x, u, g)
     if is_traced((x,)) or needs_gradients((x,)):
         y: Tensor = torch.ops.tritonconv.stochastic_pool(x, u, g.kernel[1:], g.stride[1:], g.padding[1:], g.ceil_mode)[0]
         return y
-    return _forward(x, u, g, False)[0]
+    return stochastic_forward(x, u, g, False)[0]
 
 
 def _uniform(x: Tensor, g: PoolGeometry, generator: torch.Generator | None) -> Tensor:
@@ -67,12 +70,13 @@ def _uniform(x: Tensor, g: PoolGeometry, generator: torch.Generator | None) -> T
     return torch.rand((n, c, p, q), generator=generator, dtype=wide(x.dtype), device=x.device)
 
 
-def _as_call(x: Tensor, g: PoolGeometry) -> Call:
+def _as_call(x: Tensor, g: PoolGeometry, refused: OnTorch | None) -> Call:
     size = (x.numel() + math.prod(g.output_shape)) * x.element_size()
-    return Call(OP, Decision("triton", "stochastic", int(needs_copy(x))), None, 0, size, x.dtype, x.device, None, "")
+    decision = Decision("torch", refused.reason) if refused else Decision("triton", "stochastic", int(needs_copy(x)))
+    return Call(OP, decision, None, 0, size, x.dtype, x.device, None, "")
 
 
-def _on_torch(x: Tensor, u: Tensor | None, g: PoolGeometry) -> Tensor:
+def on_torch(x: Tensor, u: Tensor | None, g: PoolGeometry) -> Tensor:
     """The definition, with sums in the kernel's order: the same element for the same number."""
     (_, p, q), (_, sh, sw), (_, r, s), (_, ph, pw) = g.output, g.stride, g.kernel, g.padding
     behind = [(n - 1) * step + k - size - pad for n, step, k, size, pad in (
@@ -98,7 +102,7 @@ def _on_torch(x: Tensor, u: Tensor | None, g: PoolGeometry) -> Tensor:
     return y.to(x.dtype)
 
 
-def _forward(x: Tensor, u: Tensor | None, g: PoolGeometry, save: bool) -> tuple[Tensor, Tensor | None]:
+def stochastic_forward(x: Tensor, u: Tensor | None, g: PoolGeometry, save: bool) -> tuple[Tensor, Tensor | None]:
     """Results and, with `save`, what the gradient needs: drawn places, or sums of weights."""
     from tritonconv.kernels.stochastic_pool import stochastic_kernel
 
@@ -123,14 +127,14 @@ def _forward(x: Tensor, u: Tensor | None, g: PoolGeometry, save: bool) -> tuple[
     return y, saved
 
 
-def _backward(
+def stochastic_backward(
     dy: Tensor, saved: Tensor, x: Tensor | None, y: Tensor | None, g: PoolGeometry, channels_last: bool
 ) -> Tensor:
     """The input's gradient, dense in that format.
 
     Args:
-        saved: by `_forward`.
-        x, y: of `_forward` in eval mode, else None.
+        saved: by `stochastic_forward`.
+        x, y: of `stochastic_forward` in eval mode, else None.
     """
     from tritonconv.kernels.stochastic_pool import stochastic_backward_kernel
 
@@ -207,7 +211,7 @@ def pool(
             f"tritonconv::stochastic_pool: expected u of size {list(g.output_shape)} and {wide(x.dtype)}, but got "
             f"{list(u.shape)} and {u.dtype} ({g})"
         )
-    y, saved = _forward(x, u, g, True)
+    y, saved = stochastic_forward(x, u, g, True)
     assert saved is not None
     return y, saved
 
@@ -227,7 +231,7 @@ def pool_backward(
     stride: Sequence[int], padding: Sequence[int], ceil_mode: bool, channels_last: bool,
 ) -> Tensor:  # fmt: skip
     """The gradient of an input of these sizes, in that format; x and y in eval mode alone."""
-    return _backward(dy, saved, x, y, _parsed(sizes, kernel, stride, padding, ceil_mode), channels_last)
+    return stochastic_backward(dy, saved, x, y, _parsed(sizes, kernel, stride, padding, ceil_mode), channels_last)
 
 
 @pool_backward.register_fake

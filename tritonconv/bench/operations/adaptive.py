@@ -145,6 +145,8 @@ class AdaptiveMean(Adaptive):
             *self.bins("", 4),
             *self.seen_both("fp64", 8, 2048, (65, 65), (6, 6), dtype="fp64", configs=1),
             self.seen("adaptive_forward", "windows contiguous", "fprop", *windows, channels_last=False, configs=1),
+            # Ragged bins of contiguous rows go by single elements.
+            *self.seen_both("contiguous odd", 8, 512, (65, 65), (6, 6), channels_last=False),
             # Written by vectors; but the pixels of a window read one number.
             self.seen("adaptive_backward", "windows contiguous odd", "dgrad", *windows, channels_last=False, configs=1),
         ]
