@@ -385,7 +385,8 @@ def test_every_possible_config_of_every_kernel_is_checked() -> None:
     for operation in registry.operations().values():
         for kernel in operation.kernels:
             module = __import__(f"tritonconv.kernels.{kernel}", fromlist=["configs"])
-            assert seen[kernel] == {str(config) for config in module.configs()}, kernel
+            # A kernel may have but one.
+            assert seen.get(kernel, set()) == {str(config) for config in module.configs()}, kernel
 
 
 def test_jobs_have_names_of_their_own() -> None:

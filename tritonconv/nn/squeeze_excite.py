@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch  # noqa: F401 - the examples' name
 from torch import Tensor, fx
 from torch.nn import Module
 
