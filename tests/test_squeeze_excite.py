@@ -162,6 +162,17 @@ def test_torch_and_compilers(device: str) -> None:
     assert Epilogue().describe() == ""
 
 
+def test_activations_by_name_module_or_class(device: str) -> None:
+    x = torch.randn(2, 16, 4, 4, device=device)
+    made = [SqueezeExcite(16, 4, act, gate).to(device) for act, gate in (
+        ("silu", "hardsigmoid"), (nn.SiLU(), nn.Hardsigmoid()), (nn.SiLU, nn.Hardsigmoid))]  # fmt: skip
+    for layer in made[1:]:
+        layer.load_state_dict(made[0].state_dict())
+    with torch.no_grad():
+        results = [layer(x) for layer in made]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 def test_what_the_module_is_given_is_checked() -> None:
     with pytest.raises(ValueError, match="positive channels, got input_channels=0"):
         SqueezeExcite(0)

@@ -22,7 +22,7 @@ class SqueezeExcite(Module):
     Args:
         input_channels: C of the input (N, C, H, W).
         squeeze_channels: R between the two products; by default C / 16, at least 1.
-        activation, gate: as `tritonconv.functional.conv2d_bn_act` takes an activation.
+        activation, gate: as `tritonconv.functional.conv2d_bn_act` takes an activation, or a class of torch.nn's.
         bias: of both products.
 
     Children `fc1` and `fc2` are 1x1 convolutions: the state_dict of torchvision's SqueezeExcitation and timm's SEModule. In
@@ -52,9 +52,7 @@ class SqueezeExcite(Module):
         made: dict[str, Any] = dict(device=device, dtype=dtype)
         self.fc1 = Conv2d(input_channels, squeezed, 1, bias=bias, **made)
         self.fc2 = Conv2d(squeezed, input_channels, 1, bias=bias, **made)
-        specs = parse_activation(activation), parse_activation(gate)
-        self.act = activation if isinstance(activation, Module) else to_module(specs[0])
-        self.gate = gate if isinstance(gate, Module) else to_module(specs[1])
+        self.act, self.gate = (_activation(each) for each in (activation, gate))
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
@@ -67,3 +65,9 @@ class SqueezeExcite(Module):
             )
         mean = global_average(input, True, self.fc1.backend)
         return fused_scale(input, fused_gate(self.fc1, self.act, self.fc2, self.gate, mean))
+
+
+def _activation(value: Any) -> Module:
+    made = value() if isinstance(value, type) else value
+    spec = parse_activation(made)
+    return made if isinstance(made, Module) else to_module(spec)
