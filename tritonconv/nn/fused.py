@@ -177,7 +177,7 @@ def fused_pair(
     y = separable_convolution(input, *parts) if parts else None
     if y is not None:
         return y
-    joined = not torch.compiler.is_compiling() and is_observed() and parts is not None and would_join(input, *parts)
+    joined = is_observed() and parts is not None and would_join(input, *parts)
     with sharing(Share("separable, its first part", unwritten=True)) if joined else nullcontext():
         between = fused_call(first, first_norm, first_activation, input)
     with sharing(Share("separable, its second part", unread=True)) if joined else nullcontext():

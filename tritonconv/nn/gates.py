@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -40,7 +39,7 @@ def fused_average(
         found = averaged_convolution(input, *parts, keep)
         if found is not None:
             return found
-    if parts is not None and plain and _is_seen() and would_average(input, *parts, keep):
+    if parts is not None and plain and is_observed() and would_average(input, *parts, keep):
         named: Any = "mean" if pool is None else pool
         with sharing(Share("{}, with its global average", unwritten=not keep, members=(named,))):
             y = fused_call(layer, norm, activation, input, residual, in_place)
@@ -66,7 +65,7 @@ def fused_gate(first: Module, activation: Any, second: Module, gate: Any, mean: 
         found = excited(whole, w1, b1, acts[0], w2, b2, acts[1], first.backend)  # type: ignore[arg-type]
         if found is not None:
             return found.view(mean.shape)
-        if _is_seen() and would_excite(whole, w1, b1, w2, b2, first.backend):  # type: ignore[arg-type]
+        if is_observed() and would_excite(whole, w1, b1, w2, b2, first.backend):  # type: ignore[arg-type]
             with sharing(Share("excite, its first product", unwritten=True)):
                 hidden = fused_call(first, None, activation, mean)
             with sharing(Share("excite, its second product", unread=True)):
@@ -105,14 +104,10 @@ def fused_gated(
         y = gated_convolution(input, gate, weight, epilogue, numbers, backend)
         if y is not None:
             return y
-        if _is_seen() and would_gate(input, weight, epilogue, numbers, backend):
+        if is_observed() and would_gate(input, weight, epilogue, numbers, backend):
             with sharing(Share("{}, gated on its way in", members=("mul",))):
                 return fused_call(layer, norm, activation, input * gate, residual, in_place)
     return fused_call(layer, norm, activation, scale_channels(input, gate), residual, in_place)
-
-
-def _is_seen() -> bool:
-    return not torch.compiler.is_compiling() and is_observed()
 
 
 def _single(layer: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.backend import Backend, OnTorch, capture, current_backend, needs_gradients, unsupported
+from tritonconv.ops.backend import Backend, OnTorch, current_backend, needs_gradients, unsupported
 from tritonconv.ops.calls import Prepared, find, remember, signature
 from tritonconv.ops.convolution import check_convolution, output_format
 from tritonconv.ops.dispatch import autocast, missing
@@ -18,7 +18,7 @@ from tritonconv.ops.layout import empty_output, wide
 from tritonconv.ops.prepare import prepare_call, takes_gate, takes_sink
 from tritonconv.ops.registered import arguments_of, is_traced
 from tritonconv.ops.sink import MOST_IMAGES, WHOLE, Sink, average
-from tritonconv.ops.watch import is_watched
+from tritonconv.ops.watch import wants_parts
 from tritonconv.tuning import judge
 
 __all__ = ["averaged_convolution", "convolution_into", "gated_convolution", "would_average", "would_gate"]
@@ -41,7 +41,7 @@ def averaged_convolution(
     Returns:
         y, and its mean (N, K, 1, ...) in its dtype.
     """
-    if _apart():
+    if wants_parts():
         return None
     x, weight, epilogue = autocast(x, weight, epilogue)
     sink = Sink(average="also" if keep else "alone")
@@ -55,11 +55,6 @@ def averaged_convolution(
     # What is not written needs no memory, but a type.
     y = call.run(x, weight, epilogue, (None, sums), None if keep else sums)
     return y if keep else None, average(sums, shape, tile, units, images, x.dtype)
-
-
-def _apart() -> bool:
-    """Whether someone sees single calls, and so each part of this one; who keeps launches wants them as they are."""
-    return torch.compiler.is_compiling() or (is_watched() and not capture.active)
 
 
 def would_average(
@@ -83,7 +78,7 @@ def convolution_into(
         pitch: channels of the wider tensor.
         memory: gives these channels for (size, dtype, device), or None where they do not fit.
     """
-    if _apart() or epilogue.residual is not None:
+    if wants_parts() or epilogue.residual is not None:
         return None
     x, weight, epilogue = autocast(x, weight, epilogue)
     call = _find(x, weight, epilogue, numbers, backend, Sink(pitch))
@@ -101,7 +96,7 @@ def gated_convolution(
         gate: (N, C, 1, ...), of x's dtype.
         numbers: as `dispatch.replay` takes them.
     """
-    if _apart() or needs_gradients((gate,)):
+    if wants_parts() or needs_gradients((gate,)):
         return None
     x, weight, epilogue = autocast(x, weight, epilogue)
     if (gate.dtype, gate.device) != (x.dtype, x.device) or gate.shape != (*x.shape[:2], *(1,) * (x.dim() - 2)):

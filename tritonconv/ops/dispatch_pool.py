@@ -79,7 +79,7 @@ def _pool(
         decide((x,), backend, lambda: f"{NAMES[kind]}{nd}d of {list(x.shape)}", missing)
         return result
     refused = decide((x,), backend, lambda: str(geometry or f"{NAMES[kind]}{nd}d of {list(x.shape)}"))
-    if not compiling and notify(lambda: _as_call(kind, x, geometry, refused and refused.reason)):
+    if notify(lambda: _as_call(kind, x, geometry, refused and refused.reason)):
         return _on_torch(kind, nd, x, arguments, flat, activation, out)
     if refused is not None:
         return _on_torch(kind, nd, x, arguments, flat, activation, out)
@@ -254,7 +254,7 @@ def _unpool(x: Tensor, indices: Tensor, size: tuple[int, ...], backend: Backend 
         decision = Decision("torch", refused.reason) if refused else Decision("triton", "unpool")
         return Call(f"max_unpool{nd}d", decision, None, 0, moved, x.dtype, x.device, None, "")
 
-    if (not compiling and notify(seen)) or refused is not None:
+    if (notify(seen)) or refused is not None:
         return None
     traced = is_traced((x, indices))
     # On a GPU an index outside is skipped; to look would wait for the device.

@@ -13,14 +13,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import ConvGeometry
+from tritonconv.geometry import ConvGeometry, PoolGeometry
+from tritonconv.ops.activation import ActivationSpec
 from tritonconv.ops.backend import capability, capture, interpreting
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.tuning import INTERPRETER, Device, Problem, choose, like
 
 __all__ = [
-    "NO_STATISTICS", "Box", "Kind", "Launch", "Recipe", "Slots", "axis_constants", "captured", "config_for", "device_of",
-    "epilogue_constants", "forced", "forced_config", "forcing", "launch", "precision", "record_launches",
+    "NO_STATISTICS", "Box", "Kind", "Launch", "Recipe", "Slots", "activation_constants", "axis_constants", "captured",
+    "config_for", "device_of", "epilogue_constants", "forced", "forced_config", "forcing", "launch", "precision",
+    "record_launches",
 ]  # fmt: skip
 
 Kind = Literal["conv", "conv_transpose", "matmul"]
@@ -278,16 +280,20 @@ def config_for(problem: Problem) -> Any:
     return forced_config("BLOCK_M") or choose(problem)
 
 
-def axis_constants(g: ConvGeometry) -> dict[str, int]:
-    """Sizes and geometry of a convolution by the names that kernels give them."""
+def axis_constants(g: ConvGeometry | PoolGeometry) -> dict[str, int]:
+    """Sizes and geometry of a convolution or a pooling by the names that kernels give them."""
     return dict(zip(AXES, g.input + g.output + g.kernel + g.stride + g.padding + g.dilation, strict=True))
 
 
 def epilogue_constants(epilogue: Epilogue) -> dict[str, Any]:
     """The epilogue's arguments that are no tensors, the same for every kernel."""
+    norm = epilogue.batch_norm
+    return dict(EPS=float(norm.eps) if norm else 0.0, **activation_constants(epilogue.activation))
+
+
+def activation_constants(act: ActivationSpec | None) -> dict[str, Any]:
+    """An activation's arguments; None stands for none."""
     from tritonconv.kernels import activations
 
-    norm, act = epilogue.batch_norm, epilogue.activation
     function = activations.identity if act is None else activations.ACTIVATIONS[act.name].device
-    eps = float(norm.eps) if norm else 0.0
-    return dict(EPS=eps, ACT=function, ACT_A=act.a if act else 0.0, ACT_B=act.b if act else 0.0)
+    return dict(ACT=function, ACT_A=act.a if act else 0.0, ACT_B=act.b if act else 0.0)

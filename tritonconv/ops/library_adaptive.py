@@ -44,7 +44,7 @@ def adaptive_pool(
     if geometry is None:
         return _on_torch(kind, x, output_size, nd, return_indices)
     refused = decide((x,), backend, lambda: f"adaptive_{kind}_pool{nd}d of {geometry}", geometry.limit)
-    observed = not torch.compiler.is_compiling() and notify(lambda: _as_call(kind, x, geometry, refused))
+    observed = notify(lambda: _as_call(kind, x, geometry, refused))
     if observed or refused is not None:
         return _on_torch(kind, x, output_size, nd, return_indices)
     # As torch has it in autocast: on CPUs the 3-d ones are computed in fp32.
@@ -87,7 +87,7 @@ def global_average(x: Tensor, keepdim: bool, backend: Backend | None = None) -> 
     if geometry is None:
         return x.mean(axes, keepdim)
     refused = decide((x,), backend, lambda: f"global_average of {geometry}", geometry.limit)
-    observed = not torch.compiler.is_compiling() and notify(lambda: _as_call("avg", x, geometry, refused))
+    observed = notify(lambda: _as_call("avg", x, geometry, refused))
     if observed or refused is not None:
         return x.mean(axes, keepdim)
     if is_traced((x,)) or needs_gradients((x,)):

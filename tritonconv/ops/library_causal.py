@@ -83,7 +83,7 @@ def causal_convolution(
         size = geometry.bytes(x.element_size())
         return Call(OP, decision, geometry, geometry.macs, size, x.dtype, x.device, None, "")
 
-    if (not torch.compiler.is_compiling() and notify(seen)) or refused is not None:
+    if (notify(seen)) or refused is not None:
         return _on_torch(x, weight, bias, activation, state)
     if is_traced(tensors) or needs_gradients(tensors):
         result: Tensor = torch.ops.tritonconv.causal_conv1d(x, weight, bias, state, **to_numbers(activation))

@@ -58,7 +58,7 @@ def interpolate(
         # Torch judges arguments first, and where it finds nothing wrong, its result is no silent one.
         result = _on_torch(x, arguments)
     refused = decide((x,), backend, lambda: f"interpolate: {geometry or f'{mode} of {list(x.shape)}'}", missing)
-    observed = not compiling and notify(lambda: _as_call(x, geometry, mode, refused and refused.reason))
+    observed = notify(lambda: _as_call(x, geometry, mode, refused and refused.reason))
     if refused is not None or observed:
         return _on_torch(x, arguments) if result is None else result
 

@@ -49,7 +49,7 @@ def _shuffled(kind: Kind, x: Tensor, factor: Any, backend: Backend | None) -> Te
     if not compiling and x.numel() == 0:
         return _on_torch(kind, x, factor)
     refused = _decide(kind, x, number, backend)
-    observed = not compiling and notify(lambda: _as_call(kind, x, refused and refused.reason))
+    observed = notify(lambda: _as_call(kind, x, refused and refused.reason))
     if refused is not None or observed:
         return _on_torch(kind, x, factor)
     if is_traced((x,)) or needs_gradients((x,)):

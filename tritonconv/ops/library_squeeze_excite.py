@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tritonconv.ops.activation import ActivationSpec
-from tritonconv.ops.backend import Backend, capture, current_backend, decide, needs_gradients, unsupported
+from tritonconv.ops.backend import Backend, current_backend, decide, needs_gradients, unsupported
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.layout import dense_strides, suggests_channels_last
 from tritonconv.ops.registered import is_traced
 from tritonconv.ops.squeeze_excite import MOST_HIDDEN, excite, scale, scale_gradients
-from tritonconv.ops.watch import Call, Decision, is_watched, notify
+from tritonconv.ops.watch import Call, Decision, notify, wants_parts
 
 __all__ = ["excited", "scale_channels", "would_excite"]
 
@@ -49,11 +49,7 @@ def excited(
         w2, b2: (C, R, 1, ...) or (C, R), and (C,).
         backend: the layers' own choice.
     """
-    if (
-        torch.compiler.is_compiling()
-        or (is_watched() and not capture.active)
-        or not would_excite(mean, w1, b1, w2, b2, backend)
-    ):
+    if wants_parts() or not would_excite(mean, w1, b1, w2, b2, backend):
         return None
     return excite(mean, w1, b1, act, w2, b2, gate_act)
 
@@ -83,7 +79,7 @@ def scale_channels(
         decision = Decision("torch", refused.reason) if refused is not None else Decision("triton", "scale")
         return Call("scale_channels", decision, None, 0, size, x.dtype, x.device, None, "")
 
-    observed = not torch.compiler.is_compiling() and notify(seen)
+    observed = notify(seen)
     if observed or refused is not None:
         return behind.torch(x * gate)
     if is_traced(tensors) or needs_gradients(tensors):

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from tritonconv.geometry import INT32_MAX, PoolGeometry, power, power_of_two_divisor, width
 from tritonconv.ops.activation import ActivationSpec
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import Launch, device_of, epilogue_constants, forced_config, launch
+from tritonconv.ops.launch import Launch, activation_constants, axis_constants, device_of, forced_config, launch
 from tritonconv.ops.layout import as_format, empty_output, suggests_channels_last
 from tritonconv.tuning import INTERPRETER, Device
 
@@ -134,14 +133,6 @@ def _vector(side: Side, channels: int) -> int:
     return power_of_two_divisor(n, c, *spatial[:-1])
 
 
-def _geometry_constants(g: PoolGeometry) -> dict[str, int]:
-    names = (
-        "D", "H", "W", "O", "P", "Q", "T", "R", "S", "STRIDE_D", "STRIDE_H", "STRIDE_W", "PAD_D", "PAD_H", "PAD_W",
-        "DIL_D", "DIL_H", "DIL_W",
-    )  # fmt: skip
-    return dict(zip(names, g.input + g.output + g.kernel + g.stride + g.padding + g.dilation, strict=True))
-
-
 @functools.lru_cache(maxsize=4096)
 def _forward(
     g: PoolGeometry, pool: Pool, itemsize: int, x: Side, stride_y: int, indices: Indices,
@@ -195,15 +186,14 @@ def _forward(
     block_t, block_c = _block(device, x.channels_last, g.channels, itemsize, columns, lines, vectors)
     blocks = -(-lines * columns // block_t) if x.channels_last else lines * -(-columns // block_t)
     vec_y = power_of_two_divisor(g.channels, stride_y) if x.channels_last else power_of_two_divisor(g.output[2])
-    arguments = _geometry_constants(g) | pool.constants(g) | dict(
+    arguments = axis_constants(g) | pool.constants(g) | dict(
         zip(("stride_xn", "stride_xc", "stride_xd", "stride_xh", "stride_xw"), x.strides, strict=True)
-    ) | epilogue_constants(Epilogue(activation=activation)) | dict(
+    ) | activation_constants(activation) | dict(
         stride_y=stride_y, N=g.batch, C=g.channels, FLAT=indices == "flat", CHANNELS_LAST=x.channels_last,
         VEC_X=_vector(x, g.channels), VEC_Y=vec_y, INDEX_64=index_64, PATCH_P=down, PATCH_Q=across, BLOCK_T=block_t,
         BLOCK_C=block_c, STEP_R=1 if walked else r, STEP_S=step_s,
         GROUPED=grouped,
     )  # fmt: skip
-    del arguments["EPS"]
     # Side by side, even where there is but one.
     arguments["stride_xc" if x.channels_last else "stride_xw"] = 1
     return blocks * -(-g.channels // block_c), arguments, config
@@ -303,7 +293,7 @@ def _backward(
     vectors = channels_last or pixels_w > 1
     block_t, block_c = _block(device, channels_last, g.channels, itemsize, columns, lines, vectors)
     blocks = -(-lines * columns // block_t) if channels_last else lines * -(-columns // block_t)
-    arguments = _geometry_constants(g) | pool.constants(g) | dict(
+    arguments = axis_constants(g) | pool.constants(g) | dict(
         N=g.batch, C=g.channels, FLAT=flat, CHANNELS_LAST=channels_last, INDEX_64=index_64, PIXELS_H=pixels_h,
         VEC_X=power_of_two_divisor(g.channels if channels_last else wide_), VEC_Y=power_of_two_divisor(g.output[2]),
         PIXELS_W=pixels_w, BY_PIXEL=by_pixel, BLOCK_T=block_t, BLOCK_C=block_c, WINDOWS_D=covering[0],

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
 from tritonconv.geometry import power, power_of_two_divisor
 from tritonconv.ops.activation import ActivationSpec
 from tritonconv.ops.batch_norm import View
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import Launch, device_of, epilogue_constants, launch
+from tritonconv.ops.launch import Launch, activation_constants, device_of, launch
 from tritonconv.ops.layout import as_format, empty_output, is_dense, suggests_channels_last, wide
 from tritonconv.ops.sink import average
 from tritonconv.tuning import INTERPRETER
@@ -44,19 +42,14 @@ def excite(
     block_r = power(hidden, MOST_HIDDEN, 16)
     interpreted = device_of(mean.device).arch == INTERPRETER.arch
     block_c = power(c, 1 << 12) if interpreted else power(c, max(16, TILE // block_r))
-    gating = {f"GATE{name[3:]}": value for name, value in _activation(gate_act).items()}
+    gating = {f"GATE{name[3:]}": value for name, value in activation_constants(gate_act).items()}
     arguments = dict(
         mean_ptr=mean.contiguous(), gate_ptr=gate, w1_ptr=w1.reshape(hidden, c), b1_ptr=_contiguous(b1),
         w2_ptr=w2.reshape(c, hidden), b2_ptr=_contiguous(b2), C=c, R=hidden, VEC_C=power_of_two_divisor(c),
-        VEC_R=power_of_two_divisor(hidden), BLOCK_C=block_c, BLOCK_R=block_r, **_activation(act), **gating,
+        VEC_R=power_of_two_divisor(hidden), BLOCK_C=block_c, BLOCK_R=block_r, **activation_constants(act), **gating,
     )  # fmt: skip
     launch(Launch(excite_kernel, n, arguments, None, None), mean.device)
     return gate
-
-
-def _activation(activation: ActivationSpec | None) -> dict[str, Any]:
-    constants = epilogue_constants(Epilogue(activation=activation))
-    return {name: constants[name] for name in ("ACT", "ACT_A", "ACT_B")}
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -93,7 +86,7 @@ def scale(x: Tensor, gate: Tensor, residual: Tensor | None = None, activation: A
     arguments = dict(
         x_ptr=x, gate_ptr=gate.contiguous(), y_ptr=y,
         residual_ptr=None if residual is None else as_format(residual, view.channels_last),
-        **_activation(activation), **view.sizes(config),
+        **activation_constants(activation), **view.sizes(config),
     )  # fmt: skip
     launch(Launch(scale_kernel, view.blocks(config) * view.tiles(config), arguments, None, config), x.device)
     return y

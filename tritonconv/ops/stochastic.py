@@ -54,7 +54,7 @@ def stochastic_pool(
     if x.numel() == 0:
         return on_torch(x, u, g)
     refused = decide((x,), backend, lambda: str(g))
-    observed = not torch.compiler.is_compiling() and notify(lambda: _as_call(x, g, refused))
+    observed = notify(lambda: _as_call(x, g, refused))
     if observed or refused is not None:
         return on_torch(x, u, g)
     if is_traced((x,)) or needs_gradients((x,)):

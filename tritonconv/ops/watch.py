@@ -15,7 +15,9 @@ from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.backend import capture
 from tritonconv.ops.example import Example
 
-__all__ = ["Call", "Decision", "Share", "is_observed", "is_watched", "notify", "observe", "shared", "sharing"]
+__all__ = [
+    "Call", "Decision", "Share", "is_observed", "is_watched", "notify", "observe", "shared", "sharing", "wants_parts",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def observe(callback: Callable[[Call], None]) -> Iterator[None]:
 
 def notify(make_call: Callable[[], Call]) -> bool:
     """Tell the observer, if there is one; whether there is."""
-    callback = _observer.callback
+    callback = None if torch.compiler.is_compiling() else _observer.callback
     if callback is None:
         return False
     call, share = make_call(), shared()
@@ -79,7 +81,7 @@ def notify(make_call: Callable[[], Call]) -> bool:
 
 def is_observed() -> bool:
     """Whether an observer sees this thread's calls."""
-    return _observer.callback is not None
+    return not torch.compiler.is_compiling() and _observer.callback is not None
 
 
 class Share(NamedTuple):
@@ -136,3 +138,8 @@ def is_watched() -> bool:
         or _trace() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def wants_parts() -> bool:
+    """Whether someone sees single calls, and so each part of a launch; who keeps launches wants them as they are."""
+    return torch.compiler.is_compiling() or (is_watched() and not capture.active)
