@@ -87,14 +87,18 @@ def source_of(launch: Launch) -> str:
     device_code = kernel_hash(module_of(launch)), kernel_hash("activations")
     given: list[Any] = [READING, device_code, launch.kernel.__name__, sorted(launch.options.items())]
     for name, value in sorted(launch.arguments.items()):
-        if isinstance(value, torch.Tensor):
-            given.append((name, str(value.dtype)))
-        elif hasattr(value, "block_shape"):
-            given.append((name, str(value.base.dtype), value.shape, value.strides, value.block_shape))
-        else:
-            # A device function by its name.
-            given.append((name, getattr(value, "__name__", value)))
+        given.append((name, *described(value)))
     return hashlib.sha256(repr(given).encode()).hexdigest()[:12]
+
+
+def described(value: Any) -> tuple[Any, ...]:
+    """What of an argument changes the code."""
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype),)
+    if hasattr(value, "block_shape"):
+        return str(value.base.dtype), value.shape, value.strides, value.block_shape
+    # A device function by its name.
+    return (getattr(value, "__name__", value),)
 
 
 def candidates_of(operation: Operation, specimen: Specimen, target: str) -> list[Any]:
@@ -173,7 +177,10 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
     # Each release hands out registers a little differently. Kernels are shaped with the pinned one; the others may miss by
     # a few words outside the main loop and a few instructions in it.
     pinned = row["triton"] == PINNED
-    if row["stack"] > (0 if pinned else 64) or (pinned and count(row, "LDL", "STL", "scratch_")):
+    hopper = row["kernel"].startswith("hopper.")
+    if hopper:
+        wrong += hopper_rules(row)
+    if row["stack"] > (0 if pinned or hopper else 64) or (pinned and count(row, "LDL", "STL", "scratch_")):
         wrong.append(f"spills ({row['stack']} bytes of stack)")
     if row["shared"] > limit:
         wrong.append(f"{row['shared']} bytes of shared memory, limit {limit}")
@@ -199,7 +206,7 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
     if not plain and not count(row, mma):
         wrong.append(f"no {mma}")
     # Triton 3.6 has the weight gradient wait for its computed operand; memory is that kernel's limit.
-    if row["serialized"] and (pinned or "computed" not in case):
+    if row["serialized"] and (pinned or hopper or "computed" not in case):
         wrong.append("wgmma is serialized")
     if target.gpu.backend == "cuda":
         wide_store = count(row, "STG.E.128", "UTMASTG")
@@ -228,6 +235,17 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
         goal = goal if goal is None or pinned else goal + 0.01
         if goal is not None and (row["issue_ratio"] is None or row["issue_ratio"] > goal + 1e-9):
             wrong.append(f"issue ratio {row['issue_ratio']}, goal {goal}")
+    return wrong
+
+
+def hopper_rules(row: dict[str, Any]) -> list[str]:
+    """What the kernels for H100 and H200 promise under every Triton."""
+    wrong = []
+    for name, what in (("UTMALDG", "loads"), ("HGMMA", "products"), ("UTMASTG", "stores")):
+        if not count(row, name):
+            wrong.append(f"no {name}: {what} go another way")
+    if row["issue_ratio"] is None or row["issue_ratio"] > 0.2:
+        wrong.append(f"issue ratio {row['issue_ratio']}, goal 0.2")
     return wrong
 
 
@@ -297,7 +315,7 @@ def main(check: bool, whole: bool, kernel: str | None, target: str | None, jobs:
         (index, name, whole or not check)
         for index, (_, specimen) in enumerate(specimens())
         for name in TARGETS
-        if kernel in (None, specimen.kernel) and target in (None, name)
+        if kernel in (None, specimen.kernel) and target in (None, name) and name in (specimen.targets or TARGETS)
     ]
     rows: list[dict[str, Any]] = []
     compiled = 0

@@ -1,8 +1,8 @@
 """Bytes that a training step of convolution, batch norm and ReLU moves: `python -m benchmarks.traffic`.
 
-Writes the table in docs/training.md (and that of benchmarks/traffic_direct.py in docs/depthwise.md): ours, cuDNN with
-torch's own batch norm, and the floor, for every convolution and batch norm of ResNet-50 in cases.csv. Counted are tensors,
-each time that a kernel reads or writes all of one, as if caches kept nothing from kernel to kernel and everything within
+Writes the table in docs/training.md (and those of traffic_direct.py, traffic_pools.py and hopper.py beside it): ours, cuDNN
+with torch's own batch norm, and the floor, for every convolution and batch norm of ResNet-50 in cases.csv. Counted are
+tensors, each time that a kernel reads or writes all of one, as if caches kept nothing from kernel to kernel and all within
 one. Statistics and workspaces are left out, but for the ranges of our weight gradient, which are counted as they are chosen
 for an H200.
 """
@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import traffic_direct, traffic_pools
+from benchmarks import hopper, traffic_direct, traffic_pools
 from benchmarks.markdown import table
 from tritonconv.bench.cases import Case, load_cases
 from tritonconv.bench.registry import dtype_of, operation_for
@@ -91,7 +91,7 @@ def page() -> str:
 
 
 def main() -> None:
-    for path, made in ((PAGE, page()), *((other.PAGE, other.page()) for other in (traffic_direct, traffic_pools))):
+    for path, made in ((PAGE, page()), *((other.PAGE, other.page()) for other in (traffic_direct, traffic_pools, hopper))):
         before, _, rest = path.read_text().partition(BEGIN)
         _, _, after = rest.partition(END)
         path.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}")

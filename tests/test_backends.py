@@ -44,7 +44,7 @@ def test_set_backend_holds_for_the_block_or_for_good(x: torch.Tensor, w: torch.T
 
 
 def test_unknown_backends_are_named() -> None:
-    with pytest.raises(ValueError, match=r"auto, triton, torch, got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"auto, triton, hopper, torch, got 'cudnn'"):
         tritonconv.set_backend("cudnn")  # type: ignore[arg-type]
 
 

@@ -60,6 +60,23 @@ def test_the_table_has_every_config_of_every_kernel() -> None:
             assert any(tile.startswith(f"{m}x{n}x{k} w{config.num_warps}") for tile in tiles), (kernel, config)
 
 
+def test_hopper_s_kernels_keep_their_promises_under_three_versions_of_triton() -> None:
+    from tritonconv.kernels.hopper import conv, wgrad
+
+    from tritonconv.tuning.configs import name_of
+
+    rows = [row for row in json.loads(TABLE.read_text()) if row["kernel"].startswith("hopper.")]
+    for module, kernel in ((conv, "hopper.conv"), (wgrad, "hopper.wgrad")):
+        for version in ("3.6.0", "3.7.1", "3.8.0"):
+            own = [row for row in rows if (row["kernel"], row["triton"]) == (kernel, version)]
+            assert {row["config"] for row in own} == set(map(name_of, module.configs())), (kernel, version)
+    for row in rows:
+        names = " ".join(row["counts"])
+        assert row["target"] == "sm_90" and row["stack"] == 0 and row["serialized"] is False, row
+        assert row["issue_ratio"] <= 0.2 and row["shared"] <= 232448, row
+        assert all(part in names for part in ("UTMALDG", "HGMMA", "UTMASTG")), row
+
+
 def test_the_table_has_every_config_of_the_kernels_without_products() -> None:
     from tritonconv.kernels import batch_norm, causal_conv1d, depthwise, depthwise_wgrad
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import traffic, traffic_direct, traffic_pools
+from benchmarks import hopper, traffic, traffic_direct, traffic_pools
 from benchmarks.markdown import number, table
 from benchmarks.plots import write_plots
 from benchmarks.records import Record, bound_of, by_family, is_timed, latest, mean_of, outcome_of, read, rows_of
@@ -301,6 +301,10 @@ def test_the_committed_page_is_current() -> None:
 
 def test_the_bytes_of_training_are_current() -> None:
     assert traffic.page() in traffic.PAGE.read_text(), "run python -m benchmarks.traffic"
+
+
+def test_the_predictions_for_hopper_are_current() -> None:
+    assert hopper.page() in hopper.PAGE.read_text(), "run python -m benchmarks.traffic"
 
 
 def test_the_bytes_of_the_memory_bound_layers_are_current_and_near_the_floor() -> None:

@@ -20,7 +20,7 @@ from tritonconv.ops.launch import device_of, forced, record_launches
 from tritonconv.tuning import Device, products_of
 
 __all__ = [
-    "COLUMNS", "OURS", "Ceilings", "Layer", "check_layer", "exactly", "measure_ceilings", "measure_layer",
+    "COLUMNS", "HOPPER", "OURS", "Ceilings", "Layer", "check_layer", "exactly", "measure_ceilings", "measure_layer",
     "prepare_layer", "ready", "seconds_at_least", "set_tf32", "without_search",
 ]  # fmt: skip
 
@@ -28,6 +28,8 @@ Ceilings = dict[str, float]
 """What this device sustains: "bandwidth" in bytes a second, and "16", "tf32", "fp32", "fp64" in flop a second."""
 
 OURS = "tritonconv"
+HOPPER = f"{OURS} hopper"
+"""Ours where the kernels for H100 and H200 are asked for; only on those."""
 COLUMNS = ("cudnn contiguous", "cudnn channels_last", OURS, "compile", "compile max-autotune")
 COMPILE_MODES = {"compile": "default", "compile max-autotune": "max-autotune-no-cudagraphs"}
 
@@ -64,8 +66,10 @@ def measure_layer(case: Case, column: str, ceilings: Ceilings | None, seconds: f
     layer = prepare_layer(case, column)
     found = layer.found
     record: dict[str, Any] = dict(error=found.error, status="wrong" if found.complaint else "ok", timed=False)
-    if column == OURS:
+    if column.startswith(OURS):
         record["kernels"] = layer.kernels
+    if column == HOPPER and not any(name.startswith("hopper_") for name in layer.kernels):
+        return record | dict(status="skipped", reason="the portable kernel runs it")
     if found.complaint:
         return record | dict(reason=found.complaint)
     if can_time():
@@ -101,7 +105,7 @@ def way(operation: Operation, column: str, case: Case) -> Callable[..., Tensor]:
     """A function of the layer's tensors that computes it in the column's way."""
 
     def on_triton(*tensors: Tensor) -> Tensor:
-        with set_backend("triton"):
+        with set_backend("hopper" if column == HOPPER else operation.backend):
             return operation.ours(case, *tensors)
 
     def on_torch(*tensors: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ def way(operation: Operation, column: str, case: Case) -> Callable[..., Tensor]:
     if column in COMPILE_MODES:
         torch._dynamo.reset()
         return torch.compile(on_torch, mode=COMPILE_MODES[column], dynamic=False)
-    return on_triton if column == OURS else on_torch
+    return on_triton if column.startswith(OURS) else on_torch
 
 
 def check(operation: Operation, case: Case, function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Comparison:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tritonconv.bench.cases import DTYPES, Case
 from tritonconv.geometry import Pass
-from tritonconv.ops.backend import set_backend
+from tritonconv.ops.backend import Backend, set_backend
 from tritonconv.ops.launch import Launch, captured, forced
 from tritonconv.tuning import Device
 from tritonconv.tuning.candidates import possible
@@ -33,6 +33,8 @@ class Specimen:
     configs: int | None = None
     function: str = ""
     """Which of the kernel's jit functions, where none of them computes products."""
+    targets: tuple[str, ...] = ()
+    """The architectures that have the kernel; empty for all."""
 
 
 class Operation(abc.ABC):
@@ -44,6 +46,8 @@ class Operation(abc.ABC):
     """Modules of tritonconv.kernels that compute it."""
     passes: tuple[Pass, ...]
     """Those that have kernels."""
+    backend: Backend = "triton"
+    """Which backend its layers ask for."""
     products: bool = True
     """Whether its kernels multiply matrices: what the cost model and the tuner know, and what TF32 changes."""
 
@@ -79,7 +83,12 @@ class Operation(abc.ABC):
             channels_last: the layout of all tensors; None: the case's.
         """
         tensors = self.tensors(case, "meta", dtype_of(case), case.channels_last if channels_last is None else channels_last)
-        with torch.no_grad(), set_backend("triton"), forced(config=config, tf32=case.tf32), captured(device) as launches:
+        with (
+            torch.no_grad(),
+            set_backend(self.backend),
+            forced(config=config, tf32=case.tf32),
+            captured(device) as launches,
+        ):
             self.ours(case, *tensors)
         return launches
 
@@ -93,9 +102,9 @@ class Operation(abc.ABC):
 
 
 def module_of(launch: Launch) -> str:
-    """The file of tritonconv.kernels that a launch's kernel stands in."""
+    """The file of tritonconv.kernels that a launch's kernel stands in, such as "matmul" or "hopper.conv"."""
     name: str = launch.kernel.fn.__module__
-    return name.rpartition(".")[2]
+    return name.removeprefix("tritonconv.kernels.")
 
 
 def configs_of(launch: Launch) -> list[Any]:

@@ -17,7 +17,7 @@ from tritonconv.bench.ahead import compile_ahead
 from tritonconv.bench.cases import Case
 from tritonconv.bench.clock import can_time
 from tritonconv.bench.dry import dry_records, prediction_table, small_jobs, verdict
-from tritonconv.bench.layers import COLUMNS, OURS, Ceilings, measure_ceilings
+from tritonconv.bench.layers import COLUMNS, HOPPER, OURS, Ceilings, measure_ceilings
 from tritonconv.bench.registry import operations
 from tritonconv.bench.results import Results, read_records
 from tritonconv.bench.sanitize import sanitize_jobs
@@ -79,7 +79,10 @@ def measure(
         if "layers" in stages:
             for record in not_built(cases):
                 results.add(record)
-            jobs = layer_jobs(cases, [column for column in columns if column in QUICK], ceilings)
+            quick = [column for column in columns if column in QUICK]
+            if OURS in quick and device.arch == "sm_90":
+                quick.append(HOPPER)
+            jobs = layer_jobs(cases, quick, ceilings)
             tasks = layer_compilations(session.waiting(jobs), device)
             compile_ahead(tasks, device, console, seconds=session.left(share["layers"]))
             session.run("layers", jobs, share["layers"])
@@ -134,7 +137,7 @@ def tune_layers(session: Session, cases: Sequence[Case], device: Device, out: Pa
     ours = {r["id"]: r for r in layers if r["column"] == OURS}
     peers: dict[str, tuple[float, str]] = {}
     for r in layers:
-        if r["column"] != OURS:
+        if not r["column"].startswith(OURS):
             peers[r["id"]] = min(peers.get(r["id"], (math.inf, "")), (r["ms"], r["column"]))
     tunable = [case for case in cases if case.id in ours and operations()[case.kind].products]
     order = sorted(tunable, key=lambda case: ours[case.id]["percent"])
@@ -216,7 +219,7 @@ def summary(records: Sequence[dict[str, Any]]) -> Table:
         bad = sum(r.get("status") in ("wrong", "failed") for r in rows)
         best: dict[tuple[Any, ...], dict[str, float]] = {}
         for r in rows:
-            if r.get("timed"):
+            if r.get("timed") and r["column"] != HOPPER:
                 key = (r["id"], r["pass"], r.get("batch"), r.get("mode"))
                 side = "ours" if r["column"] == OURS else "peer"
                 times = best.setdefault(key, {})

@@ -33,7 +33,7 @@ def convert(
         fuse: make one kernel call of convolution, batch norm, residual addition and activation, as far as they follow
             each other; in training mode one operator with gradients. Around modules that carry hooks the parts run one by
             one.
-        backend: the choice of every converted layer: "auto", "triton" or "torch".
+        backend: the choice of every converted layer: "auto", "triton", "hopper" or "torch".
 
     Returns:
         The converted model, of the class it had.

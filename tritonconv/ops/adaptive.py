@@ -21,7 +21,7 @@ from tritonconv.tuning import INTERPRETER, Device
 
 __all__ = [
     "adaptive_average", "adaptive_average_gradient", "adaptive_maximum", "adaptive_maximum_gradient",
-    "needs_copy",
+    "needs_copy", "pixel_sums",
 ]  # fmt: skip
 
 # Programs of 4 warps a multiprocessor that hide each other's latencies, and blocks from which a slot is worth its place;
@@ -119,6 +119,16 @@ def adaptive_average_gradient(dy: Tensor, geometry: AdaptiveGeometry, channels_l
 def adaptive_maximum_gradient(dy: Tensor, index: Tensor, geometry: AdaptiveGeometry, channels_last: bool) -> Tensor:
     """The same for maxima, by the places that `adaptive_maximum` gave."""
     return _gradient(dy, index, geometry, channels_last)
+
+
+def pixel_sums(x: Tensor) -> Tensor:
+    """Sums of each channel over all images and pixels, (C,); x dense and channels-last."""
+    n, c, *spatial = x.shape
+    pixels = n * math.prod(spatial)
+    row = x.as_strided((1, c, pixels), (c * pixels, 1, c))
+    sums = empty_output(x, (1, c, 1), False, x.dtype)
+    _reduce(row, View.of(row, AdaptiveGeometry.parse(row.shape, 1, 1)), sums, None, SUM)
+    return sums.view(c)
 
 
 def _result(x: Tensor, geometry: AdaptiveGeometry, dtype: torch.dtype) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -14,12 +16,12 @@ import torch
 from torch.autograd import forward_ad
 
 __all__ = [
-    "HAS_TRITON", "Backend", "OnTorch", "capability", "capture", "check_backend", "constant_under_compile",
-    "current_backend", "decide", "interpreting", "needs_gradients", "set_backend", "unusual",
+    "HAS_TRITON", "Backend", "OnTorch", "asking_hopper", "capability", "capture", "check_backend", "constant_under_compile",
+    "current_backend", "decide", "hopper_asked", "interpreting", "needs_gradients", "set_backend", "unusual",
 ]  # fmt: skip
 
-Backend = Literal["auto", "triton", "torch"]
-BACKENDS = ("auto", "triton", "torch")
+Backend = Literal["auto", "triton", "hopper", "torch"]
+BACKENDS = ("auto", "triton", "hopper", "torch")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -30,8 +32,9 @@ class set_backend:  # noqa: N801 - a context manager that reads as a function, l
     """Choose who runs our operators, at once and for the whole process, or for a `with` block.
 
     Args:
-        backend: "auto" (Triton where it is supported, else torch), "triton" (an error where it is not supported) or
-            "torch".
+        backend: "auto" (Triton where it is supported, else torch), "triton" (an error where it is not supported),
+            "hopper" (as "triton", and dense convolutions on the kernels for H100 and H200 where those support them; they
+            were not run on a GPU yet) or "torch".
 
     >>> with set_backend("torch"):
     ...     current_backend()
@@ -60,6 +63,32 @@ def check_backend(backend: str) -> Backend:
 def current_backend(override: Backend | None = None) -> Backend:
     """The backend of a layer: the global choice if that is not "auto", else the layer's own (`override`)."""
     return _backend if _backend != "auto" or override is None else override
+
+
+class _Asked(threading.local):
+    """Whether the layer that is being run on this thread asks for Hopper's kernels."""
+
+    hopper = False
+
+
+_asked = _Asked()
+# Read once, as TRITON_INTERPRET is.
+HOPPER_EVERYWHERE = os.environ.get("TRITONCONV_HOPPER", "0") not in ("", "0")
+
+
+def hopper_asked() -> bool:
+    """Whether Hopper's kernels are to run what they support: the process, its environment or a layer says so."""
+    return _asked.hopper or _backend == "hopper" or (HOPPER_EVERYWHERE and _backend != "torch")
+
+
+@contextmanager
+def asking_hopper(asked: bool) -> Iterator[None]:
+    """Resolve and run calls on this thread for a layer that asks for Hopper's kernels, or does not add to who does."""
+    outer, _asked.hopper = _asked.hopper, _asked.hopper or asked
+    try:
+        yield
+    finally:
+        _asked.hopper = outer
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -208,7 +237,7 @@ def decide(
         missing: a reason known beforehand why there is no kernel for it.
 
     Raises:
-        RuntimeError: backend "triton" was asked for and the call is not supported.
+        RuntimeError: backend "triton" or "hopper" was asked for and the call is not supported.
     """
     chosen = current_backend(backend)
     if chosen == "torch":
@@ -216,8 +245,8 @@ def decide(
     why_not = missing or unsupported(tensors)
     if why_not is None:
         return None
-    if chosen == "triton":
-        raise RuntimeError(f"backend 'triton' was asked for, but {why_not}: {describe()}")
+    if chosen in ("triton", "hopper"):
+        raise RuntimeError(f"backend '{chosen}' was asked for, but {why_not}: {describe()}")
     if torch.compiler.is_compiling() or not (tensors[0].is_cuda or interpreting()):
         return OnTorch(why_not)
     verdict = OnTorch(why_not, describe())

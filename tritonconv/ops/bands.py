@@ -21,6 +21,7 @@ from tritonconv.ops.depthwise import View, add_slots, touched_input
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import (
     Launch,
+    PlainRecipe,
     Recipe,
     axis_constants,
     device_of,
@@ -151,7 +152,7 @@ def bands_recipe(
         BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, BLOCK_Q=bands.block_q, BLOCK_W=bands.block_w, STAGES=config.num_stages,
     )  # fmt: skip
     slots = -(-bands.rows // m)
-    return Recipe(depthwise_bands_kernel, slots * view.channels, constants, None, None, config, problem, slots)
+    return PlainRecipe(depthwise_bands_kernel, slots * view.channels, constants, None, None, config, problem, slots)
 
 
 def _has_rows(t: Tensor) -> bool:

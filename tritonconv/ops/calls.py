@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tritonconv.ops.backend import Backend, OnTorch, current_backend, needs_gradients
+from tritonconv.ops.backend import Backend, OnTorch, current_backend, hopper_asked, needs_gradients
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.launch import NO_STATISTICS, Kind, Recipe, Slots, forcing, precision
 from tritonconv.ops.layout import dense_strides, same_elements
@@ -71,6 +71,8 @@ class Prepared:
     copy_vectors: bool
     copy_y: Dense | None = None
     """The format that the result has in the end, where the kernel writes another."""
+    note: str = ""
+    """Why another kernel that was asked for does not run it."""
 
     @classmethod
     def of(
@@ -217,7 +219,7 @@ def signature(
         x_address, w_address = x.data_ptr(), weight.data_ptr()
         return (
             # As bytes: 1, True and 1.0 are equal, and torch takes the first alone. Version 2 has one form for each value.
-            kind, numbers and marshal.dumps(numbers, 2), activation, current_backend(backend), forcing(),
+            kind, numbers and marshal.dumps(numbers, 2), activation, current_backend(backend), hopper_asked(), forcing(),
             dtype is torch.float32 and precision(dtype, kind),
             torch.is_grad_enabled() and needs_gradients((x, weight, *epilogue.tensors())),
             dtype, x.shape, x.stride(), x.device, type(x), x.is_neg(), x_address and x_address % 16 + 1,
@@ -225,7 +227,7 @@ def signature(
             w_address and w_address % 16 + 1,
             bias if bias is None else _vector(bias),
             norm if norm is None else _norm(norm),
-            residual if residual is None else (residual.stride(), *_vector(residual)),
+            residual if residual is None else (residual.stride(), residual.data_ptr() % 16, *_vector(residual)),
         )  # fmt: skip
     # Symbolic, sparse and opaque tensors have no such numbers; whatever is no tensor or no integer raises what it should
     # elsewhere.

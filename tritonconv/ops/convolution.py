@@ -12,7 +12,16 @@ from torch import Tensor
 from tritonconv.geometry import ConvGeometry, power_of_two_divisor
 from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import Box, Recipe, axis_constants, config_for, device_of, epilogue_constants, precision
+from tritonconv.ops.launch import (
+    Box,
+    PlainRecipe,
+    Recipe,
+    axis_constants,
+    config_for,
+    device_of,
+    epilogue_constants,
+    precision,
+)
 from tritonconv.ops.layout import is_dense, suggests_channels_last
 from tritonconv.ops.plan import ConvPlan, pack_constants, plan_convolution
 from tritonconv.ops.sink import WHOLE, Sink, images_of_tile
@@ -115,7 +124,7 @@ def _recipe(
             VEC_C=power_of_two_divisor(c, plan.row_stride),
         )  # fmt: skip
         x_box = Box(m, c, plan.row_stride, (block_m, block_k)) if tma else None
-        return Recipe(matmul_kernel, programs, constants, x_box, w_box, config, problem, slots, sums)
+        return PlainRecipe(matmul_kernel, programs, constants, x_box, w_box, config, problem, slots, sums)
 
     sn, sc, sd, sh, sw = plan.strides
     constants |= axis_constants(g)
@@ -124,10 +133,10 @@ def _recipe(
     )
     if plan.kernel == "conv_fprop":
         constants["VEC_X"] = power_of_two_divisor(sn, sd, sh, sw)
-        return Recipe(conv_fprop_kernel, programs, constants, None, w_box, config, problem, slots, sums)
+        return PlainRecipe(conv_fprop_kernel, programs, constants, None, w_box, config, problem, slots, sums)
     outer = (sd, sh, sw) if plan.weight_channels_last else (sc, sd, sh)
     constants |= dict(
         stride_xc=sc, W_CHANNELS_LAST=plan.weight_channels_last, VEC_X=power_of_two_divisor(sn, *outer),
         VEC_W=power_of_two_divisor(w_row), **pack_constants(plan.pack, c, n),
     )  # fmt: skip
-    return Recipe(conv_flat_kernel, programs, constants, None, w_box, config, problem, slots, sums)
+    return PlainRecipe(conv_flat_kernel, programs, constants, None, w_box, config, problem, slots, sums)

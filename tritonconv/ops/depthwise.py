@@ -16,7 +16,16 @@ from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass, Triple, power, po
 from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import Launch, Recipe, axis_constants, device_of, epilogue_constants, forced_config, launch
+from tritonconv.ops.launch import (
+    Launch,
+    PlainRecipe,
+    Recipe,
+    axis_constants,
+    device_of,
+    epilogue_constants,
+    forced_config,
+    launch,
+)
 from tritonconv.ops.layout import as_format, dense_strides, empty_output, is_dense, wide
 from tritonconv.ops.plan import Strides, lift
 from tritonconv.ops.sink import WHOLE, Sink
@@ -120,7 +129,7 @@ def depthwise_recipe(
     blocks = _blocks(lines // images, across, block_t, view.channels_last)
     slots = images * blocks
     programs = slots * -(-view.channels // block_c)
-    return Recipe(depthwise_kernel, programs, constants, None, None, config, problem, slots, (1, blocks, 1))
+    return PlainRecipe(depthwise_kernel, programs, constants, None, None, config, problem, slots, (1, blocks, 1))
 
 
 def _blocks(lines: int, across: int, block_t: int, channels_last: bool) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry, expand
-from tritonconv.ops.backend import Backend, OnTorch, current_backend, decide, needs_gradients, unusual
+from tritonconv.ops.backend import Backend, OnTorch, asking_hopper, current_backend, decide, needs_gradients, unusual
 from tritonconv.ops.calls import Prepared, Registered, find, remember, signature
 from tritonconv.ops.convolution import check_convolution
 from tritonconv.ops.epilogue import Epilogue
@@ -49,9 +49,19 @@ def replay(
     if isinstance(call, Prepared):
         return call.run(x, weight, epilogue)
     if isinstance(call, Registered):
-        return through_operator(kind, x, weight, epilogue, numbers)
+        return _through_operator(kind, x, weight, epilogue, numbers, backend)
     call.warn()
     return _on_torch(kind, x, weight, epilogue, numbers)
+
+
+def _through_operator(
+    kind: Kind, x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: Numbers, backend: Backend | None
+) -> Tensor:
+    """An operator does not know the layer's own choice; its gradients remember this one."""
+    if current_backend(backend) != "hopper":
+        return through_operator(kind, x, weight, epilogue, numbers)
+    with asking_hopper(True):
+        return through_operator(kind, x, weight, epilogue, numbers)
 
 
 def _on_torch(kind: Kind, x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: Numbers) -> Tensor:
@@ -197,7 +207,8 @@ def _resolve(
     )
     if refused is not None:
         return refused
-    call = prepare_call(x, weight, epilogue, geometry, kind)
+    with asking_hopper(current_backend(backend) == "hopper"):
+        call = prepare_call(x, weight, epilogue, geometry, kind)
     if current_backend(backend) == "auto" and call.recipe is not None:
         verdict = judge(call.recipe.problem, call.conditions(epilogue))
         if verdict.torch:
@@ -230,7 +241,8 @@ def _first_run(
         else:
             conditions = prepared.conditions(epilogue)
             measured = judge(prepared.recipe.problem, conditions).reason if prepared.recipe is not None else ""
-            decision = Decision("triton", f"{prepared.kernel}{measured and ', '}{measured}", prepared.copies)
+            parts = (prepared.kernel, prepared.note, measured)
+            decision = Decision("triton", ", ".join(filter(None, parts)), prepared.copies)
         size = geometry.bytes(x.element_size(), residual=epilogue.residual is not None)
         share = shared()
         if share is not None:
@@ -244,7 +256,7 @@ def _first_run(
     if isinstance(call, OnTorch) or (observed and isinstance(call, Registered)):
         return _on_torch(kind, x, weight, epilogue, numbers)
     if isinstance(call, Registered):
-        return through_operator(kind, x, weight, epilogue, numbers)
+        return _through_operator(kind, x, weight, epilogue, numbers, backend)
     if observed:
         # An observed run takes the format that the kernel would give, so that copies further on are counted right.
         return call.result.like(_on_torch(kind, x, weight, epilogue, numbers))

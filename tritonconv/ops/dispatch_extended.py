@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.backend import Backend, OnTorch, current_backend, needs_gradients, unsupported
+from tritonconv.ops.backend import Backend, OnTorch, asking_hopper, current_backend, needs_gradients, unsupported
 from tritonconv.ops.calls import Prepared, find, remember, signature
 from tritonconv.ops.convolution import check_convolution, output_format
 from tritonconv.ops.dispatch import autocast, missing
@@ -146,7 +146,8 @@ def _suits(
         return ELSEWHERE
     if not takes_sink(x, weight, g) or (sink.pitch is not None and not output_format(x, weight)):
         return ELSEWHERE
-    call = prepare_call(x, weight, epilogue, g, "conv", sink=sink, gated=gated)
+    with asking_hopper(current_backend(backend) == "hopper"):
+        call = prepare_call(x, weight, epilogue, g, "conv", sink=sink, gated=gated)
     if call.recipe is None:
         return ELSEWHERE
     if sink.average and (call.recipe.sums is None or call.recipe.sums[2] > MOST_IMAGES):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.backend import Backend, decide
+from tritonconv.ops.backend import Backend, asking_hopper, current_backend, decide
 from tritonconv.ops.convolution import check_convolution
 from tritonconv.ops.dispatch import autocast, check_tensors, missing
 from tritonconv.ops.dispatch_batch_norm import missing_norm, move_running
@@ -65,7 +65,9 @@ def convolution_batch_norm(
     if notify(seen):
         return parts_on_torch(kind, x, weight, epilogue, norm, numbers, momentum())
     weight_of_batch = momentum()
-    y, mean, var, count = call_training(kind, x, weight, epilogue, norm, **given, fixed=False, group=group)
+    # The operator does not know the layer's own choice.
+    with asking_hopper(current_backend(backend) == "hopper"):
+        y, mean, var, count = call_training(kind, x, weight, epilogue, norm, **given, fixed=False, group=group)
     move_running(mean, var, count, norm.mean, norm.var, weight_of_batch, is_traced(tensors))
     return y
 

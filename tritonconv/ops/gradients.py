@@ -15,6 +15,7 @@ from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import (
     Kind,
     Launch,
+    PlainRecipe,
     Recipe,
     axis_constants,
     config_for,
@@ -28,7 +29,7 @@ from tritonconv.ops.plan import Strides, lift, pack_constants, packed
 from tritonconv.tuning import Device, Problem
 from tritonconv.tuning.ranges import ranges
 
-__all__ = ["NormGradient", "conv_dgrad", "conv_wgrad", "dgrad_recipe"]
+__all__ = ["NormGradient", "add_ranges", "conv_dgrad", "conv_wgrad", "dgrad_recipe"]
 
 # Columns that the sums are added by.
 REDUCE_BLOCK = 1024
@@ -108,7 +109,7 @@ def dgrad_recipe(
         dz_ptr=None if norm is None else norm.dz, **epilogue_constants(epilogue), **axis_constants(g),
         **pack_constants(pack, c, k), **tiles,
     )  # fmt: skip
-    return Recipe(conv_dgrad_kernel, programs, constants, None, None, config, problem, slots)
+    return PlainRecipe(conv_dgrad_kernel, programs, constants, None, None, config, problem, slots)
 
 
 def conv_wgrad(
@@ -124,7 +125,7 @@ def conv_wgrad(
         x: the input, (N, C, *spatial).
         norm: what lies between the output and dy.
     """
-    from tritonconv.kernels.conv_wgrad import conv_wgrad_kernel, wgrad_reduce_kernel
+    from tritonconv.kernels.conv_wgrad import conv_wgrad_kernel
 
     g = geometry
     dw = empty_output(dy, g.weight_shape, channels_last, dy.dtype)
@@ -170,13 +171,19 @@ def conv_wgrad(
     launch(Launch(conv_wgrad_kernel, programs, arguments, problem, config), dy.device)
     for parts, result, inner, taps in ((sums, dw, c // pack, g.taps), (bias_sums, db, 1, 1)):
         if parts is not None and result is not None and not direct:
-            reduce: dict[str, Any] = dict(
-                sums_ptr=parts, dw_ptr=result, SIZE=result.numel(), SPLITS=count, C=inner, TAPS=taps,
-                W_CHANNELS_LAST=channels_last, BLOCK=REDUCE_BLOCK,
-            )  # fmt: skip
-            blocks_of_sums = -(-result.numel() // REDUCE_BLOCK)
-            launch(Launch(wgrad_reduce_kernel, blocks_of_sums, reduce, None, None), dy.device)
+            add_ranges(parts, result, inner, taps, channels_last)
     return dw, db
+
+
+def add_ranges(sums: Tensor, dw: Tensor, channels: int, taps: int, channels_last: bool) -> None:
+    """Add the sums of ranges of the pixels, [ranges, filters, taps, channels], in their order into dw in this format."""
+    from tritonconv.kernels.conv_wgrad import wgrad_reduce_kernel
+
+    arguments: dict[str, Any] = dict(
+        sums_ptr=sums, dw_ptr=dw, SIZE=dw.numel(), SPLITS=sums.shape[0], C=channels, TAPS=taps,
+        W_CHANNELS_LAST=channels_last, BLOCK=REDUCE_BLOCK,
+    )  # fmt: skip
+    launch(Launch(wgrad_reduce_kernel, -(-dw.numel() // REDUCE_BLOCK), arguments, None, None), dw.device)
 
 
 def _between(norm: NormGradient | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import inspect
 import threading
@@ -20,9 +21,9 @@ from tritonconv.ops.epilogue import Epilogue
 from tritonconv.tuning import INTERPRETER, Device, Problem, choose, like
 
 __all__ = [
-    "NO_STATISTICS", "Box", "Kind", "Launch", "Recipe", "Slots", "activation_constants", "axis_constants", "captured",
-    "config_for", "device_of", "epilogue_constants", "forced", "forced_config", "forcing", "launch", "precision",
-    "record_launches",
+    "NO_NORM", "NO_STATISTICS", "Box", "Kind", "Launch", "PlainRecipe", "Recipe", "Slots", "activation_constants",
+    "axis_constants", "captured", "config_for", "device_of", "epilogue_constants", "forced", "forced_config", "forcing",
+    "launch", "precision", "record_launches",
 ]  # fmt: skip
 
 Kind = Literal["conv", "conv_transpose", "matmul"]
@@ -89,51 +90,34 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
-class Recipe:
+class Recipe(abc.ABC):
     """All of a launch but its tensors.
 
     Args:
-        kernel: a jit function with parameters in this order: an image, ..., `w`, ..., `RESULT_AND_EPILOGUE`, ...
-        constants: every other argument by name.
-        x_box, w_box: where the operand goes by descriptor.
+        kernel: a jit function.
         config: tiles, warps and stages.
         problem: what the config was chosen for.
-        slots: rows of tiles, each with statistics of its own where they are asked for.
+        slots: tiles of pixels, each with statistics of its own where they are asked for.
         sums: (units of a tile, units of an image, images that a tile may touch) where sums for a global average are: a unit
             is a pixel, or a tile.
     """
 
     def __init__(
-        self, kernel: Any, programs: int, constants: dict[str, Any], x_box: Box | None, w_box: Box | None, config: Any,
-        problem: Problem, slots: int, sums: tuple[int, int, int] | None = None,
+        self, kernel: Any, programs: int, config: Any, problem: Problem, slots: int,
+        sums: tuple[int, int, int] | None = None,
     ) -> None:  # fmt: skip
-        names = _parameters(kernel.fn)
-        w, y = names.index("w"), names.index("y_ptr")
-        end = y + len(RESULT_AND_EPILOGUE)
-        assert names[y:end] == RESULT_AND_EPILOGUE, names
-        # By position, which costs Triton's launcher less than by name.
-        self.behind_x = tuple(constants[name] for name in names[1:w])
-        self.behind_w = tuple(constants[name] for name in names[w + 1 : y])
-        self.behind_all = tuple(constants[name] for name in names[end:])
-        self.x_box, self.w_box, self.names, self.problem, self.slots = x_box, w_box, names, problem, slots
-        self.sums = sums
+        self.names, self.problem, self.slots, self.sums = _parameters(kernel.fn), problem, slots, sums
         self.empty = Launch(kernel, programs, {}, problem, config)
         self.name, self.options = kernel.__name__, self.empty.options
         self.launcher: Callable[..., Any] = kernel[(programs,)]
         self.interpreted = interpreting()
 
+    @abc.abstractmethod
     def arguments(
         self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, statistics: Slots = NO_STATISTICS,
         gate: Tensor | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         """The kernel's arguments in order."""
-        bias, norm, residual, _ = epilogue
-        behind_x = self.behind_x if gate is None else (gate, *self.behind_x[1:])
-        return (
-            x if self.x_box is None else self.x_box.descriptor(x), *behind_x,
-            weight if self.w_box is None else self.w_box.descriptor(weight), *self.behind_w,
-            y, residual, bias, *(NO_NORM if norm is None else norm[:4]), *statistics, *self.behind_all,
-        )  # fmt: skip
 
     def run(
         self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, device: torch.device,
@@ -157,6 +141,44 @@ class Recipe:
         else:
             with torch.cuda.device(device):
                 self.launcher(*arguments, **self.options)
+
+
+class PlainRecipe(Recipe):
+    """Of a kernel that is given its tensors as they are, or a descriptor of one.
+
+    Args:
+        kernel: a jit function with parameters in this order: an image, ..., `w`, ..., `RESULT_AND_EPILOGUE`, ...
+        constants: every other argument by name.
+        x_box, w_box: where the operand goes by descriptor.
+    """
+
+    def __init__(
+        self, kernel: Any, programs: int, constants: dict[str, Any], x_box: Box | None, w_box: Box | None, config: Any,
+        problem: Problem, slots: int, sums: tuple[int, int, int] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(kernel, programs, config, problem, slots, sums)
+        names = self.names
+        w, y = names.index("w"), names.index("y_ptr")
+        end = y + len(RESULT_AND_EPILOGUE)
+        assert names[y:end] == RESULT_AND_EPILOGUE, names
+        # By position, which costs Triton's launcher less than by name.
+        self.behind_x = tuple(constants[name] for name in names[1:w])
+        self.behind_w = tuple(constants[name] for name in names[w + 1 : y])
+        self.behind_all = tuple(constants[name] for name in names[end:])
+        self.x_box, self.w_box = x_box, w_box
+
+    def arguments(
+        self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, statistics: Slots = NO_STATISTICS,
+        gate: Tensor | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """The kernel's arguments in order."""
+        bias, norm, residual, _ = epilogue
+        behind_x = self.behind_x if gate is None else (gate, *self.behind_x[1:])
+        return (
+            x if self.x_box is None else self.x_box.descriptor(x), *behind_x,
+            weight if self.w_box is None else self.w_box.descriptor(weight), *self.behind_w,
+            y, residual, bias, *(NO_NORM if norm is None else norm[:4]), *statistics, *self.behind_all,
+        )  # fmt: skip
 
 
 def launch(one: Launch, device: torch.device) -> None:

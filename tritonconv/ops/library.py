@@ -5,7 +5,7 @@ Eager calls go past it, straight to the launcher (ops/dispatch.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.activation import from_numbers, to_numbers
+from tritonconv.ops.backend import asking_hopper, hopper_asked
 from tritonconv.ops.calls import Prepared, find, remember, signature
 from tritonconv.ops.convolution import check_convolution, output_format
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
@@ -24,7 +25,7 @@ from tritonconv.ops.training import bias_gradient
 
 __all__ = [
     "call_operator", "conv_geometry", "ints", "not_built", "padding_numbers", "put_together", "register_autocast",
-    "resolved", "taken_apart",
+    "register_gradient", "resolved", "taken_apart",
 ]  # fmt: skip
 
 
@@ -196,6 +197,20 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dw, db if needs[2] else None, None, None, None, None, None
 
 
+def register_gradient(operator: Any, backward: Callable[..., Any], save: Callable[..., None]) -> None:
+    """Register an operator's gradient, which runs on Hopper's kernels too where the forward pass was asked to."""
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+        ctx.hopper = hopper_asked()
+        save(ctx, inputs, keyword_only_inputs, output)
+
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        with asking_hopper(ctx.hopper):
+            return backward(ctx, *gradients)
+
+    operator.register_autograd(run, setup_context=remember)
+
+
 def not_built(op: str, what: str) -> NotImplementedError:
     """The error of an operator that has no gradient with an epilogue."""
     return NotImplementedError(
@@ -204,7 +219,7 @@ def not_built(op: str, what: str) -> NotImplementedError:
     )
 
 
-conv.register_autograd(_backward, setup_context=_save)
+register_gradient(conv, _backward, _save)
 
 
 @register_flop_formula([torch.ops.tritonconv.conv_dgrad, torch.ops.tritonconv.conv_wgrad])

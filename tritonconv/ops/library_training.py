@@ -18,7 +18,7 @@ from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.launch import Kind
 from tritonconv.ops.layout import dense_strides, suggests_channels_last, wide
-from tritonconv.ops.library import conv_geometry, ints, padding_numbers, register_autocast, resolved
+from tritonconv.ops.library import conv_geometry, ints, padding_numbers, register_autocast, register_gradient, resolved
 from tritonconv.ops.training import Needs, Norm, backward, forward
 
 __all__ = ["OwnNorm", "call_training"]
@@ -173,7 +173,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_unused: Any) -> tuple[Tensor | None
     return dx, dw, db, None, None, d_norm_weight, d_norm_bias, d_residual
 
 
-conv_batch_norm.register_autograd(_backward, setup_context=_save)
+register_gradient(conv_batch_norm, _backward, _save)
 
 
 @register_flop_formula(torch.ops.tritonconv.conv_batch_norm)

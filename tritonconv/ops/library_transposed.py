@@ -12,7 +12,16 @@ from torch.utils.flop_counter import register_flop_formula
 from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.layout import dense_strides, suggests_channels_last
-from tritonconv.ops.library import conv_geometry, ints, not_built, put_together, register_autocast, resolved, taken_apart
+from tritonconv.ops.library import (
+    conv_geometry,
+    ints,
+    not_built,
+    put_together,
+    register_autocast,
+    register_gradient,
+    resolved,
+    taken_apart,
+)
 from tritonconv.ops.training import bias_gradient
 
 __all__ = ["call_transposed"]
@@ -94,7 +103,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dw, db, None, None, None, None, None
 
 
-conv_transpose.register_autograd(_backward, setup_context=_save)
+register_gradient(conv_transpose, _backward, _save)
 
 
 @register_flop_formula(torch.ops.tritonconv.conv_transpose)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry, Pass
+from tritonconv.ops.adaptive import pixel_sums
+from tritonconv.ops.backend import capture, hopper_asked, interpreting
 from tritonconv.ops.bands import bands_dgrad, bands_wgrad, prefers_bands, prepare_bands
 from tritonconv.ops.calls import Prepared
 from tritonconv.ops.convolution import output_format, plan_for, prepare
 from tritonconv.ops.depthwise import View, depthwise_dgrad, depthwise_wgrad, is_depthwise, prepare_depthwise
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.gradients import NormGradient, conv_dgrad, conv_wgrad
+from tritonconv.ops.hopper import hopper_dgrad, hopper_wgrad, prepare_hopper, unsupported_gradient
 from tritonconv.ops.launch import Kind, device_of, precision
-from tritonconv.ops.layout import as_format, is_dense
+from tritonconv.ops.layout import as_format, dense_strides, is_dense
 from tritonconv.ops.sink import WHOLE, Sink
 from tritonconv.ops.transposed import prepare_transposed
 
@@ -31,6 +36,25 @@ def prepare_call(
         sink: where results go; other than `WHOLE` only where `takes_sink` says so.
         gated: whether x is to be multiplied by a gate on the way in; only where `takes_gate` says so.
     """
+    note = ""
+    if hopper_asked():
+        call = prepare_hopper(x, weight, epilogue, geometry, statistics, sink, gated)
+        if isinstance(call, Prepared) and _runs_gluon():
+            return call
+        note = f"not hopper: {call if isinstance(call, str) else 'the interpreter runs no Gluon'}"
+    call = _prepare_portable(x, weight, epilogue, geometry, kind, statistics, sink, gated)
+    return replace(call, note=note) if note else call
+
+
+def _runs_gluon() -> bool:
+    """Triton's interpreter does not; launches that are captured do not run."""
+    return capture.active or not interpreting()
+
+
+def _prepare_portable(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Kind, statistics: bool, sink: Sink,
+    gated: bool,
+) -> Prepared:  # fmt: skip
     if is_depthwise(geometry):
         conv = geometry.mirrored if geometry.transposed else geometry
         if _prefers_bands(conv, x, output_format(x, weight), "dgrad" if geometry.transposed else "fprop"):
@@ -72,6 +96,11 @@ def data_gradient(
     Args:
         norm: for other than depthwise convolutions alone.
     """
+    if hopper_asked() and _runs_gluon():
+        contiguous = dense_strides(geometry.input_shape, channels_last)[1] != 1 < geometry.in_channels
+        device = device_of(dy.device)
+        if unsupported_gradient(geometry, dy.dtype, device, "dgrad", contiguous, norm is not None) is None:
+            return hopper_dgrad(dy, weight, geometry, channels_last)
     if norm is None and is_depthwise(geometry):
         if _prefers_bands(geometry, dy, channels_last, "dgrad"):
             return as_format(bands_dgrad(dy, weight, geometry), channels_last)
@@ -88,6 +117,11 @@ def weight_gradient(
     Args:
         norm: for other than depthwise convolutions alone.
     """
+    if hopper_asked() and _runs_gluon():
+        device = device_of(dy.device)
+        if unsupported_gradient(geometry, dy.dtype, device, "wgrad", False, norm is not None) is None:
+            dw = hopper_wgrad(dy, x, geometry, channels_last)
+            return dw, pixel_sums(as_format(dy, True)) if bias else None
     if norm is None and is_depthwise(geometry):
         # A contiguous one may be both.
         banded = _prefers_bands(geometry, dy, not is_dense(dy, False), "wgrad")

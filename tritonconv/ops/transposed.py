@@ -13,7 +13,7 @@ from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.gradients import dgrad_recipe
-from tritonconv.ops.launch import Recipe, axis_constants, config_for, device_of, epilogue_constants, precision
+from tritonconv.ops.launch import PlainRecipe, Recipe, axis_constants, config_for, device_of, epilogue_constants, precision
 from tritonconv.ops.layout import dense_strides, is_dense
 from tritonconv.ops.plan import Strides, lift, row_stride
 from tritonconv.tuning import Device, Problem
@@ -98,4 +98,4 @@ def _up_recipe(
         PRECISION=products, **epilogue_constants(epilogue), **tiles, STAGES=config.num_stages,
     )  # fmt: skip
     programs = tiles_m * -(-columns // tiles["BLOCK_N"])
-    return Recipe(conv_up_kernel, programs, constants, None, None, config, problem, g.taps * tiles_m)
+    return PlainRecipe(conv_up_kernel, programs, constants, None, None, config, problem, g.taps * tiles_m)

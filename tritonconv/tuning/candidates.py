@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from tritonconv.tuning.bands import band_candidates
+from tritonconv.tuning.hopper import hopper_candidates
 from tritonconv.tuning.problem import Problem
 
 __all__ = ["candidates", "possible"]
@@ -15,6 +16,8 @@ def candidates(problem: Problem) -> list[Any]:
     """Every triton.Config of the problem's kernel that suits its sizes, its type and its device."""
     if problem.banded:
         return band_candidates(problem)
+    if problem.hopper:
+        return hopper_candidates(problem)
     if problem.direct:
         return _patches(problem, *problem.result[1:])
     m, n, _ = problem.gemm
@@ -25,6 +28,8 @@ def possible(problem: Problem) -> list[Any]:
     """Every triton.Config that computes the problem rightly on its device, also those much larger than it."""
     if problem.banded:
         return band_candidates(problem)
+    if problem.hopper:
+        return hopper_candidates(problem)
     return _patches(problem, 10**9, 10**9) if problem.direct else _fitting(problem, 10**9, 10**9)
 
 

@@ -22,6 +22,7 @@ from tritonconv.geometry import ConvGeometry
 from tritonconv.tuning.bands import band_seconds
 from tritonconv.tuning.configs import as_dict, config_name
 from tritonconv.tuning.devices import ISSUE_SLOTS, LAUNCH, Device
+from tritonconv.tuning.hopper import hopper_terms
 from tritonconv.tuning.problem import Problem
 from tritonconv.tuning.ranges import ranges
 
@@ -130,6 +131,8 @@ def predict(problem: Problem, config: Any) -> Prediction:
     if problem.banded:
         seconds = band_seconds(problem, config)
         return Prediction(seconds, "products", {"products": seconds}, 1, 1, 1)
+    if problem.hopper:
+        return predict_hopper(problem, config)
     return _predict(problem, blocks_of(as_dict(config)))
 
 
@@ -174,6 +177,20 @@ def _predict_direct(problem: Problem, patch: tuple[int, int], warps: int) -> Pre
 def predict_direct(problem: Problem, config: Any) -> Prediction:
     """The time of a problem whose kernel multiplies no matrices: instructions of its patches against its bytes."""
     return _predict_direct(problem, (config.kwargs["PATCH_P"], config.kwargs["PATCH_Q"]), config.num_warps)
+
+
+def predict_hopper(problem: Problem, config: Any) -> Prediction:
+    """The time of a problem on Hopper's kernels: programs that walk tiles, one on a multiprocessor."""
+    c = as_dict(config)
+    blocks = c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_K"], c["num_warps"], c["num_stages"], True
+    cycles = resources_of(problem, blocks).issue_cycles
+    if cycles is None:
+        cycles = 0.2 * 2 * blocks[0] * blocks[1] * blocks[2] / HOPPER_FLOP_PER_CLOCK
+    terms, beside, tiles, turns = hopper_terms(problem, config, cycles)
+    bound = max(terms, key=lambda name: terms[name])
+    busy = max(seconds for name, seconds in terms.items() if name != "memory")
+    seconds = terms[bound] + OVERLAP * min(busy, terms["memory"]) + beside
+    return Prediction(seconds, bound, terms, min(tiles, problem.device.multiprocessors), 1, turns)
 
 
 def blocks_of(c: dict[str, Any]) -> Blocks:

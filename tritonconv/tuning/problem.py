@@ -63,6 +63,11 @@ class Problem:
         return self.kernel.startswith("depthwise_bands")
 
     @property
+    def hopper(self) -> bool:
+        """Whether its kernel is one of kernels/hopper, whose tiles and times tuning/hopper.py knows."""
+        return self.kernel.startswith("hopper.")
+
+    @property
     def result(self) -> Triple:
         """Extents of the image that is written, or, for a weight gradient, of the one whose pixels are added up."""
         return self.geometry.input if self.pass_ == "dgrad" else self.geometry.output

@@ -27,9 +27,10 @@ def kernel_hash(kernel: str) -> str:
     while waiting:
         name = waiting.pop()
         if name not in found:
-            tree = ast.parse((folder / f"{name}.py").read_text())
-            imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
-            waiting += [node.module for node in imports if node.module]
+            tree = ast.parse((folder / f"{name.replace('.', '/')}.py").read_text())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and node.level > 0 and node.module:
+                    waiting.append(".".join([*name.split(".")[: -node.level], node.module]))
             found[name] = device_code(tree)
     digest = hashlib.sha256("\0".join(f"{name}\0{code}" for name, code in sorted(found.items())).encode())
     return digest.hexdigest()[:16]
