@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n 2 --dist worksteal
 KERNEL_TESTS := $(addsuffix .py,$(addprefix tests/test_,conv gradients transposed batch_norm training operators codegen \
-	host tune bench depthwise pooling unpool adaptive global_pool stochastic resample shuffle squeeze_excite sink))
+	host tune bench depthwise pooling unpool adaptive global_pool stochastic resample shuffle squeeze_excite sink deform \
+	deform_rules))
 
 # Two workers with two threads each wait for one another.
 test compat-3.6 compat-3.9: export OMP_NUM_THREADS := 1

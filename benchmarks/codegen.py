@@ -214,8 +214,8 @@ def broken_rules(row: dict[str, Any]) -> list[str]:
         # Rows of 3 or 5 elements cannot be read otherwise. TF32's wgmma wants operands that lie along the reduction, and
         # those that are read by rows do not: they are copied element by element into their places.
         scattered = case.endswith("odd") or (case.endswith("tf32") and reads_rows)
-        # Sums along diagonals are few, and stored one by one.
-        wide_store = wide_store or row["kernel"] == "depthwise_bands_wgrad"
+        # Sums along diagonals, or of a tap's offsets, are few, and stored one by one.
+        wide_store = wide_store or row["kernel"] in ("depthwise_bands_wgrad", "deform_conv_dgrad")
         # Nothing but sums is stored there.
         wide_store = wide_store or case.startswith("averaged")
         if not scattered and (not wide_store or (not wide_load and "stem" not in case)):

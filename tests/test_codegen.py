@@ -42,6 +42,9 @@ def test_the_table_has_every_config_of_every_kernel() -> None:
         conv_fprop,
         conv_up,
         conv_wgrad,
+        deform_conv,
+        deform_conv_dgrad,
+        deform_conv_wgrad,
         depthwise_bands,
         depthwise_bands_wgrad,
         matmul,
@@ -52,6 +55,7 @@ def test_the_table_has_every_config_of_every_kernel() -> None:
     assert all(set(row) == KEYS for row in rows)
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     products = (conv_dgrad, conv_flat, conv_fprop, conv_up, conv_wgrad, matmul, separable)
+    products += (deform_conv, deform_conv_dgrad, deform_conv_wgrad)
     for module in (*products, depthwise_bands, depthwise_bands_wgrad):
         kernel = module.__name__.rsplit(".", 1)[1]
         tiles = {row["config"] for row in rows if row["kernel"] == kernel}

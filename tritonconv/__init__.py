@@ -6,8 +6,9 @@ from tritonconv import functional, nn
 from tritonconv.convert import convert, explain, revert
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.backend import set_backend
+from tritonconv.ops.deform_gradients import set_scatter
 
-__all__ = ["ConvGeometry", "convert", "explain", "functional", "nn", "revert", "set_backend", "tune"]
+__all__ = ["ConvGeometry", "convert", "explain", "functional", "nn", "revert", "set_backend", "set_scatter", "tune"]
 
 __version__ = "0.1.0"
 

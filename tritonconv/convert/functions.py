@@ -10,6 +10,7 @@ from torch import fx
 
 from tritonconv import functional
 from tritonconv.convert.calls import module_of
+from tritonconv.convert.deform import replace_deform_call
 from tritonconv.ops.library_adaptive import global_average
 
 __all__ = ["FUNCTIONS", "replace_functions", "spatial_axes"]
@@ -37,6 +38,7 @@ def _functions() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 FUNCTIONS = _functions()
 """Torch's functions, each with ours of the same arguments."""
+OURS = {*FUNCTIONS.values(), functional.deform_conv2d}
 
 
 def replace_functions(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> list[str]:
@@ -53,8 +55,10 @@ def replace_functions(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> l
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             names.append(call.name)
-        elif node.op == "call_function" and node.target in FUNCTIONS.values():
+        elif node.op == "call_function" and node.target in OURS:
             names.append(node.name)
+        elif (replaced := replace_deform_call(graph, node)) is not None:
+            names.append(replaced.name)
     return names
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tritonconv import nn
+from tritonconv.convert.deform import DEFORM_LAYERS, deform_twin
 from tritonconv.ops.backend import Backend
 from tritonconv.ops.layout import as_format, dense_strides, is_dense
 
@@ -52,6 +53,7 @@ TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.ChannelShuffle: nn.ChannelShuffle,
 }
 
+OURS = {*TWINS.values(), *DEFORM_LAYERS}
 MARK = "_tritonconv"
 
 
@@ -82,23 +84,30 @@ def set_mark(module: torch.nn.Module, **changes: Any) -> None:
     module.__dict__[MARK] = dataclasses.replace(mark_of(module) or Mark(), **changes)
 
 
+def twin_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """The class of ours that a layer of torch, or a deformable convolution of another library, becomes."""
+    return TWINS.get(type(module)) or deform_twin(module)
+
+
 def swap_layers(model: torch.nn.Module, backend: Backend, keep_contiguous: str) -> None:
-    """Make every layer of exactly torch's class ours.
+    """Make every layer of exactly torch's class ours, and deformable convolutions of torchvision's and mmcv's making.
 
     Parameters, hooks and names stay: the new classes add no state, so a change of `__class__` is all, and whoever shares
     the module shares the change. Weights of convolutions move to channels-last memory behind the same Parameter, unless
     there is a reason to keep theirs.
     """
-    modules = [m for m in model.modules() if type(m) in TWINS or type(m) in TWINS.values()]
+    twins = {m: twin_of(m) for m in model.modules()}
+    modules = [m for m, twin in twins.items() if twin is not None or type(m) in OURS]
     # Asked before anything moves: two layers that share a weight both had it contiguous.
     contiguous = [] if keep_contiguous else [m for m in modules if _movable(m)]
     if keep_contiguous or mark_of(model) is not None:
         set_mark(model, keep_contiguous=keep_contiguous)
     for module in modules:
         mark = mark_of(module)
-        if type(module) in TWINS:
+        twin = twins[module]
+        if twin is not None:
             set_mark(module, original=type(module), layer=True)
-            module.__class__ = TWINS[type(module)]
+            module.__class__ = twin
         elif (mark is None or not mark.layer) and backend == "auto":
             # The user's own layer of ours keeps the backend that it was given.
             continue
@@ -117,7 +126,7 @@ def restore_layers(model: torch.nn.Module) -> None:
         mark: Mark | None = module.__dict__.pop(MARK, None)
         if mark is None:
             continue
-        if mark.original is not None and type(module) is TWINS[mark.original]:
+        if mark.original is not None and type(module) is TWINS.get(mark.original, type(module)) and type(module) in OURS:
             module.__class__ = mark.original
         if mark.layer:
             module.__dict__.pop("backend", None)

@@ -21,6 +21,7 @@ from tritonconv.functional.convolution import (
     conv_transpose3d,
     linear,
 )
+from tritonconv.functional.deform import deform_conv2d
 from tritonconv.functional.fused import (
     conv1d_bn_act,
     conv2d_bn_act,
@@ -64,8 +65,8 @@ __all__ = [
     "adaptive_max_pool3d", "adaptive_max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "batch_norm", "causal_conv1d", "causal_conv1d_update", "channel_shuffle", "conv1d", "conv1d_bn_act", "conv2d",
     "conv2d_bn_act", "conv3d", "conv3d_bn_act", "conv_transpose1d", "conv_transpose1d_bn_act", "conv_transpose2d",
-    "conv_transpose2d_bn_act", "conv_transpose3d", "conv_transpose3d_bn_act", "interpolate", "linear", "lp_pool1d",
-    "lp_pool2d", "lp_pool3d", "max_pool1d", "max_pool1d_with_indices", "max_pool2d", "max_pool2d_with_indices",
+    "conv_transpose2d_bn_act", "conv_transpose3d", "conv_transpose3d_bn_act", "deform_conv2d", "interpolate", "linear",
+    "lp_pool1d", "lp_pool2d", "lp_pool3d", "max_pool1d", "max_pool1d_with_indices", "max_pool2d", "max_pool2d_with_indices",
     "max_pool3d", "max_pool3d_with_indices", "max_unpool1d", "max_unpool2d", "max_unpool3d", "min_pool1d",
     "min_pool2d", "min_pool3d", "pixel_shuffle", "pixel_unshuffle", "stochastic_pool2d", "sum_pool1d", "sum_pool2d",
     "sum_pool3d",

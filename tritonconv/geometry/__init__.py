@@ -3,12 +3,13 @@
 from tritonconv.geometry.adaptive import AdaptiveGeometry
 from tritonconv.geometry.boxes import Taps, best_box, boxes_over, pass_extents, phase_size, phases_of, tap_hops, tap_places
 from tritonconv.geometry.convolution import INT32_MAX, ConvGeometry, Pass, Triple, expand
+from tritonconv.geometry.deform import DeformGeometry
 from tritonconv.geometry.pooling import PoolGeometry
 from tritonconv.geometry.powers import power, power_of_two_divisor, width
 from tritonconv.geometry.resampling import ResampleGeometry
 
 __all__ = [
-    "INT32_MAX", "AdaptiveGeometry", "ConvGeometry", "Pass", "PoolGeometry", "ResampleGeometry", "Taps",
+    "INT32_MAX", "AdaptiveGeometry", "ConvGeometry", "DeformGeometry", "Pass", "PoolGeometry", "ResampleGeometry", "Taps",
     "Triple", "best_box", "boxes_over", "expand", "pass_extents", "phase_size", "phases_of", "power",
     "power_of_two_divisor", "tap_hops", "tap_places", "width",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from tritonconv.nn.adaptive_pooling import (
 from tritonconv.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from tritonconv.nn.causal import CausalConv1d
 from tritonconv.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from tritonconv.nn.deform import DeformConv2d, DeformConv2dPack
 from tritonconv.nn.fused import ConvBNAct1d, ConvBNAct2d, ConvBNAct3d, ConvBNReLU2d
 from tritonconv.nn.linear import Linear
 from tritonconv.nn.pooling import (
@@ -45,8 +46,8 @@ __all__ = [
     "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d",
     "AdaptiveMaxPool3d", "AvgPool1d", "AvgPool2d", "AvgPool3d", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d",
     "CausalConv1d", "ChannelShuffle", "Conv1d", "Conv2d", "Conv3d", "ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d",
-    "ConvBNReLU2d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "DepthwiseSeparableConv2d", "LPPool1d",
-    "LPPool2d", "LPPool3d", "Linear", "MaxPool1d", "MaxPool2d", "MaxPool3d", "MaxUnpool1d", "MaxUnpool2d",
-    "MaxUnpool3d", "MinPool2d", "PixelShuffle", "PixelUnshuffle", "SqueezeExcite", "StochasticPool2d", "SumPool2d",
-    "SyncBatchNorm", "Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d",
+    "ConvBNReLU2d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "DeformConv2d", "DeformConv2dPack",
+    "DepthwiseSeparableConv2d", "LPPool1d", "LPPool2d", "LPPool3d", "Linear", "MaxPool1d", "MaxPool2d", "MaxPool3d",
+    "MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d", "MinPool2d", "PixelShuffle", "PixelUnshuffle", "SqueezeExcite",
+    "StochasticPool2d", "SumPool2d", "SyncBatchNorm", "Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d",
 ]  # fmt: skip

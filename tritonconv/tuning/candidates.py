@@ -47,7 +47,13 @@ def _patches(problem: Problem, p: int, q: int) -> list[Any]:
 def _fitting(problem: Problem, m: int, n: int) -> list[Any]:
     from tritonconv.kernels.tiles import fitting
 
-    configs = importlib.import_module(f"tritonconv.kernels.{problem.kernel}").configs()
+    module = importlib.import_module(f"tritonconv.kernels.{problem.kernel}")
+    configs = module.configs()
+    if problem.sampled:
+        return module.fitting(
+            configs, m=m, n=n, k=problem.run, itemsize=problem.itemsize, tensor_cores=problem.tensor_cores,
+            shared=problem.device.shared_memory, arch=problem.device.arch,
+        )  # fmt: skip
     if problem.kernel == "matmul":
         # Rows that are computed on their way in come by pointers alone, and have tiles of their own.
         configs = [config for config in configs if config.kwargs["USE_TMA"] != problem.computed]

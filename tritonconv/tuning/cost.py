@@ -39,6 +39,8 @@ PROGRAM_START = 0.8e-6
 EPILOGUE_INSTRUCTIONS = 10
 # Of a separable kernel, for each element between, its epilogue among them: counted in the compiled code.
 BETWEEN_INSTRUCTIONS = 40
+# Of a deformable convolution, for each sample: counted in the compiled code.
+SAMPLE_INSTRUCTIONS = 14
 # Of a direct kernel: beside its conversions, a load's address, mask and zeros; a program's start.
 LOAD_INSTRUCTIONS, DECODING = 6, 120
 # Dense bf16 flop per clock and multiprocessor of Hopper, in which resources.json counts issue ratios.
@@ -98,8 +100,14 @@ def _predict(problem: Problem, blocks: Blocks) -> Prediction:
         # The operand of rows is a depthwise tile.
         between = BETWEEN_INSTRUCTIONS * block_m * block_k / (ISSUE_SLOTS * device.warp_size)
         instructions = 1.3 * products + between / device.clock
-    rows = 2 * block_m if problem.computed else block_m
-    operands = (rows + block_n) * block_k * problem.itemsize / (device.l2_bandwidth / device.multiprocessors)
+    rows, columns = 2 * block_m if problem.computed else block_m, block_n
+    if problem.sampled:
+        # Samples are the operand of rows; of a weight gradient that of columns.
+        sampled, other = (block_n, block_m) if problem.pass_ == "wgrad" else (block_m, block_n)
+        rows, columns = 4 * sampled, other
+        samples = SAMPLE_INSTRUCTIONS * sampled * block_k / (ISSUE_SLOTS * device.warp_size)
+        instructions = max(instructions, 1.3 * products + samples / device.clock)
+    operands = (rows + columns) * block_k * problem.itemsize / (device.l2_bandwidth / device.multiprocessors)
     latency = LOAD_LATENCY / max(1, stages - 1)
     results = block_m * block_n / (32 * warps)
     epilogue = EPILOGUE_INSTRUCTIONS * results * warps * (32 / device.warp_size) / ISSUE_SLOTS / device.clock

@@ -68,6 +68,11 @@ class Problem:
         return self.kernel.startswith("hopper.")
 
     @property
+    def sampled(self) -> bool:
+        """Whether an operand of its kernel, or what it adds up, is interpolated: four elements are read for each."""
+        return self.kernel.startswith("deform_conv")
+
+    @property
     def result(self) -> Triple:
         """Extents of the image that is written, or, for a weight gradient, of the one whose pixels are added up."""
         return self.geometry.input if self.pass_ == "dgrad" else self.geometry.output

@@ -1,0 +1,91 @@
+"""Deformable convolutions of other libraries, known by what they are made of: neither is imported."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import fx
+
+from tritonconv import functional, nn
+
+__all__ = ["DEFORM_LAYERS", "deform_twin", "replace_deform_call"]
+
+DEFORM_LAYERS = (nn.DeformConv2d, nn.DeformConv2dPack)
+OPERATOR = "torchvision::deform_conv2d"
+
+
+def deform_twin(module: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """Our class for a deformable convolution of torchvision's or mmcv's making; None for everything else.
+
+    A layer of torchvision's has its class's name, attributes and forward. A layer of mmcv's has a plain convolution inside,
+    which predicts the offsets, or offsets and mask, that its own weight then samples at.
+    """
+    kind = type(module)
+    named = any(word in kind.__name__.lower() for word in ("deform", "dcn"))
+    if (
+        not named
+        or kind.__module__.startswith("tritonconv.")
+        or "forward" in module.__dict__
+        or not _is_convolution(module)
+    ):
+        return None
+    forward, children = list(inspect.signature(kind.forward).parameters)[1:], dict(module.named_children())
+    if kind.__name__ == "DeformConv2d" and kind.__module__.startswith("torchvision."):
+        return nn.DeformConv2d if forward == ["input", "offset", "mask"] and not children else None
+    if len(forward) != 1 or list(children) != ["conv_offset"]:
+        return None
+    return nn.DeformConv2dPack if _predicts(children["conv_offset"], module) else None
+
+
+def _is_convolution(module: torch.nn.Module) -> bool:
+    """Whether it has a 2-d convolution's numbers, its weight and bias, and nothing else."""
+    given: Any = module
+    try:
+        r, s = nn.deform.pair(given.kernel_size)
+        expected = (given.out_channels, given.in_channels // given.groups, r, s)
+        pairs = [nn.deform.pair(value) for value in (given.stride, given.padding, given.dilation)]
+        sizes = {name: tuple(t.shape) for name, t in module._parameters.items() if t is not None}
+    # Lazy parameters have no size yet.
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    fits = sizes in ({"weight": expected}, {"weight": expected, "bias": expected[:1]})
+    return fits and not module._buffers and all(type(number) is int for one in pairs for number in one)
+
+
+def _predicts(conv: torch.nn.Module, module: torch.nn.Module) -> bool:
+    """Whether the convolution has an offset, or an offset and a mask, for every tap and result of the module."""
+    given: Any = module
+    groups = getattr(module, "deform_groups", getattr(module, "deformable_groups", None))
+    if not isinstance(conv, torch.nn.Conv2d) or type(groups) is not int:
+        return False
+    same = all(
+        tuple(getattr(conv, name)) == nn.deform.pair(getattr(given, name))
+        for name in ("kernel_size", "stride", "padding", "dilation")
+    )
+    taps = groups * conv.kernel_size[0] * conv.kernel_size[1]
+    return same and conv.in_channels == given.in_channels and conv.out_channels in (2 * taps, 3 * taps)
+
+
+def replace_deform_call(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """Our function in place of torchvision's, or of the operator that it calls; None where the node calls neither."""
+    if node.op != "call_function":
+        return None
+    home = getattr(node.target, "__module__", None) or ""
+    if getattr(node.target, "__name__", "") == "deform_conv2d" and home.startswith("torchvision."):
+        node.target = functional.deform_conv2d
+        return node
+    if not str(getattr(node.target, "_qualified_op_name", node.target)).startswith(OPERATOR) or len(node.args) != 14:
+        return None
+    x, weight, offset, mask, bias, *numbers, _groups, _offset_groups, use_mask = node.args
+    if type(use_mask) is not bool:
+        return None
+    (sh, sw, ph, pw, dh, dw) = numbers
+    with graph.inserting_before(node):
+        call = graph.call_function(
+            functional.deform_conv2d, (x, offset, weight, bias, (sh, sw), (ph, pw), (dh, dw), mask if use_mask else None)
+        )
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+    return call

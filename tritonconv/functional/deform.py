@@ -1,0 +1,47 @@
+"""Deformable convolution, with torchvision.ops' name and signature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch  # noqa: F401 - the examples' name
+from torch import Tensor
+
+from tritonconv.ops.epilogue import Epilogue
+from tritonconv.ops.library_deform import deform_convolution
+
+__all__ = ["deform_conv2d"]
+
+
+def deform_conv2d(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`torchvision.ops.deform_conv2d`: a convolution with learned offsets of its taps, and a learned mask.
+
+    Version 1 (Dai et al. 2017) without a mask, version 2 (Zhu et al. 2019) with one. No samples go to memory, forward or
+    backward; under autocast it stays in half precision.
+
+    Args:
+        input: (N, C, H, W), fp16, bf16, fp32 or fp64.
+        offset: (N, 2 * offset_groups * R * S, P, Q), pairs of (y, x) in pixels; of the input's dtype, or fp32 for an input
+            of half precision.
+        weight: (K, C / groups, R, S), of the input's dtype; the groups follow from its second size.
+        bias: (K,), of the input's dtype.
+        stride, padding, dilation: an int or a pair.
+        mask: (N, offset_groups * R * S, P, Q), of a dtype as the offset may have.
+
+    Returns:
+        (N, K, P, Q), of the input's dtype; channels-last if the input or the weight is.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit; ValueError for an input that has not four axes.
+        TypeError: arguments of a wrong type.
+
+    >>> image, weight = torch.arange(9.0).view(1, 1, 3, 3), torch.ones(1, 1, 1, 1)
+    >>> half_a_pixel_right = torch.tensor([0.0, 0.5]).view(1, 2, 1, 1).expand(1, 2, 3, 3)
+    >>> deform_conv2d(image, half_a_pixel_right, weight)[0, 0, 0].tolist()
+    [0.5, 1.5, 1.0]
+    """
+    numbers = (stride, padding, dilation)
+    return deform_convolution("deform_conv2d", input, offset, mask, weight, Epilogue(bias), numbers)

@@ -1,0 +1,140 @@
+"""Deformable convolution as a module."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonconv.nn.conv import Conv2d, member
+from tritonconv.ops.backend import Backend
+from tritonconv.ops.epilogue import Epilogue
+from tritonconv.ops.library_deform import deform_convolution
+
+__all__ = ["DeformConv2d", "DeformConv2dPack", "pair"]
+
+
+class DeformConv2d(torch.nn.Module):
+    """`torchvision.ops.DeformConv2d`, with its parameters and state_dict: (N, C, H, W) and offsets to (N, K, P, Q).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as torchvision's.
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> layer = DeformConv2d(4, 6, 3, padding=1)
+    >>> x, offset, mask = torch.randn(1, 4, 5, 5), torch.zeros(1, 18, 5, 5), torch.ones(1, 9, 5, 5)
+    >>> plain = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
+    >>> torch.allclose(layer(x, offset, mask), plain, atol=1e-5)
+    True
+    """
+
+    backend: Backend | None = None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+        groups: int = 1, bias: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if in_channels % groups != 0:
+            raise ValueError(f"in_channels must be divisible by groups, got in_channels={in_channels}, groups={groups}")
+        if out_channels % groups != 0:
+            raise ValueError(f"out_channels must be divisible by groups, got out_channels={out_channels}, groups={groups}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride = pair(kernel_size), pair(stride)
+        self.padding, self.dilation = pair(padding), pair(dilation)
+        self.weight = torch.nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        if bias:
+            self.bias = torch.nn.Parameter(torch.empty(out_channels))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random values from the same distributions, drawn in the same order, as torchvision's."""
+        torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight.shape[1] * self.kernel_size[0] * self.kernel_size[1])
+            torch.nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The deformable convolution.
+
+        Args:
+            input: (N, C, H, W).
+            offset: (N, 2 * offset_groups * R * S, P, Q).
+            mask: (N, offset_groups * R * S, P, Q).
+        """
+        return deform_convolution(
+            "deform_conv2d", input, offset, mask, member(self, "weight"), Epilogue(member(self, "bias")),
+            (self.stride, self.padding, self.dilation), self.backend,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        parts = [str(self.in_channels), str(self.out_channels), f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
+        parts += [f"padding={self.padding}"] * (self.padding != (0, 0))
+        parts += [f"dilation={self.dilation}"] * (self.dilation != (1, 1))
+        parts += [f"groups={self.groups}"] * (self.groups != 1)
+        parts += ["bias=False"] * (self.bias is None)
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+class DeformConv2dPack(DeformConv2d):
+    """A deformable convolution with the convolution inside that predicts its offsets, and its mask: mmcv's packed layers.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as `DeformConv2d`.
+        deform_groups: groups of channels with offsets of their own.
+        modulated: whether there is a mask too, as in version 2 (Zhu et al. 2019).
+
+    Parameters are `weight`, `bias`, `conv_offset.weight` and `conv_offset.bias`, as those of mmcv's
+    `ModulatedDeformConv2dPack` and `DeformConv2dPack`; the latter two begin as zeros.
+
+    >>> layer = DeformConv2dPack(4, 6, 3, padding=1)
+    >>> layer(torch.randn(1, 4, 5, 5)).shape
+    torch.Size([1, 6, 5, 5])
+    """
+
+    deform_groups: int
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+        groups: int = 1, deform_groups: int = 1, bias: bool = True, *, modulated: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.deform_groups = deform_groups
+        predicted = (3 if modulated else 2) * deform_groups * self.kernel_size[0] * self.kernel_size[1]
+        self.conv_offset = Conv2d(in_channels, predicted, self.kernel_size, self.stride, self.padding, self.dilation)
+        torch.nn.init.zeros_(self.conv_offset.weight)
+        torch.nn.init.zeros_(self.conv_offset.bias)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        """The deformable convolution of the image (N, C, H, W) at the places that it predicts from it."""
+        predicted, weight = self.conv_offset(input), member(self, "weight")
+        # As mmcv's layers have it, or had it once.
+        groups: int = self.__dict__.get("deform_groups") or self.__dict__["deformable_groups"]
+        pairs = 2 * groups * weight.shape[2] * weight.shape[3]
+        offset, mask = predicted[:, :pairs], None
+        if predicted.shape[1] > pairs:
+            mask = predicted[:, pairs:].sigmoid()
+        return deform_convolution(
+            "deform_conv2d", input, offset, mask, weight, Epilogue(member(self, "bias")),
+            (pair(self.stride), pair(self.padding), pair(self.dilation)), self.backend,
+        )  # fmt: skip
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """A number for both axes, or one for each."""
+    first, second = value if isinstance(value, (tuple, list)) else (value, value)
+    return first, second
