@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import ConvGeometry, Taps, Triple, best_box, boxes_over, pass_extents, phases_of, tap_hops
+from tritonconv.geometry import ConvGeometry, Pass, Taps, Triple, best_box, boxes_over, pass_extents, phases_of, tap_hops
 from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.convolution import output_format, plan_for
 from tritonconv.ops.epilogue import Epilogue
@@ -24,6 +24,9 @@ from tritonconv.ops.sink import WHOLE, Sink
 from tritonconv.tuning import Device, Problem
 
 __all__ = ["HopperRecipe", "axis_phases", "hopper_dgrad", "prepare_hopper", "rows_of"]
+
+Strides = tuple[int, int, int, int]
+"""Elements between neighbors along N, D, H, W."""
 
 
 class HopperRecipe(Recipe):
@@ -68,41 +71,39 @@ def prepare_hopper(
     if sink.average:
         return "averages are added by portable kernels"
     g = geometry.mirrored if geometry.transposed else geometry
-    refused = unsupported(g, x.dtype, device_of(x.device), "dgrad" if geometry.transposed else "fprop")
+    pass_: Pass = "dgrad" if geometry.transposed else "fprop"
+    refused = unsupported(g, x.dtype, device_of(x.device), pass_)
     if refused is not None:
         return refused
     output = sink.output(geometry.output_shape, output_format(x, weight))
     if output.strides[1] != 1 < geometry.out_channels:
         return "the result is contiguous"
-    strides = lift(output.strides, (geometry.batch, geometry.out_channels, *geometry.output))
     if sink.pitch is not None and sink.pitch % 8:
         return f"results lie {sink.pitch} elements apart, which is no multiple of 8"
     if geometry.transposed:
-        copy_x, image = x.stride()[1] != 1 and geometry.in_channels > 1, None
-        copy_weight, seen = not is_dense(weight, True), g
+        seen, pixels = g, g.output
+        read = lift(x.stride(), (g.batch, g.out_channels, *pixels))
+        copy_x, copy_weight = x.stride()[1] != 1 < g.out_channels, not is_dense(weight, True)
     else:
         plan = plan_for(x, weight, geometry)
-        copy_x, copy_weight, seen, image = plan.copy_input, plan.copy_weight, plan.geometry, plan.strides
         if not plan.weight_channels_last:
             return "few channels are read where they lie"
-    sizes = (geometry.batch, *geometry.input)
-    if not copy_x:
-        image = image or lift(x.stride(), (geometry.batch, geometry.in_channels, *geometry.input))
-        refused = aligned(
-            (image[0], *image[2:]), (sizes[0], *seen.input) if not geometry.transposed else sizes, x.data_ptr()
-        )
-        if refused is not None:
-            return refused
+        seen, pixels, read = plan.geometry, plan.geometry.input, plan.strides
+        copy_x, copy_weight = plan.copy_input, plan.copy_weight
+    source = None if copy_x else (read[0], *read[2:])
+    refused = aligned(source, (g.batch, *pixels), x.data_ptr()) if source is not None else None
+    if refused is not None:
+        return refused
     residual = epilogue.residual
-    kept = [] if copy_weight else [weight]
-    if any(t.data_ptr() % 16 for t in (*kept, *([] if residual is None or not output.fits(residual) else [residual]))):
+    in_place = [t for t, copied in ((weight, copy_weight), (residual, residual is None or not output.fits(residual)))
+                if t is not None and not copied]  # fmt: skip
+    if any(t.data_ptr() % 16 for t in in_place):
         return "a tensor does not start on 16 bytes"
     recipe = None
     if 0 not in output.shape:
-        source = None if copy_x else (image[0], *image[2:]) if image is not None else None
-        pass_ = "dgrad" if geometry.transposed else "fprop"
+        written = lift(output.strides, (geometry.batch, geometry.out_channels, *geometry.output))
         recipe = _recipe(
-            seen, pass_, x.dtype, device_of(x.device), source, (strides[0], *strides[2:]), epilogue,
+            seen, pass_, x.dtype, device_of(x.device), source, (written[0], *written[2:]), epilogue,
             statistics or sink != WHOLE,
         )  # fmt: skip
     return Prepared.of(
@@ -128,11 +129,8 @@ def hopper_dgrad(dy: Tensor, weight: Tensor, geometry: ConvGeometry, channels_la
     return dx
 
 
-Strides = tuple[int, int, int, int]
-
-
 def _recipe(
-    g: ConvGeometry, pass_: Any, dtype: torch.dtype, device: Device, source: Strides | None, target: Strides | None,
+    g: ConvGeometry, pass_: Pass, dtype: torch.dtype, device: Device, source: Strides | None, target: Strides | None,
     epilogue: Epilogue, statistics: bool,
 ) -> HopperRecipe:  # fmt: skip
     """The launch of a forward pass or a data gradient.
