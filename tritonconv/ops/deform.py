@@ -1,4 +1,4 @@
-"""Deformable convolution on Triton: what is checked, and the launches of forward and gradients."""
+"""Deformable convolution on Triton: what is checked, what all its kernels are told, and the forward launch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import DeformGeometry, power, power_of_two_divisor
+from tritonconv.geometry import INT32_MAX, DeformGeometry, power, power_of_two_divisor
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import (
     NO_NORM,
     Launch,
+    config_constants,
     config_for,
     device_of,
     epilogue_constants,
@@ -22,7 +23,7 @@ from tritonconv.ops.layout import as_format, empty_output, is_dense, suggests_ch
 from tritonconv.tuning import Problem
 
 __all__ = [
-    "check_deform", "config_constants", "deform_forward", "hidden_copies", "problem_of", "readable", "reading",
+    "check_deform", "deform_forward", "hidden_copies", "problem_of", "readable", "reading",
 ]  # fmt: skip
 
 
@@ -91,13 +92,8 @@ def reading(g: DeformGeometry, x: Tensor, offset: Tensor, mask: Tensor | None, b
 def _far(*tensors: Tensor | None) -> bool:
     """Whether a view reaches further than 2^31 - 1 elements; a neighbor's address may lie two rows outside."""
     return any(
-        t is not None and sum((n + 4) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= 2**31 for t in tensors
+        t is not None and sum((n + 4) * s for n, s in zip(t.shape, t.stride(), strict=True)) > INT32_MAX for t in tensors
     )
-
-
-def config_constants(config: Any) -> dict[str, Any]:
-    """The config's constants; no operand comes by descriptor."""
-    return {name: value for name, value in config.kwargs.items() if name != "USE_TMA"} | dict(STAGES=config.num_stages)
 
 
 def deform_forward(

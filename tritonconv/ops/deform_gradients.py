@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import DeformGeometry, power, power_of_two_divisor
-from tritonconv.ops.deform import config_constants, problem_of, readable, reading
+from tritonconv.ops.deform import problem_of, readable, reading
 from tritonconv.ops.gradients import add_ranges
-from tritonconv.ops.launch import Launch, config_for, launch
+from tritonconv.ops.launch import Launch, config_constants, config_for, launch
 from tritonconv.ops.layout import as_format, empty_output, suggests_channels_last, wide
 from tritonconv.tuning.ranges import ranges
 

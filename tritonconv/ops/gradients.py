@@ -18,6 +18,7 @@ from tritonconv.ops.launch import (
     PlainRecipe,
     Recipe,
     axis_constants,
+    config_constants,
     config_for,
     device_of,
     epilogue_constants,
@@ -96,7 +97,7 @@ def dgrad_recipe(
     tf32, computed = products == "tf32", norm is not None
     problem = Problem("conv_dgrad", g, str(dtype)[6:], tf32, vec_y > 1, device, "dgrad", computed, statistics, pack)
     config = config_for(problem)
-    tiles = _tiles(config)
+    tiles = config_constants(config)
     step = tuple(s // math.gcd(s, d) for s, d in zip(g.stride, g.dilation, strict=True))
     # Every phase has as many programs as the largest.
     most = g.batch * math.prod(-(-size // s) for size, s in zip(g.input, g.stride, strict=True))
@@ -144,7 +145,7 @@ def conv_wgrad(
         norm is not None, pack=pack,
     )  # fmt: skip
     config = config_for(problem)
-    tiles = _tiles(config)
+    tiles = config_constants(config)
     blocks = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     filters, columns, pixels = problem.gemm
     count, size = ranges(problem, *blocks)
@@ -197,8 +198,3 @@ def _between(norm: NormGradient | None) -> dict[str, Any]:
         z_ptr=z, table_ptr=norm.table, SLOPED=norm.sloped, ACT_GRADIENT=table()[act.name].gradient if act else None,
         GRADIENT_A=act.a if act else 0.0, GRADIENT_B=act.b if act else 0.0,
     )  # fmt: skip
-
-
-def _tiles(config: Any) -> dict[str, Any]:
-    """The config's constants; no operand comes by descriptor."""
-    return {name: value for name, value in config.kwargs.items() if name != "USE_TMA"} | dict(STAGES=config.num_stages)

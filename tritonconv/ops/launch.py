@@ -22,8 +22,8 @@ from tritonconv.tuning import INTERPRETER, Device, Problem, choose, like
 
 __all__ = [
     "NO_NORM", "NO_STATISTICS", "Box", "Kind", "Launch", "PlainRecipe", "Recipe", "Slots", "activation_constants",
-    "axis_constants", "captured", "config_for", "device_of", "epilogue_constants", "forced", "forced_config", "forcing",
-    "launch", "precision", "record_launches",
+    "axis_constants", "captured", "config_constants", "config_for", "device_of", "epilogue_constants", "forced",
+    "forced_config", "forcing", "launch", "precision", "record_launches",
 ]  # fmt: skip
 
 Kind = Literal["conv", "conv_transpose", "matmul"]
@@ -300,6 +300,11 @@ def forced_config(constant: str) -> Any:
 def config_for(problem: Problem) -> Any:
     """The triton.Config that `forced` asks for, or the chosen one."""
     return forced_config("BLOCK_M") or choose(problem)
+
+
+def config_constants(config: Any) -> dict[str, Any]:
+    """A config's constants for a kernel of which no operand comes by descriptor."""
+    return {name: value for name, value in config.kwargs.items() if name != "USE_TMA"} | dict(STAGES=config.num_stages)
 
 
 def axis_constants(g: ConvGeometry | PoolGeometry) -> dict[str, int]:

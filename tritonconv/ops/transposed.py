@@ -13,7 +13,16 @@ from tritonconv.ops.calls import Dense, Prepared
 from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.gradients import dgrad_recipe
-from tritonconv.ops.launch import PlainRecipe, Recipe, axis_constants, config_for, device_of, epilogue_constants, precision
+from tritonconv.ops.launch import (
+    PlainRecipe,
+    Recipe,
+    axis_constants,
+    config_constants,
+    config_for,
+    device_of,
+    epilogue_constants,
+    precision,
+)
 from tritonconv.ops.layout import dense_strides, is_dense
 from tritonconv.ops.plan import Strides, lift, row_stride
 from tritonconv.tuning import Device, Problem
@@ -90,12 +99,12 @@ def _up_recipe(
     problem = Problem("conv_up", folded, str(dtype)[6:], products == "tf32", vectors, device, statistics=statistics)
     m, columns, _ = problem.gemm
     config = config_for(problem)
-    tiles = {name: value for name, value in config.kwargs.items() if name != "USE_TMA"}
+    tiles = config_constants(config)
     tiles_m = -(-m // tiles["BLOCK_M"])
     constants: dict[str, Any] = axis_constants(g) | dict(
         stride_xm=rows, stride_wc=columns, M=m, C=c, K=k, EVEN_C=c % tiles["BLOCK_K"] == 0, VEC_C=vec_c, VEC_K=vec_k,
         Y_CHANNELS_LAST=channels_last, INDEX_64=g.needs_int64 or m * rows > INT32_MAX,
-        PRECISION=products, **epilogue_constants(epilogue), **tiles, STAGES=config.num_stages,
+        PRECISION=products, **epilogue_constants(epilogue), **tiles,
     )  # fmt: skip
     programs = tiles_m * -(-columns // tiles["BLOCK_N"])
     return PlainRecipe(conv_up_kernel, programs, constants, None, None, config, problem, g.taps * tiles_m)
