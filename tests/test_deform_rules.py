@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tritonconv
 import tritonconv.functional as TF
-from tritonconv.convert.functions import replace_functions
 from tritonconv.geometry import DeformGeometry
 from tritonconv.nn import DeformConv2d, DeformConv2dPack
 from tritonconv.ops.activation import parse_activation
@@ -365,86 +364,6 @@ def test_the_module_is_torchvisions() -> None:
     for channels, filters in ((7, 6), (8, 5)):
         with pytest.raises(ValueError, match="divisible by groups"):
             DeformConv2d(channels, filters, 3, groups=2)
-
-
-class DCN(torch.nn.Module):
-    """A modulated layer as mmcv packs it, by its paper; not mmcv's code."""
-
-    def __init__(self, c: int, k: int, groups: int) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels, self.kernel_size, self.groups = c, k, (3, 3), 1
-        self.stride, self.padding, self.dilation, self.deform_groups = 1, 1, 1, groups
-        self.weight, self.bias = torch.nn.Parameter(torch.randn(k, c, 3, 3)), torch.nn.Parameter(torch.randn(k))
-        self.conv_offset = torch.nn.Conv2d(c, 3 * groups * 9, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second, mask = self.conv_offset(x).chunk(3, 1)
-        offset = torch.cat((first, second), 1)
-        return deform_reference(x, offset, self.weight, self.bias, 1, 1, 1, mask.sigmoid()).to(x.dtype)
-
-
-def torchvisions(name: str, forward: Any) -> type[torch.nn.Module]:
-    """A class that says it is torchvision's."""
-    made = type(
-        name, (torch.nn.Module,), dict(forward=forward, __init__=DeformConv2d.__init__, __repr__=DeformConv2d.__repr__)
-    )
-    made.reset_parameters, made.__module__ = DeformConv2d.reset_parameters, "torchvision.ops.deform_conv"  # type: ignore[attr-defined]
-    return made
-
-
-def test_convert_knows_the_layers_by_what_they_are_made_of() -> None:
-    x, offset, *_, mask = make(c=4)
-
-    def forward(self: Any, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        return deform_reference(input, offset, self.weight, self.bias, mask=mask).to(input.dtype)
-
-    theirs = torchvisions("DeformConv2d", forward)
-    layer: Any = torch.nn.Module.__new__(theirs)
-    torch.nn.Module.__init__(layer)
-    layer.in_channels, layer.out_channels, layer.groups, layer.kernel_size = 4, 6, 1, (2, 2)
-    layer.stride, layer.padding, layer.dilation = (1, 1), (0, 0), (1, 1)
-    layer.weight, layer.bias = torch.nn.Parameter(torch.randn(6, 4, 2, 2)), torch.nn.Parameter(torch.randn(6))
-    packed = DCN(4, 6, 2)
-    model = torch.nn.ModuleDict(dict(layer=layer, packed=packed))
-    keys = list(model.state_dict())
-    with torch.no_grad():
-        expected = layer(x, offset, mask).double(), packed(x).double()
-        tritonconv.convert(model, inplace=True)
-        assert type(layer) is DeformConv2d and type(packed) is DeformConv2dPack and list(model.state_dict()) == keys
-        with record_launches() as launches:
-            assert_close(layer(x, offset, mask), expected[0], depth=16)
-            assert_close(packed(x), expected[1], depth=36)
-        assert launches.count("deform_conv_kernel") == 2
-        assert is_dense(layer.weight, True)
-        tritonconv.revert(model)
-    assert type(layer) is theirs and type(packed) is DCN and is_dense(layer.weight, False)
-    # Another forward, other offsets, other parameters: theirs stay.
-    packed.conv_offset = torch.nn.Conv2d(4, 3 * 2 * 9, 3, padding=1, stride=2)
-    layer.extra = torch.nn.Parameter(torch.zeros(1))
-    tritonconv.convert(model, inplace=True)
-    assert type(layer) is theirs and type(packed) is DCN
-
-
-def test_convert_finds_calls_of_torchvisions_function() -> None:
-    def deform_conv2d(*_arguments: Any, **_named: Any) -> Tensor:
-        raise AssertionError("torchvision's function was called")
-
-    deform_conv2d.__module__ = "torchvision.ops.deform_conv"
-    graph = torch.fx.Graph()
-    x, offset, weight = (graph.placeholder(name) for name in ("x", "offset", "weight"))
-    call = graph.call_function(deform_conv2d, (x, offset, weight), dict(stride=(1, 1)))
-
-    def operator(*_arguments: Any) -> Tensor:
-        raise AssertionError("torchvision's operator was called")
-
-    operator._qualified_op_name = "torchvision::deform_conv2d"  # type: ignore[attr-defined]
-    again = graph.call_function(operator, (x, weight, offset, None, None, 1, 1, 0, 0, 1, 1, 1, 1, False))
-    graph.output((call, again))
-    assert len(replace_functions(graph, {})) == 2
-    tensors = make(c=4)[:3]
-    ours = torch.fx.GraphModule(torch.nn.Module(), graph)(*tensors)
-    assert torch.equal(*ours)
-    assert_close(ours[0], deform_reference(*tensors), depth=16)
 
 
 def test_explain_says_what_it_costs() -> None:

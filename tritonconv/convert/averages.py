@@ -21,9 +21,8 @@ from tritonconv.convert.calls import activation_of, addition_of, module_of
 from tritonconv.convert.functions import mean_of_pixels
 from tritonconv.convert.memory import Memory
 from tritonconv.nn.fused import carries_hook, fused_call, fused_pair
-from tritonconv.nn.gates import fused_average, fused_gate, fused_gated, fused_scale
+from tritonconv.nn.gates import fused_average, fused_gate, fused_gated, fused_scale, pixel_mean
 from tritonconv.ops.activation import ActivationSpec
-from tritonconv.ops.library_adaptive import global_average
 
 __all__ = ["share_averages", "share_gates"]
 
@@ -41,8 +40,8 @@ class Average(NamedTuple):
     """A node that averages over all pixels of an image."""
 
     source: fx.Node
-    axes: int
-    """Of pixels."""
+    dim: tuple[int, ...]
+    """The axes of pixels, as they are written."""
     keepdim: bool
     pool: fx.Node | None
     """Itself, where it calls a module."""
@@ -59,7 +58,7 @@ def share_averages(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> int:
         source = average.source
         conv = _conv_of(source, modules)
         # The average is computed where the convolution is.
-        if conv is None or CONVOLUTIONS[type(conv)] != average.axes or memory.is_written(source, source, node, ()):
+        if conv is None or CONVOLUTIONS[type(conv)] != len(average.dim) or memory.is_written(source, source, node, ()):
             continue
         fresh += source.op == "call_module"
         _take_average(graph, average, node)
@@ -68,19 +67,23 @@ def share_averages(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> int:
 
 
 def _average(node: fx.Node, modules: dict[str, torch.nn.Module]) -> Average | None:
-    """The global average that a node computes, over as many axes as it says itself."""
+    """The global average that a node computes, if what it averages is a batch of images: that is known at each call."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or node.all_input_nodes != [source]:
         return None
     module: Any = module_of(node, modules)
     if type(module) in POOLS:
         single = _is_one(module.output_size) and not carries_hook(module) and len(node.args) == 1 and not node.kwargs
-        return Average(source, POOLS[type(module)], True, node) if single else None
+        return Average(source, _last(POOLS[type(module)]), True, node) if single else None
     if node.target in POOLING and node.op == "call_function":
         size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
-        return Average(source, POOLING[node.target], True, None) if _is_one(size) else None
-    mean = mean_of_pixels(node)
+        return Average(source, _last(POOLING[node.target]), True, None) if _is_one(size) else None
+    mean = mean_of_pixels(node, modules)
     return None if mean is None else Average(*mean, None)
+
+
+def _last(axes: int) -> tuple[int, ...]:
+    return tuple(range(-axes, 0))
 
 
 def _is_one(size: object) -> bool:
@@ -108,11 +111,9 @@ def _take_average(graph: fx.Graph, average: Average, node: fx.Node) -> None:
         else:
             members = source.args
         pool = graph.get_attr(str(average.pool.target)) if average.pool is not None else None
-        both = graph.call_function(fused_average, (*members, keep, pool))
+        both = graph.call_function(fused_average, (*members, keep, average.dim, average.keepdim, pool))
         y = graph.call_function(operator.getitem, (both, 0)) if keep else None
         mean = graph.call_function(operator.getitem, (both, 1))
-        if not average.keepdim:
-            mean = graph.call_function(torch.flatten, (mean, 1))
     node.replace_all_uses_with(mean)
     graph.erase_node(node)
     if y is not None:
@@ -173,7 +174,7 @@ def _two_layers(gate: Any, modules: dict[str, torch.nn.Module]) -> tuple[fx.Node
         root = root.args[0]
     if not isinstance(root, fx.Node):
         return None
-    averages = root.target in (fused_average, global_average) or _average(root, modules) is not None
+    averages = root.target in (fused_average, pixel_mean) or _average(root, modules) is not None
     return (first, second) if averages else None
 
 

@@ -1,8 +1,13 @@
-"""Deformable convolutions of other libraries, known by what they are made of: neither is imported."""
+"""Deformable convolutions of other libraries, known by their classes' names and forwards: neither library is imported."""
 
 from __future__ import annotations
 
+import ast
+import functools
+import hashlib
 import inspect
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,33 +15,54 @@ from torch import fx
 
 from tritonconv import functional, nn
 
-__all__ = ["DEFORM_LAYERS", "deform_twin", "replace_deform_call"]
+__all__ = ["DEFORM_LAYERS", "deform_twin", "digest_of_forward", "replace_deform_call"]
 
 DEFORM_LAYERS = (nn.DeformConv2d, nn.DeformConv2dPack)
 OPERATOR = "torchvision::deform_conv2d"
+KNOWN: dict[tuple[str, str, str], type[torch.nn.Module]] = {
+    # torchvision 0.29.1
+    ("torchvision", "DeformConv2d", "d59863c51d784a8a901a09872aa11b4d20e338a9e3abfd8d2152a341dea30e4c"): nn.DeformConv2d,
+    # mmcv 1.3 to 2.2
+    ("mmcv", "ModulatedDeformConv2dPack", "4e799e6a8a65204bdd490a2c18bf28d2687ca6299fe38850a4ba26265fcc5176"):
+        nn.DeformConv2dPack,
+    ("mmcv", "DeformConv2dPack", "a0aba44c8e728a46491df67f52b4eff9d62bf55d27f86982942d2d89070f4541"): nn.DeformConv2dPack,
+}  # fmt: skip
+"""Ours for (package, class, `digest_of_forward`): another forward of the same name may compute anything."""
 
 
 def deform_twin(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     """Our class for a deformable convolution of torchvision's or mmcv's making; None for everything else.
 
-    A layer of torchvision's has its class's name, attributes and forward. A layer of mmcv's has a plain convolution inside,
-    which predicts the offsets, or offsets and mask, that its own weight then samples at.
+    A layer of mmcv's has a plain convolution inside, which predicts the offsets, or offsets and mask, that its own weight
+    then samples at.
     """
     kind = type(module)
-    named = any(word in kind.__name__.lower() for word in ("deform", "dcn"))
-    if (
-        not named
-        or kind.__module__.startswith("tritonconv.")
-        or "forward" in module.__dict__
-        or not _is_convolution(module)
-    ):
+    package = kind.__module__.partition(".")[0]
+    named = any(key[:2] == (package, kind.__name__) for key in KNOWN)
+    if not named or "forward" in module.__dict__ or not _is_convolution(module):
         return None
-    forward, children = list(inspect.signature(kind.forward).parameters)[1:], dict(module.named_children())
-    if kind.__name__ == "DeformConv2d" and kind.__module__.startswith("torchvision."):
-        return nn.DeformConv2d if forward == ["input", "offset", "mask"] and not children else None
-    if len(forward) != 1 or list(children) != ["conv_offset"]:
-        return None
-    return nn.DeformConv2dPack if _predicts(children["conv_offset"], module) else None
+    twin = KNOWN.get((package, kind.__name__, digest_of_forward(kind.forward)))
+    children = dict(module.named_children())
+    if twin is nn.DeformConv2dPack:
+        return twin if list(children) == ["conv_offset"] and _predicts(children["conv_offset"], module) else None
+    return twin if not children else None
+
+
+@functools.cache
+def digest_of_forward(forward: Callable[..., Any]) -> str:
+    """SHA-256 of a forward's source without comments, docstring, annotations and layout; "" where there is no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
+    except (OSError, SyntaxError, TypeError):
+        return ""
+    if not isinstance(tree, ast.FunctionDef):
+        return ""
+    tree.returns = None
+    for argument in (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs):
+        argument.annotation = None
+    if ast.get_docstring(tree) is not None:
+        del tree.body[0]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
 
 def _is_convolution(module: torch.nn.Module) -> bool:

@@ -9,11 +9,13 @@ import torch
 from torch import fx
 
 from tritonconv import functional
-from tritonconv.convert.calls import module_of
+from tritonconv.convert.calls import addition_of, module_of, spec_of_call
 from tritonconv.convert.deform import replace_deform_call
-from tritonconv.ops.library_adaptive import global_average
+from tritonconv.nn.fused import fused_call, fused_norm, fused_pair
+from tritonconv.nn.fused_pool import fused_pool
+from tritonconv.nn.gates import all_pixels, fused_gated, fused_scale, pixel_mean
 
-__all__ = ["FUNCTIONS", "replace_functions", "spatial_axes"]
+__all__ = ["FUNCTIONS", "mean_of_pixels", "replace_functions"]
 
 NAMES = (
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
@@ -24,21 +26,29 @@ NAMES = (
 )  # fmt: skip
 
 
+# Of these names torch has a function that returns more than the one in torch.nn.functional.
+TUPLES = {"adaptive_max_pool1d": "adaptive_max_pool1d_with_indices"}
+
+
 def _functions() -> dict[Callable[..., Any], Callable[..., Any]]:
     found = {}
     for name in NAMES:
-        ours = getattr(functional, name)
         # Some have the same arguments under either name, others are one object.
-        for home in (torch.nn.functional, torch):
+        for home, ours in ((torch, TUPLES.get(name, name)), (torch.nn.functional, name)):
             theirs = getattr(home, name, None)
             if theirs is not None:
-                found[theirs] = ours
+                found[theirs] = getattr(functional, ours)
     return found | {torch.native_channel_shuffle: functional.channel_shuffle}
 
 
 FUNCTIONS = _functions()
-"""Torch's functions, each with ours of the same arguments."""
+"""Torch's functions, each with ours of the same arguments and results."""
 OURS = {*FUNCTIONS.values(), functional.deform_conv2d}
+# Nodes whose result has as many axes as the argument at this position, in a graph that was rewritten.
+SAME_RANK: dict[Any, int] = {
+    fused_call: 3, fused_norm: 2, fused_pair: 6, fused_pool: 3, fused_gated: 3, fused_scale: 0,
+    torch.nn.functional.dropout: 0,
+}  # fmt: skip
 
 
 def replace_functions(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> list[str]:
@@ -48,10 +58,10 @@ def replace_functions(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> l
         if node.op == "call_function" and node.target in FUNCTIONS:
             node.target = FUNCTIONS[node.target]
             names.append(node.name)
-        elif (found := mean_of_pixels(node)) is not None and found[1] == spatial_axes(found[0], modules):
-            source, _, keepdim = found
+        elif (found := mean_of_pixels(node, modules)) is not None:
+            source, dim, keepdim = found
             with graph.inserting_before(node):
-                call = graph.call_function(global_average, (source, keepdim))
+                call = graph.call_function(pixel_mean, (source, dim, keepdim))
             node.replace_all_uses_with(call)
             graph.erase_node(node)
             names.append(call.name)
@@ -62,30 +72,41 @@ def replace_functions(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> l
     return names
 
 
-def mean_of_pixels(node: fx.Node) -> tuple[fx.Node, int, bool] | None:
-    """(what, over how many axes, keepdim) of a mean over all but the first two axes, as far as it says itself."""
+def mean_of_pixels(
+    node: fx.Node, modules: dict[str, torch.nn.Module]
+) -> tuple[fx.Node, tuple[int, ...], bool] | None:  # fmt: skip
+    """(what, axes, keepdim) of a mean over all axes of an image but the first two; `pixel_mean` proves it at each call."""
     method = node.op == "call_method" and node.target == "mean"
     if not method and not (node.op == "call_function" and node.target is torch.mean):
         return None
     given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
     source, dim, keepdim = given.pop("input", None), given.pop("dim", None), given.pop("keepdim", False)
-    if given or type(keepdim) is not bool or not isinstance(dim, (tuple, list)) or not dim:
+    if given or type(keepdim) is not bool or not isinstance(dim, (tuple, list)) or not all(type(d) is int for d in dim):
         return None
-    n = len(dim)
-    if not isinstance(source, fx.Node) or not all(type(d) is int for d in dim):
+    axes = tuple(dim)
+    if not isinstance(source, fx.Node) or spatial_axes(source, modules) != len(axes) or not all_pixels(axes, len(axes) + 2):
         return None
-    return (source, n, keepdim) if sorted(dim) in (list(range(2, 2 + n)), list(range(-n, 0))) else None
+    return source, axes, keepdim
 
 
 def spatial_axes(value: Any, modules: dict[str, torch.nn.Module]) -> int | None:
-    """How many axes of pixels a value has, as far as the layers that it comes from tell."""
-    while isinstance(value, fx.Node) and value.args:
-        module = module_of(value, modules)
-        if module is None and isinstance(value.args[0], fx.Node) and value.args[0].op == "get_attr":
+    """How many axes of pixels a value has where the layer that it comes from is given a batch; None: not known."""
+    while isinstance(value, fx.Node):
+        module, at = module_of(value, modules), SAME_RANK.get(value.target)
+        first = value.args[0] if value.args else None
+        if module is None and at is not None and isinstance(first, fx.Node) and first.op == "get_attr":
             # A fused call, whose first argument is its layer.
-            module = modules.get(str(value.args[0].target))
+            module = modules.get(str(first.target))
+        if module is not None and not type(module).__module__.startswith(("torch.nn.modules", "tritonconv.nn")):
+            return None
         name = type(module).__name__
-        if isinstance(module, torch.nn.modules.conv._ConvNd) or name.endswith(("2d", "3d")):
+        if isinstance(module, torch.nn.modules.conv._ConvNd) or name.endswith(("1d", "2d", "3d")):
             return int(name[-2])
-        value = value.args[0][0] if isinstance(value.args[0], (list, tuple)) and value.args[0] else value.args[0]
+        if at is None and (module is not None or spec_of_call(value) is not None or _is_sum(value)):
+            at = 0
+        value = value.args[at] if at is not None and len(value.args) > at else None
     return None
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return isinstance(node.args[0] if node.args else None, fx.Node) and addition_of(node, node.args[0]) is not None  # type: ignore[arg-type]

@@ -24,9 +24,18 @@ from torch import fx
 from torch.nn.modules import module as global_hooks
 
 from tritonconv.convert.chains import rewrite
-from tritonconv.convert.state import is_record
-from tritonconv.convert.swap import MARK, mark_of, set_mark
-from tritonconv.convert.trace import Survey, called_children, inlined_modules, is_layer, leaf_modules, parameters_of, survey
+from tritonconv.convert.swap import mark_of, set_mark
+from tritonconv.convert.trace import (
+    Survey,
+    Traced,
+    called_children,
+    inlined_modules,
+    is_layer,
+    leaf_modules,
+    parameters_of,
+    survey,
+)
+from tritonconv.convert.watch import Watch
 from tritonconv.nn.fused import HOOKS, carries_hook
 from tritonconv.ops.backend import constant_under_compile
 
@@ -35,9 +44,7 @@ __all__ = ["FusedForward", "Program", "fuse_chains", "ignoring_global_hooks", "u
 # A module whose watched attributes change at every call is not worth a graph.
 MOST_RENEWALS = 8
 
-OWN_ATTRIBUTES = {*torch.nn.Module().__dict__, "forward", MARK} - {"training"}
 GLOBAL_HOOKS = [getattr(global_hooks, "_global" + name) for name in HOOKS]
-PLAIN = (bool, int, float, str, type(None), tuple, torch.dtype, types.FunctionType)
 
 _renewing = threading.RLock()
 
@@ -78,79 +85,20 @@ class Program:
     """Their training flags, as they were taken for granted."""
     hooked: tuple[str, ...]
     """Paths of modules that carried a hook and were kept out of every chain for it."""
+    mentioned: frozenset[str]
+    """Names of attributes that the traced code may read."""
 
 
-class _Watch:
-    """Everything of one module tree that its program took for granted."""
-
-    def __init__(self, root: torch.nn.Module, program: Program) -> None:
-        self.inlined = [root.get_submodule(path) for path in program.inlined]
-        below = [module for module in self.inlined if module is not root]
-        self.free = [getattr(module, name) for module in below for name in HOOKS]
-        self.hooked = [[getattr(root.get_submodule(path), name) for name in HOOKS] for path in program.hooked]
-        self.children = [module._modules for module in self.inlined]
-        self.had_children = [dict(children) for children in self.children]
-        self.attributes = []
-        self.flags = program.training
-        for module, flag in zip(self.inlined, self.flags, strict=True):
-            names = [k for k, v in module.__dict__.items() if k not in OWN_ATTRIBUTES and _is_plain(v)]
-            names.remove("training")
-            # Two names at least, so that the getter gives a tuple.
-            read = operator.itemgetter("training", "training", *names)
-            expected = (flag, flag, *map(_snapshot, read(module.__dict__)[2:]))
-            # The root may get its FusedForward only now.
-            size = len(module.__dict__) + (module is root and "forward" not in module.__dict__)
-            self.attributes.append((module.__dict__, size, read, expected))
-        # Options often lie in an object that all modules share.
-        records = {id(v): v.__dict__ for m in self.inlined for v in m.__dict__.values() if is_record(v)}
-        for state in records.values():
-            names = [k for k, v in state.items() if _is_plain(v)]
-            if names:
-                read = operator.itemgetter(names[0], *names)
-                self.attributes.append((state, len(state), read, tuple(map(_snapshot, read(state)))))
-
-    def hooks_hold(self) -> bool:
-        """Whether hooks are where they were when the module was traced."""
-        return not any(self.free) and all(any(hooks) for hooks in self.hooked)
-
-    def holds(self) -> bool:
-        """Whether all is as it was."""
-        if any(self.free) or self.children != self.had_children or not all(any(hooks) for hooks in self.hooked):
-            return False
-        try:
-            # Cheaper than a generator, for this runs at every call.
-            for state, size, read, expected in self.attributes:
-                if len(state) != size or read(state) != expected:
-                    return False
-        # An attribute may be gone, or compare to something that has no truth.
-        except (KeyError, RuntimeError, ValueError):
-            return False
-        return True
-
-    def has_mode(self) -> bool:
-        """Whether every module that the program stands for is in training or eval mode as it was."""
-        return all(module.training == flag for module, flag in zip(self.inlined, self.flags, strict=True))
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether the value can be compared; an empty collection more likely gathers results than holds options."""
-    if type(value) in (list, dict, set):
-        return bool(value) and all(map(_is_plain, value.values() if type(value) is dict else value))
-    return isinstance(value, PLAIN)
-
-
-def _snapshot(value: Any) -> Any:
-    """What compares equal to a list, dict or set only until someone changes it."""
-    if type(value) in (list, dict, set):
-        items = zip(value, map(_snapshot, value.values()), strict=True) if type(value) is dict else map(_snapshot, value)
-        return type(value)(items)
-    return value
+def _watch(root: torch.nn.Module, program: Program) -> Watch:
+    inlined = [root.get_submodule(path) for path in program.inlined]
+    hooked = [root.get_submodule(path) for path in program.hooked]
+    return Watch(root, inlined, program.training, hooked, program.mentioned)
 
 
 class _Mode:
     """What was made of a forward in training or in eval mode."""
 
-    def __init__(self, program: Program | None = None, watch: _Watch | None = None) -> None:
+    def __init__(self, program: Program | None = None, watch: Watch | None = None) -> None:
         self.program, self.watch, self.renewals = program, watch, 0
 
 
@@ -165,7 +113,7 @@ class FusedForward:
     def __init__(self, root: torch.nn.Module, program: Program, beneath: bool) -> None:
         self.root = root
         self.beneath = beneath
-        self.modes = (_Mode(program, _Watch(root, program)), _Mode())
+        self.modes = (_Mode(program, _watch(root, program)), _Mode())
 
     @property
     def program(self) -> Program | None:
@@ -252,19 +200,19 @@ class FusedForward:
         found: Survey = {}
         leaves = leaf_modules(root) | fused
         opaque = survey(root, leaves, found, as_is=True)
-        graph = found[root]
-        if isinstance(graph, str):
+        traced = found[root]
+        if isinstance(traced, str):
             mode.program = mode.watch = None
             mode.renewals = MOST_RENEWALS
             return
         inlined = inlined_modules(root, leaves | opaque)
-        program = _compile(graph, root, inlined, "fx", tuple(module.training for module in inlined.values()))
-        mode.program, mode.watch = program, _Watch(root, program)
+        program = _compile(traced, root, inlined, "fx", tuple(module.training for module in inlined.values()))
+        mode.program, mode.watch = program, _watch(root, program)
 
     def refill(self, program: Program | None) -> None:
         """Take another program for eval mode, None for none; that for training is made anew."""
         mode, trained = self.modes
-        mode.program, mode.watch = program, None if program is None else _Watch(self.root, program)
+        mode.program, mode.watch = program, None if program is None else _watch(self.root, program)
         if program is None:
             mode.renewals = MOST_RENEWALS
         trained.program = trained.watch = None
@@ -323,18 +271,18 @@ def _install(root: torch.nn.Module, beneath: bool, found: Survey, fused: FusedFo
         return
     leaves = leaf_modules(root)
     opaque = survey(root, leaves, found) if root not in found else {m for m, g in found.items() if isinstance(g, str)}
-    graph = found[root]
-    if isinstance(graph, str):
+    traced = found[root]
+    if isinstance(traced, str):
         if fused is not None:
             fused.refill(None)
-        set_mark(root, untraceable=graph)
+        set_mark(root, untraceable=traced)
         _install_in(called_children(root), True, found)
         return
     if mark_of(root) is not None:
         set_mark(root, untraceable="")
     inlined = inlined_modules(root, leaves | opaque)
     walked = type(root) is torch.nn.Sequential and (beneath or bool(opaque & set(root.modules())))
-    program = _compile(graph, root, inlined, "sequential" if walked else "fx", (False,) * len(inlined))
+    program = _compile(traced, root, inlined, "sequential" if walked else "fx", (False,) * len(inlined))
     if fused is not None:
         fused.refill(program)
     elif program.function is not None or program.hooked:
@@ -378,11 +326,12 @@ def _reach_members(graph: fx.Graph, root: torch.nn.Module) -> None:
 
 
 def _compile(
-    graph: fx.Graph, root: torch.nn.Module, inlined: dict[str, torch.nn.Module], how: Literal["fx", "sequential"],
+    traced: Traced, root: torch.nn.Module, inlined: dict[str, torch.nn.Module], how: Literal["fx", "sequential"],
     training: tuple[bool, ...],
 ) -> Program:  # fmt: skip
     """Rewrite the graph and make a function of it; `training`: the flags of `inlined` that it was traced with."""
     names, defaults = parameters_of(type(root).forward)
+    graph = traced.graph
     done = rewrite(graph, root)
     function = None
     if done.chains or done.joins or done.functional:
@@ -398,5 +347,14 @@ def _compile(
         for prefix, module in inlined.items() for name, child in module.named_children() if carries_hook(child)
     }  # fmt: skip
     return Program(
-        function, tuple(names), defaults, how, done.chains, tuple(done.functional), tuple(inlined), training, tuple(hooked)
+        function,
+        tuple(names),
+        defaults,
+        how,
+        done.chains,
+        tuple(done.functional),
+        tuple(inlined),
+        training,
+        tuple(hooked),
+        traced.mentioned,
     )

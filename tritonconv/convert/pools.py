@@ -44,7 +44,10 @@ def share_pools(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> int:
             earlier = source.args[0]
             activation = _activation(source, earlier, modules) if isinstance(earlier, fx.Node) else None
             spec = from_module(activation) if isinstance(activation, torch.nn.Module) else activation
-            falls = spec is None or not (spec.name in NEVER_FALLING or (spec.name == "leaky_relu" and spec.a >= 0))
+            # A slope of 0 makes NaN of an infinity that the maximum would not take.
+            falls = spec is None or not (spec.name in NEVER_FALLING or (spec.name == "leaky_relu" and spec.a > 0))
+            # Of a window without a pixel the maximum is -inf, whatever the activation would make of it.
+            falls = falls or not always_meets_pixels(pool)
             # Of what an activation changes in place there may be other names, the caller's among them.
             falls = falls or (in_place_target(source, modules) is not None and not is_new(earlier, modules))
             if falls or memory.is_written(earlier, source, node, (source,)):
@@ -63,6 +66,15 @@ def share_pools(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> int:
         for old in dict.fromkeys((end, node, *((source,) if before else ()))):
             graph.erase_node(old)
     return count
+
+
+def always_meets_pixels(pool: Window) -> bool:
+    """Whether every window has a pixel, whatever the image's size: the taps of a dilated one may all lie in the padding.
+
+    Torch lets padding be half a window at most, and begins no window behind the image.
+    """
+    sizes = pool.dilation if isinstance(pool.dilation, (tuple, list)) else (pool.dilation,)
+    return all(size == 1 for size in sizes)
 
 
 def _activation(

@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Kept", "is_record"]
+__all__ = ["COLLECTIONS", "Kept", "is_record"]
 
 LIBRARIES = ("builtins", "functools", "logging", "numpy", "threading", "torch", "triton", "tritonconv", "weakref")
+COLLECTIONS = (dict, list, tuple, set, frozenset, deque)
 # Of modules that hold more, say a data set, the rest is not looked at.
 MOST = 100_000
 
 
 def is_record(value: object) -> bool:
     """Whether the value is an object of the user's, or a namespace, with attributes of its own."""
-    if isinstance(value, (torch.nn.Module, torch.Tensor, type)):
+    if isinstance(value, (torch.nn.Module, torch.Tensor, type, *COLLECTIONS)):
         return False
     return type(getattr(value, "__dict__", None)) is dict and type(value).__module__.split(".")[0] not in LIBRARIES
 

@@ -16,19 +16,22 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import fx
 
 from tritonconv.convert.calls import IN_PLACE
+from tritonconv.convert.snapshot import IncomparableError
 from tritonconv.convert.state import Kept
+from tritonconv.convert.watch import check_comparable
+from tritonconv.convert.witness import Code, Witness, mentioned_names, wrong_question
 from tritonconv.nn.fused import carries_hook
 from tritonconv.nn.squeeze_excite import SqueezeExcite
 from tritonconv.ops.backend import current_backend
 
-__all__ = ["Survey", "called_children", "inlined_modules", "leaf_modules", "survey"]
+__all__ = ["Survey", "Traced", "called_children", "inlined_modules", "leaf_modules", "survey"]
 
 CONTAINERS = (torch.nn.Module, torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict, SqueezeExcite)
 LIBRARIES = ("torch.nn", "torch.ao", "torch.jit", "tritonconv.nn")
@@ -55,6 +58,14 @@ class _Strict:
         if not tracing or asking.f_code.co_name == "is_tensor":
             raise UntraceableError("its forward asks for the type of a value")
         return type(self)
+
+    def _refuse_text(self, *_: object) -> str:
+        # Of a number the text would tell the number, of a stand-in its name.
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", "tritonconv.")):
+            raise UntraceableError("its forward makes text of a value")
+        return object.__repr__(self)
+
+    __repr__ = __str__ = __format__ = _refuse_text
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in ("node", "tracer", "root", "attr", "_node"):
@@ -267,20 +278,37 @@ def _without_chance() -> Iterator[None]:
         raise UntraceableError("its forward draws random numbers")
 
 
-def trace(root: torch.nn.Module, leaves: Set[torch.nn.Module], as_is: bool = False) -> fx.Graph:
+class Traced(NamedTuple):
+    """A forward's graph."""
+
+    graph: fx.Graph
+    mentioned: frozenset[str]
+    """Names of attributes that code may have read which ran in the trace; `ANY_NAME` where it computes them."""
+    codes: list[Code]
+
+
+def trace(root: torch.nn.Module, leaves: Set[torch.nn.Module], as_is: bool = False) -> Traced:
     """The graph of root's own forward in eval mode; raises whatever a forward raises that cannot be traced.
 
     `as_is`: with the training flags that modules have instead.
     """
-    inlined = () if as_is else inlined_modules(root, leaves).values()
-    with _lock, _undisturbed(root, inlined), _without_chance():
-        graph = _traced(root, leaves)
+    inlined = inlined_modules(root, leaves).values()
+    witness = Witness()
+    with _lock, _undisturbed(root, () if as_is else inlined), _without_chance():
+        with witness.watching():
+            graph = _traced(root, leaves)
         # A question without a value leaves no trace, but its answer does.
         with torch.no_grad():
             without = _traced(root, leaves)
     if str(graph) != str(without):
         raise UntraceableError("its forward asks whether gradients are on")
-    return graph
+    codes = witness.codes()
+    question = wrong_question(codes)
+    if question is not None:
+        raise UntraceableError(f"its forward asks {question} of a value")
+    mentioned = mentioned_names(codes)
+    check_comparable(inlined, mentioned)
+    return Traced(graph, mentioned, codes)
 
 
 def _traced(root: torch.nn.Module, leaves: Set[torch.nn.Module]) -> fx.Graph:
@@ -310,7 +338,7 @@ def _parameters_stood_for(tracer: _Tracer) -> Iterator[None]:
         torch.nn.Module.named_parameters = original  # type: ignore[method-assign]
 
 
-Survey = dict[torch.nn.Module, "fx.Graph | str"]
+Survey = dict[torch.nn.Module, Traced | str]
 
 
 def survey(root: torch.nn.Module, leaves: Set[torch.nn.Module], found: Survey, as_is: bool = False) -> set[torch.nn.Module]:
@@ -344,4 +372,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, fx.proxy.TraceError):
         return "its forward branches on, or iterates over, a value"
     text = str(error).strip().split("\n")[0]
-    return text if isinstance(error, UntraceableError) else f"{type(error).__name__}: {text[:120]}"
+    return text if isinstance(error, (IncomparableError, UntraceableError)) else f"{type(error).__name__}: {text[:120]}"

@@ -44,7 +44,7 @@ def why_contiguous(model: torch.nn.Module) -> str:
         f"{type(users[0]).__name__} calls Tensor.view, which channels-last memory may not allow; Tensor.reshape would do"
     )
     try:
-        graph = trace(model, leaf_modules(model))
+        graph = trace(model, leaf_modules(model)).graph
     # A forward may raise anything. Without a graph nothing tells which views are safe.
     except Exception:
         return reason

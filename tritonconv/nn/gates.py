@@ -15,22 +15,23 @@ from tritonconv.ops.dispatch_extended import averaged_convolution, gated_convolu
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.library_adaptive import global_average
 from tritonconv.ops.library_squeeze_excite import excited, scale_channels, would_excite
-from tritonconv.ops.watch import Share, is_observed, sharing
+from tritonconv.ops.watch import Call, Decision, Share, is_observed, notify, sharing
 
-__all__ = ["fused_average", "fused_gate", "fused_gated", "fused_scale"]
+__all__ = ["all_pixels", "fused_average", "fused_gate", "fused_gated", "fused_scale", "pixel_mean"]
 
 CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
 
 
 def fused_average(
     layer: Module, norm: Module | None, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool, keep: bool,
-    pool: Module | None = None,
+    dim: tuple[int, ...], keepdim: bool, pool: Module | None = None,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    """(y, y's global average (N, K, 1, ...)), with y as `fused_call` computes it; one pass in eval mode.
+    """(y, y.mean(dim, keepdim)), with y as `fused_call` computes it; one pass in eval mode where y is batched.
 
     Args:
         layer, norm, activation, input, residual, in_place: as `fused_call` takes them.
         keep: whether y is read by someone else; else None may stand for it.
+        dim: as many axes as the layer has spatial ones, and these for a batched y.
         pool: the module that averages, whose own call is due where it carries hooks.
     """
     parts = _parts(layer, norm, activation, input, residual, in_place)
@@ -38,14 +39,29 @@ def fused_average(
     if parts is not None and plain:
         found = averaged_convolution(input, *parts, keep)
         if found is not None:
-            return found
+            return found if keepdim else (found[0], found[1].flatten(1))
     if parts is not None and plain and is_observed() and would_average(input, *parts, keep):
         named: Any = "mean" if pool is None else pool
         with sharing(Share("{}, with its global average", unwritten=not keep, members=(named,))):
             y = fused_call(layer, norm, activation, input, residual, in_place)
-        return y, y.mean(tuple(range(2, y.dim())), keepdim=True)
+        return y, y.mean(dim, keepdim)
     y = fused_call(layer, norm, activation, input, residual, in_place)
-    return y, global_average(y, True) if pool is None else pool(y)
+    return y, pixel_mean(y, dim, keepdim) if pool is None else pool(y)
+
+
+def pixel_mean(input: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
+    """input.mean(dim, keepdim), on our kernel where these are all axes but the first two."""
+    if all_pixels(dim, input.dim()):
+        return global_average(input, keepdim)
+    size = input.numel() * input.element_size()
+    decision = Decision("torch", "these axes are not all pixels of a batch of images")
+    notify(lambda: Call("mean", decision, None, 0, size, input.dtype, input.device, None, ""))
+    return input.mean(dim, keepdim)
+
+
+def all_pixels(dim: tuple[int, ...], axes: int) -> bool:
+    """Whether these are all of a tensor's axes but the first two, of one to three."""
+    return axes - 2 == len(dim) in (1, 2, 3) and sorted(d % axes for d in dim) == list(range(2, axes))
 
 
 def fused_gate(first: Module, activation: Any, second: Module, gate: Any, mean: Tensor) -> Tensor:
