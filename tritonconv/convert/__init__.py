@@ -9,8 +9,8 @@ import torch
 from tritonconv.convert.explain import explain
 from tritonconv.convert.fuse import fuse_chains, unfuse_chains
 from tritonconv.convert.report import Report
-from tritonconv.convert.swap import restore_layers, swap_layers
-from tritonconv.convert.views import why_contiguous
+from tritonconv.convert.swap import move_weights, restore_layers, swap_layers
+from tritonconv.convert.weights import seen_weights
 from tritonconv.ops.backend import Backend, check_backend
 
 __all__ = ["Report", "convert", "explain", "revert"]
@@ -23,8 +23,8 @@ def convert(
 
     Parameters, buffers, state_dict, hooks, shared submodules and the training flag stay as they are. Layers of exactly
     torch's classes become their twins in `tritonconv.nn`; subclasses with a forward of their own are left alone. Weights of
-    convolutions are stored channels-last, unless the model calls `Tensor.view` on what they lead to, which then may not be
-    possible: `explain` tells.
+    convolutions are stored channels-last, but for those that the model's own code looks at; what the model gives, and
+    whatever its own code sees on the way, has the strides that torch gives.
 
     Args:
         model: any module.
@@ -55,9 +55,10 @@ def convert(
         if not inplace:
             model = copy.deepcopy(model)
         unfuse_chains(model)
-        swap_layers(model, backend, why_contiguous(model))
-        if fuse:
-            fuse_chains(model)
+        layers = swap_layers(model, backend)
+        found = fuse_chains(model) if fuse else {}
+        seen = seen_weights(model, found)
+        move_weights([layer for layer in layers if layer._parameters["weight"] not in seen])
     return model
 
 

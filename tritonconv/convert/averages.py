@@ -40,8 +40,10 @@ class Average(NamedTuple):
     """A node that averages over all pixels of an image."""
 
     source: fx.Node
-    dim: tuple[int, ...]
-    """The axes of pixels, as they are written."""
+    axes: int
+    """Of pixels."""
+    dim: tuple[int, ...] | None
+    """They, as a mean has them; None for a pooling."""
     keepdim: bool
     pool: fx.Node | None
     """Itself, where it calls a module."""
@@ -58,7 +60,7 @@ def share_averages(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> int:
         source = average.source
         conv = _conv_of(source, modules)
         # The average is computed where the convolution is.
-        if conv is None or CONVOLUTIONS[type(conv)] != len(average.dim) or memory.is_written(source, source, node, ()):
+        if conv is None or CONVOLUTIONS[type(conv)] != average.axes or memory.is_written(source, source, node, ()):
             continue
         fresh += source.op == "call_module"
         _take_average(graph, average, node)
@@ -74,16 +76,15 @@ def _average(node: fx.Node, modules: dict[str, torch.nn.Module]) -> Average | No
     module: Any = module_of(node, modules)
     if type(module) in POOLS:
         single = _is_one(module.output_size) and not carries_hook(module) and len(node.args) == 1 and not node.kwargs
-        return Average(source, _last(POOLS[type(module)]), True, node) if single else None
+        return Average(source, POOLS[type(module)], None, True, node) if single else None
     if node.target in POOLING and node.op == "call_function":
         size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
-        return Average(source, _last(POOLING[node.target]), True, None) if _is_one(size) else None
+        return Average(source, POOLING[node.target], None, True, None) if _is_one(size) else None
     mean = mean_of_pixels(node, modules)
-    return None if mean is None else Average(*mean, None)
-
-
-def _last(axes: int) -> tuple[int, ...]:
-    return tuple(range(-axes, 0))
+    if mean is None:
+        return None
+    source, dim, keepdim = mean
+    return Average(source, len(dim), dim, keepdim, None)
 
 
 def _is_one(size: object) -> bool:

@@ -15,6 +15,7 @@ from torch import fx
 from tritonconv import nn
 from tritonconv.convert.averages import share_averages, share_gates
 from tritonconv.convert.calls import activation_of, addition_of, is_batch_norm, module_of
+from tritonconv.convert.formats import call_layers, settle_formats
 from tritonconv.convert.functions import replace_functions
 from tritonconv.convert.joins import share_joins
 from tritonconv.convert.memory import Memory, thread_in_place
@@ -61,6 +62,8 @@ class Rewriting:
     """Concatenations whose parts may be written where they belong."""
     functional: list[str] = field(default_factory=list)
     """Names of the nodes that call functional convolutions, in the order they run."""
+    layers: int = 0
+    """Calls of convolutions, with what was fused behind them."""
 
 
 def rewrite(graph: fx.Graph, root: torch.nn.Module) -> Rewriting:
@@ -92,6 +95,8 @@ def rewrite(graph: fx.Graph, root: torch.nn.Module) -> Rewriting:
         done.chains += share(graph, modules)
     done.joins = share_joins(graph, modules)
     done.functional = replace_functions(graph, modules)
+    done.layers = call_layers(graph, modules)
+    settle_formats(graph, modules)
     return done
 
 

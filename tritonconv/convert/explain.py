@@ -54,7 +54,7 @@ def explain(model: torch.nn.Module, *example_inputs: Any) -> Report:
         if not any(GLOBAL_HOOKS):
             stack.enter_context(ignoring_global_hooks())
         stack.enter_context(recorder.listening())
-        stack.enter_context(observe(recorder.on_call))
+        stack.enter_context(observe(recorder.on_call, recorder.on_copy))
         stack.enter_context(observe_groups(recorder.on_group))
         recorder.watcher = stack.enter_context(FunctionWatcher(example_inputs, recorder.on_product))
         model(*example_inputs)
@@ -88,8 +88,6 @@ def _fusion_of(model: torch.nn.Module) -> list[dict[str, Any]]:
             entries.append(dict(root=name, how=fused.program.how, chains=fused.program.chains, reason=""))
         elif mark is not None and mark.untraceable:
             entries.append(dict(root=name, how="not traced", chains=0, reason=mark.untraceable))
-        if mark is not None and mark.keep_contiguous:
-            entries.append(dict(root=name, how="contiguous", chains=0, reason=mark.keep_contiguous))
     return entries
 
 
@@ -100,6 +98,8 @@ class _Frame:
     module: torch.nn.Module
     row: Row | None
     call: Call | None = None
+    copies: int = 0
+    """Of its result, to another memory format."""
     product: Product | None = None
 
 
@@ -166,6 +166,7 @@ class _Recorder:
         row.params = self._count(parameters)
         if frame.call is not None:
             self._take_call(row, frame.call)
+            row.copies += frame.copies
             if carries_hook(module):
                 row.reason += f", {HOOKED}"
         else:
@@ -187,6 +188,13 @@ class _Recorder:
         self._loose.append((row, frame))
         self._rows.append(row)
         self._expected = row
+
+    def on_copy(self) -> None:
+        """A result is copied to the format that torch gives it: by the layer that is called, or behind the last one."""
+        if self._frames and self._frames[-1].row is not None:
+            self._frames[-1].copies += 1
+        elif self._rows:
+            self._rows[-1].copies += 1
 
     def on_group(self, group: Group) -> None:
         """The call before was a group's: name its members."""
@@ -210,6 +218,8 @@ class _Recorder:
         # The product has counted the layer's own.
         row.params += self._count([p for module in modules for p in module.parameters()])
         row.receptive_field = self._field(group.output)
+        if not row.fused:
+            return
         forward = frame.module.__dict__.get("forward") if frame is not None else None
         if isinstance(forward, FusedForward) and forward.program is not None:
             row.reason += f", fused by {forward.program.how}"

@@ -246,9 +246,11 @@ def _positional(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any])
     return tuple(given[name] for name in program.names) if len(given) == len(program.names) else None
 
 
-def fuse_chains(model: torch.nn.Module) -> None:
-    """Put a FusedForward on `model` if it traces, else on the parts of it that do."""
-    _install(model, False, {}, None)
+def fuse_chains(model: torch.nn.Module) -> Survey:
+    """Put a FusedForward on `model` if it traces, else on the parts of it that do; what was found of each on the way."""
+    found: Survey = {}
+    _install(model, False, found, None)
+    return found
 
 
 def unfuse_chains(model: torch.nn.Module, keep: FusedForward | None = None) -> None:
@@ -334,7 +336,8 @@ def _compile(
     graph = traced.graph
     done = rewrite(graph, root)
     function = None
-    if done.chains or done.joins or done.functional:
+    # Between two layers activations stay channels-last.
+    if done.chains or done.joins or done.functional or done.layers > 1:
         _reach_members(graph, root)
         code = graph.python_code("self")
         file = f"<tritonconv: {type(root).__name__}.forward, fused>"

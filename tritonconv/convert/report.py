@@ -102,9 +102,7 @@ class Report:
         lines = []
         for entry in self.fusion:
             where = entry["root"] or "the model"
-            if entry["how"] == "contiguous":
-                lines.append(f"{where}: kept contiguous, {entry['reason']}")
-            elif entry["how"] == "not traced":
+            if entry["how"] == "not traced":
                 lines.append(f"{where}: not traced, {entry['reason']}")
             else:
                 lines.append(

@@ -11,9 +11,9 @@ import torch
 from tritonconv import nn
 from tritonconv.convert.deform import DEFORM_LAYERS, deform_twin
 from tritonconv.ops.backend import Backend
-from tritonconv.ops.layout import as_format, dense_strides, is_dense
+from tritonconv.ops.layout import as_format, dense_strides, is_dense, suggests_channels_last
 
-__all__ = ["MARK", "Mark", "mark_of", "restore_layers", "swap_layers"]
+__all__ = ["MARK", "Mark", "is_originally_last", "mark_of", "move_weights", "restore_layers", "set_mark", "swap_layers"]
 
 TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.BatchNorm1d: nn.BatchNorm1d,
@@ -69,8 +69,6 @@ class Mark:
     """Whether it is a layer of ours now, with a `backend` of its own."""
     previous_backend: Backend | None = None
     """The backend that the user had given to a layer that was ours already."""
-    keep_contiguous: str = ""
-    """Why the weights under a model stay contiguous."""
     untraceable: str = ""
     """Why torch.fx could not trace its forward."""
 
@@ -89,19 +87,17 @@ def twin_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     return TWINS.get(type(module)) or deform_twin(module)
 
 
-def swap_layers(model: torch.nn.Module, backend: Backend, keep_contiguous: str) -> None:
+def swap_layers(model: torch.nn.Module, backend: Backend) -> list[torch.nn.Module]:
     """Make every layer of exactly torch's class ours, and deformable convolutions of torchvision's and mmcv's making.
 
     Parameters, hooks and names stay: the new classes add no state, so a change of `__class__` is all, and whoever shares
-    the module shares the change. Weights of convolutions move to channels-last memory behind the same Parameter, unless
-    there is a reason to keep theirs.
+    the module shares the change.
+
+    Returns:
+        Layers of ours whose weights are contiguous and can be made channels-last, for `move_weights`.
     """
     twins = {m: twin_of(m) for m in model.modules()}
     modules = [m for m, twin in twins.items() if twin is not None or type(m) in OURS]
-    # Asked before anything moves: two layers that share a weight both had it contiguous.
-    contiguous = [] if keep_contiguous else [m for m in modules if _movable(m)]
-    if keep_contiguous or mark_of(model) is not None:
-        set_mark(model, keep_contiguous=keep_contiguous)
     for module in modules:
         mark = mark_of(module)
         twin = twins[module]
@@ -114,9 +110,16 @@ def swap_layers(model: torch.nn.Module, backend: Backend, keep_contiguous: str) 
         elif mark is None or not mark.layer:
             set_mark(module, layer=True, previous_backend=module.__dict__.get("backend"))
         module.backend = backend  # type: ignore[assignment]
-    for module in contiguous:
-        set_mark(module, contiguous=True)
-    _move(contiguous, channels_last=True)
+    # Two layers that share a weight both have it contiguous.
+    return [module for module in modules if _movable(module)]
+
+
+def move_weights(layers: list[torch.nn.Module]) -> None:
+    """Store the weights of these layers channels-last, behind the same Parameters."""
+    for layer in layers:
+        set_mark(layer, contiguous=True)
+        layer.weight_moved = True  # type: ignore[assignment]
+    _move(layers, channels_last=True)
 
 
 def restore_layers(model: torch.nn.Module) -> None:
@@ -134,7 +137,16 @@ def restore_layers(model: torch.nn.Module) -> None:
             module.backend = mark.previous_backend  # type: ignore[assignment]
         if mark.contiguous:
             contiguous.append(module)
+            module.__dict__.pop("weight_moved", None)
     _move(contiguous, channels_last=False)
+
+
+def is_originally_last(layer: torch.nn.Module) -> bool:
+    """Whether a convolution's weight is channels-last, and not by our doing."""
+    weight, mark = layer._parameters.get("weight"), mark_of(layer)
+    if weight is None or weight.dim() < 3 or weight.layout != torch.strided or (mark is not None and mark.contiguous):
+        return False
+    return suggests_channels_last(weight)
 
 
 def _movable(module: torch.nn.Module) -> bool:

@@ -23,10 +23,11 @@ import torch
 from torch import fx
 
 from tritonconv.convert.calls import IN_PLACE
+from tritonconv.convert.functions import FUNCTIONS
 from tritonconv.convert.snapshot import IncomparableError
 from tritonconv.convert.state import Kept
 from tritonconv.convert.watch import check_comparable
-from tritonconv.convert.witness import Code, Witness, mentioned_names, wrong_question
+from tritonconv.convert.witness import Witness, mentioned_names, wrong_question
 from tritonconv.nn.fused import carries_hook
 from tritonconv.nn.squeeze_excite import SqueezeExcite
 from tritonconv.ops.backend import current_backend
@@ -284,7 +285,8 @@ class Traced(NamedTuple):
     graph: fx.Graph
     mentioned: frozenset[str]
     """Names of attributes that code may have read which ran in the trace; `ANY_NAME` where it computes them."""
-    codes: list[Code]
+    read: frozenset[str]
+    """Paths of parameters and buffers that go to anything but torch's functions for layers."""
 
 
 def trace(root: torch.nn.Module, leaves: Set[torch.nn.Module], as_is: bool = False) -> Traced:
@@ -308,7 +310,14 @@ def trace(root: torch.nn.Module, leaves: Set[torch.nn.Module], as_is: bool = Fal
         raise UntraceableError(f"its forward asks {question} of a value")
     mentioned = mentioned_names(codes)
     check_comparable(inlined, mentioned)
-    return Traced(graph, mentioned, codes)
+    return Traced(graph, mentioned, _read(graph))
+
+
+def _read(graph: fx.Graph) -> frozenset[str]:
+    return frozenset(
+        str(node.target) for node in graph.nodes
+        if node.op == "get_attr" and any(user.target not in FUNCTIONS for user in node.users)
+    )  # fmt: skip
 
 
 def _traced(root: torch.nn.Module, leaves: Set[torch.nn.Module]) -> fx.Graph:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
+from tritonconv.nn.format import as_original
 from tritonconv.ops.backend import Backend
 from tritonconv.ops.dispatch import convolution, transposed_convolution
 from tritonconv.ops.epilogue import Epilogue
@@ -49,6 +50,11 @@ def convolve(conv: torch.nn.modules.conv._ConvNd, op: str, input: Tensor, epilog
     )  # fmt: skip
 
 
+def _alone(conv: Any, op: str, input: Tensor) -> Tensor:
+    """The forward of torch's convolutions."""
+    return as_original(conv, input, convolve(conv, op, input, Epilogue(member(conv, "bias"))))
+
+
 def _transposed(
     conv: torch.nn.modules.conv._ConvNd, op: str, input: Tensor, epilogue: Epilogue, output_padding: Sequence[int]
 ) -> Tensor:
@@ -66,7 +72,7 @@ def _transpose(conv: Any, op: str, input: Tensor, output_size: list[int] | None)
     if output_size is not None:
         sizes = conv.stride, conv.padding, conv.kernel_size, len(conv.kernel_size), conv.dilation
         extra = conv._output_padding(input, output_size, *sizes)
-    return _transposed(conv, op, input, Epilogue(member(conv, "bias")), extra)
+    return as_original(conv, input, _transposed(conv, op, input, Epilogue(member(conv, "bias")), extra))
 
 
 def output_shape(conv: torch.nn.modules.conv._ConvNd, input: Tensor) -> tuple[int, ...]:
@@ -94,9 +100,10 @@ class Conv1d(torch.nn.Conv1d):
     """
 
     backend: Backend | None = None
+    weight_moved = False
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolve(self, "conv1d", input, Epilogue(member(self, "bias")))
+        return _alone(self, "conv1d", input)
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -109,9 +116,10 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     backend: Backend | None = None
+    weight_moved = False
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolve(self, "conv2d", input, Epilogue(member(self, "bias")))
+        return _alone(self, "conv2d", input)
 
 
 class Conv3d(torch.nn.Conv3d):
@@ -124,9 +132,10 @@ class Conv3d(torch.nn.Conv3d):
     """
 
     backend: Backend | None = None
+    weight_moved = False
 
     def forward(self, input: Tensor) -> Tensor:
-        return convolve(self, "conv3d", input, Epilogue(member(self, "bias")))
+        return _alone(self, "conv3d", input)
 
 
 class ConvTranspose1d(torch.nn.ConvTranspose1d):
@@ -139,6 +148,7 @@ class ConvTranspose1d(torch.nn.ConvTranspose1d):
     """
 
     backend: Backend | None = None
+    weight_moved = False
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return _transpose(self, "conv_transpose1d", input, output_size)
@@ -154,6 +164,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
     """
 
     backend: Backend | None = None
+    weight_moved = False
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return _transpose(self, "conv_transpose2d", input, output_size)
@@ -170,6 +181,7 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
     """
 
     backend: Backend | None = None
+    weight_moved = False
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return _transpose(self, "conv_transpose3d", input, output_size)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonconv.nn.conv import Conv2d, member
+from tritonconv.nn.format import as_original
 from tritonconv.ops.backend import Backend
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.library_deform import deform_convolution
@@ -32,6 +33,7 @@ class DeformConv2d(torch.nn.Module):
     """
 
     backend: Backend | None = None
+    weight_moved = False
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, int]
@@ -76,10 +78,11 @@ class DeformConv2d(torch.nn.Module):
             offset: (N, 2 * offset_groups * R * S, P, Q).
             mask: (N, offset_groups * R * S, P, Q).
         """
-        return deform_convolution(
+        y = deform_convolution(
             "deform_conv2d", input, offset, mask, member(self, "weight"), Epilogue(member(self, "bias")),
             (self.stride, self.padding, self.dilation), self.backend,
         )  # fmt: skip
+        return as_original(self, input, y)
 
     def __repr__(self) -> str:
         parts = [str(self.in_channels), str(self.out_channels), f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
@@ -128,10 +131,11 @@ class DeformConv2dPack(DeformConv2d):
         offset, mask = predicted[:, :pairs], None
         if predicted.shape[1] > pairs:
             mask = predicted[:, pairs:].sigmoid()
-        return deform_convolution(
+        y = deform_convolution(
             "deform_conv2d", input, offset, mask, weight, Epilogue(member(self, "bias")),
             (pair(self.stride), pair(self.padding), pair(self.dilation)), self.backend,
         )  # fmt: skip
+        return as_original(self, input, y)
 
 
 def pair(value: Any) -> tuple[int, int]:

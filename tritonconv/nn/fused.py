@@ -25,6 +25,7 @@ from tritonconv.nn.conv import (
     numbers_of,
     output_shape,
 )
+from tritonconv.nn.format import as_original
 from tritonconv.nn.join import Join
 from tritonconv.nn.linear import Linear
 from tritonconv.ops.activation import ActivationSpec, from_module, parse_activation
@@ -356,7 +357,8 @@ class _ConvBNAct(torch.nn.Module):
         modules = self._modules
         # As in `member`; an activation may be a module or not.
         act = modules.get("act") or self.act
-        return fused_call(modules["conv"], modules["bn"], act, input, residual)  # type: ignore[arg-type]
+        conv: Any = modules["conv"]
+        return as_original(conv, input, fused_call(conv, modules["bn"], act, input, residual))
 
     def extra_repr(self) -> str:
         return "" if isinstance(self.act, torch.nn.Module) else f"activation={self.act}"

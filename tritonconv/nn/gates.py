@@ -13,7 +13,7 @@ from tritonconv.nn.linear import Linear
 from tritonconv.ops.activation import from_module, parse_activation
 from tritonconv.ops.dispatch_extended import averaged_convolution, gated_convolution, would_average, would_gate
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.library_adaptive import global_average
+from tritonconv.ops.library_adaptive import adaptive_pool, global_average
 from tritonconv.ops.library_squeeze_excite import excited, scale_channels, would_excite
 from tritonconv.ops.watch import Call, Decision, Share, is_observed, notify, sharing
 
@@ -24,14 +24,15 @@ CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
 
 def fused_average(
     layer: Module, norm: Module | None, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool, keep: bool,
-    dim: tuple[int, ...], keepdim: bool, pool: Module | None = None,
+    dim: tuple[int, ...] | None, keepdim: bool, pool: Module | None = None,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    """(y, y.mean(dim, keepdim)), with y as `fused_call` computes it; one pass in eval mode where y is batched.
+    """(y, y's average over pixels), with y as `fused_call` computes it; one pass in eval mode where y is batched.
 
     Args:
         layer, norm, activation, input, residual, in_place: as `fused_call` takes them.
         keep: whether y is read by someone else; else None may stand for it.
-        dim: as many axes as the layer has spatial ones, and these for a batched y.
+        dim, keepdim: the average is y.mean(dim, keepdim), whose axes are as many as the layer has spatial ones; for None
+            it is an adaptive pooling to one pixel.
         pool: the module that averages, whose own call is due where it carries hooks.
     """
     parts = _parts(layer, norm, activation, input, residual, in_place)
@@ -39,24 +40,33 @@ def fused_average(
     if parts is not None and plain:
         found = averaged_convolution(input, *parts, keep)
         if found is not None:
-            return found if keepdim else (found[0], found[1].flatten(1))
+            y, mean = found
+            return y, mean if dim is None else _shaped(mean, keepdim)
     if parts is not None and plain and is_observed() and would_average(input, *parts, keep):
         named: Any = "mean" if pool is None else pool
         with sharing(Share("{}, with its global average", unwritten=not keep, members=(named,))):
             y = fused_call(layer, norm, activation, input, residual, in_place)
-        return y, y.mean(dim, keepdim)
+        return y, y.mean(tuple(range(2, y.dim())) if dim is None else dim, keepdim)
     y = fused_call(layer, norm, activation, input, residual, in_place)
-    return y, pixel_mean(y, dim, keepdim) if pool is None else pool(y)
+    if dim is not None:
+        return y, pixel_mean(y, dim, keepdim)
+    return y, pool(y) if pool is not None else adaptive_pool("avg", y, 1, len(layer.kernel_size))  # type: ignore[arg-type]
 
 
 def pixel_mean(input: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
     """input.mean(dim, keepdim), on our kernel where these are all axes but the first two."""
     if all_pixels(dim, input.dim()):
-        return global_average(input, keepdim)
+        return _shaped(global_average(input, True), keepdim)
     size = input.numel() * input.element_size()
     decision = Decision("torch", "these axes are not all pixels of a batch of images")
     notify(lambda: Call("mean", decision, None, 0, size, input.dtype, input.device, None, ""))
     return input.mean(dim, keepdim)
+
+
+def _shaped(mean: Tensor, keepdim: bool) -> Tensor:
+    """A mean (N, C, ...) of one number an image and channel as `Tensor.mean` gives it, of a channels-last image too."""
+    rows = mean.flatten(1)
+    return rows.view(mean.shape) if keepdim else rows
 
 
 def all_pixels(dim: tuple[int, ...], axes: int) -> bool:

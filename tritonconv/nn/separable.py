@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from tritonconv.nn.conv import Conv2d
+from tritonconv.nn.format import as_original
 from tritonconv.nn.fused import fused_pair
 from tritonconv.ops.activation import parse_activation
 
@@ -54,9 +55,10 @@ class DepthwiseSeparableConv2d(Module):
         self.act = activation if isinstance(activation, Module) else spec
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return fused_pair(
+        y = fused_pair(
             self.depthwise, self.depthwise_bn, self.act, self.pointwise, self.pointwise_bn, self.act, input, residual
         )
+        return as_original(self.pointwise, input, y)
 
     def extra_repr(self) -> str:
         return "" if isinstance(self.act, Module) or self.act is None else f"activation={self.act}"

@@ -14,7 +14,7 @@ from tritonconv.ops.calls import Prepared, find, remember, signature
 from tritonconv.ops.convolution import check_convolution, output_format
 from tritonconv.ops.dispatch import autocast, missing
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.layout import empty_output, wide
+from tritonconv.ops.layout import dense_strides, empty_output, wide
 from tritonconv.ops.prepare import prepare_call, takes_gate, takes_sink
 from tritonconv.ops.registered import arguments_of, is_traced
 from tritonconv.ops.sink import MOST_IMAGES, WHOLE, Sink, average
@@ -39,7 +39,7 @@ def averaged_convolution(
         keep: whether someone else reads y; else it is not written, and None here.
 
     Returns:
-        y, and its mean (N, K, 1, ...) in its dtype.
+        y, and its mean (N, K, 1, ...) in its dtype and format.
     """
     if wants_parts():
         return None
@@ -54,7 +54,10 @@ def averaged_convolution(
     sums = empty_output(x, (recipe.slots, images, shape[1]), False, wide(x.dtype))
     # What is not written needs no memory, but a type.
     y = call.run(x, weight, epilogue, (None, sums), None if keep else sums)
-    return y if keep else None, average(sums, shape, tile, units, images, x.dtype)
+    mean = average(sums, shape, tile, units, images, x.dtype)
+    if output_format(x, weight):
+        mean = mean.as_strided(mean.shape, dense_strides(tuple(mean.shape), True))
+    return y if keep else None, mean
 
 
 def would_average(

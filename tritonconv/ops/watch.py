@@ -16,7 +16,8 @@ from tritonconv.ops.backend import capture
 from tritonconv.ops.example import Example
 
 __all__ = [
-    "Call", "Decision", "Share", "is_observed", "is_watched", "notify", "observe", "shared", "sharing", "wants_parts",
+    "Call", "Decision", "Share", "is_observed", "is_watched", "notify", "notify_copy", "observe", "shared", "sharing",
+    "wants_parts",
 ]  # fmt: skip
 
 
@@ -48,22 +49,31 @@ class Call:
 
 class _Observer(threading.local):
     callback: Callable[[Call], None] | None = None
+    copied: Callable[[], None] | None = None
 
 
 _observer = _Observer()
 
 
 @contextmanager
-def observe(callback: Callable[[Call], None]) -> Iterator[None]:
+def observe(callback: Callable[[Call], None], copied: Callable[[], None] | None = None) -> Iterator[None]:
     """Show every call of our operators on this thread to `callback`, and compute them all with torch meanwhile.
 
     The decisions are those that a normal run would take; this is how `explain` reports without launching kernels.
+    `copied` is called for each result that is copied to another memory format behind its operator.
     """
-    previous, _observer.callback = _observer.callback, callback
+    previous = _observer.callback, _observer.copied
+    _observer.callback, _observer.copied = callback, copied
     try:
         yield
     finally:
-        _observer.callback = previous
+        _observer.callback, _observer.copied = previous
+
+
+def notify_copy() -> None:
+    """Tell the observer, if there is one, that a result is copied to another memory format."""
+    if not torch.compiler.is_compiling() and _observer.copied is not None:
+        _observer.copied()
 
 
 def notify(make_call: Callable[[], Call]) -> bool:
