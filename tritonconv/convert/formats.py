@@ -17,6 +17,7 @@ from torch import fx
 
 from tritonconv import nn
 from tritonconv.convert.calls import IN_PLACE_OPERATORS, in_place_target, module_of, overwrites, spec_of_call
+from tritonconv.convert.code import minds_strides
 from tritonconv.convert.functions import OURS
 from tritonconv.convert.memory import Memory
 from tritonconv.convert.swap import is_originally_last
@@ -223,8 +224,7 @@ def _keeps_format(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
     module = module_of(node, modules)
     if module is not None:
         known = isinstance(module, KEEPING_MODULES) or type(module) in module_types()
-        home = type(module).__module__.startswith(("torch.nn.modules", "tritonconv.nn"))
-        return known and home and not carries_hook(module)
+        return known and not carries_hook(module) and not minds_strides(type(module))
     if node.target is fused_call:
         # A linear layer counts the last axis.
         return hasattr(modules.get(str(getattr(node.args[0], "target", ""))), "kernel_size")
