@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import os
 import subprocess
@@ -23,9 +25,9 @@ from tritonconv.bench import check, clock, layers, networks, registry, suites
 from tritonconv.bench.ahead import compile_ahead
 from tritonconv.bench.cases import Case, load_cases
 from tritonconv.bench.clock import Timing, copies_for_cold_cache
-from tritonconv.bench.dry import dry_records, verdict
-from tritonconv.bench.results import Results, read_records
-from tritonconv.bench.run import columns_of, measure, summary
+from tritonconv.bench.dry import dry_records, small_jobs, verdict
+from tritonconv.bench.results import Results, is_peer, read_records
+from tritonconv.bench.run import columns_of, dry_run, measure, summary
 from tritonconv.bench.sanitize import sanitize_jobs
 from tritonconv.bench.session import Job, Session
 from tritonconv.bench.tune import case_compilations
@@ -209,6 +211,66 @@ def test_a_layer_that_is_wrong_is_reported_and_never_timed(monkeypatch: pytest.M
     record = layers.measure_layer(SMALL, layers.OURS, None)
     assert record["status"] == "wrong" and "relative error" in record["reason"] and not record["timed"]
     assert layers.check_layer(SMALL, None, True)["status"] == "wrong"
+
+
+def inexact_convolutions(monkeypatch: pytest.MonkeyPatch, relative: float) -> None:
+    """Torch's convolutions of low precision are off by so much, as some CPUs' are."""
+
+    def inexact(exact: Any) -> Any:
+        def conv(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            y = exact(x, *args, **kwargs)
+            return y if x.dtype in (torch.float32, torch.float64) else y + relative * y.norm() / y.numel() ** 0.5
+
+        return conv
+
+    for name in ("conv1d", "conv2d", "conv3d"):
+        monkeypatch.setattr(nn.functional, name, inexact(getattr(nn.functional, name)))
+
+
+@interpreted
+def test_a_peer_that_is_wrong_is_reported_and_fails_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch's bf16 is off by 1.4e-2 on CPUs without AVX-512, which is beyond the bound that holds for us."""
+    inexact_convolutions(monkeypatch, 0.05)
+    monkeypatch.setattr("tritonconv.bench.session.Worker", Here)
+    monkeypatch.setattr("tritonconv.bench.run.dry_records", lambda *_: [])
+    jobs = [job for job in small_jobs() if job.identity["id"] == "3x3 of 128" and job.identity["pass"] == "fprop"]
+    monkeypatch.setattr("tritonconv.bench.run.small_jobs", lambda: jobs)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert dry_run([], "H200", tmp_path, console=QUIET) == 0
+    records = list(read_records(tmp_path / "results.jsonl"))
+    assert {r["column"]: r["status"] for r in records} == {"cudnn channels_last": "wrong", "tritonconv": "ok"}
+    assert "1 small layers in Triton's interpreter, not timed: 1 right, 0 wrong" in output.getvalue()
+    assert "0 right, 1 wrong\n  3x3 of 128, cudnn channels_last: relative error" in output.getvalue()
+
+
+def test_a_layer_of_ours_that_is_wrong_fails_a_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def small(column: str, status: str) -> Job:
+        identity = dict(stage="layer", id="a", column=column)
+        return Job(identity, lambda: dict(status=status), ())
+
+    monkeypatch.setattr("tritonconv.bench.session.Worker", Here)
+    monkeypatch.setattr("tritonconv.bench.run.dry_records", lambda *_: [])
+    jobs = [small(layers.OURS, "wrong"), small(layers.HOPPER, "failed"), small("compile", "wrong"), small("x", "failed")]
+    monkeypatch.setattr("tritonconv.bench.run.small_jobs", lambda: jobs)
+    assert dry_run([], "H200", tmp_path, console=QUIET) == 2
+
+
+@interpreted
+def test_a_module_is_judged_by_torchs_better_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that is wrong widens no limit of ours, and is wrong itself."""
+    right = networks.way
+
+    def way(model: nn.Module, column: str) -> Any:
+        function, layout = right(model, column)
+        return (lambda x: function(x) * float("nan")) if column == "cudnn channels_last" else function, layout
+
+    monkeypatch.setattr(networks, "way", way)
+    monkeypatch.setattr(networks, "_prepared", {})
+    for pass_ in ("inference", "training"):
+        peer = networks.measure_module("conv_bn_relu", pass_, 1, "cudnn channels_last", "eager")  # type: ignore[arg-type]
+        ours = networks.measure_module("conv_bn_relu", pass_, 1, "tritonconv", "eager")  # type: ignore[arg-type]
+        assert (peer["status"], ours["status"]) == ("wrong", "ok") and 0 < ours["torch_error"] < 0.1
 
 
 def test_numbers_of_a_timed_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,20 +492,23 @@ def test_the_summary_counts_wins_and_losses() -> None:
 
     records = [
         timed("a", "tritonconv", 1.0), timed("a", "cudnn contiguous", 3.0), timed("a", "cudnn channels_last", 2.0),
-        timed("b", "tritonconv", 1.0), timed("b", "compile", 0.5), dict(stage="check", status="wrong"),
+        timed("b", "tritonconv", 1.0), timed("b", "compile", 0.5), dict(stage="check", column="bf16", status="wrong"),
+        timed("b", "cudnn channels_last", 0.1) | dict(status="wrong", timed=False),
     ]  # fmt: skip
     table = summary(records)
     cells = [list(column.cells) for column in table.columns]
-    assert [column[1] for column in cells] == ["f", "5", "0", "1", "1", "1.00x"]
-    assert cells[2][0] == "1", "a wrong check"
+    assert [column[1] for column in cells] == ["f", "2", "0", "1", "1", "1", "1.00x"]
+    assert [column[0] for column in cells][:4] == ["checks of candidates", "0", "1", "0"]
 
 
 @interpreted
 @pytest.mark.parametrize("column", ["tritonconv", "cudnn channels_last", "cudnn contiguous"])
 def test_a_block_is_compared_before_it_would_be_timed(column: str) -> None:
     record = networks.measure_module("conv_bn_relu", "inference", 1, column, "graph")
-    assert record["status"] == "ok" and not record["timed"] and record["provider"] == "own definition"
-    assert 0 < record["error"] < 0.05
+    # Torch's own are judged by the better one of them, which need not be close to the other.
+    assert record["status"] == "ok" if column == "tritonconv" else record["status"] in ("ok", "wrong")
+    assert not record["timed"] and record["provider"] == "own definition"
+    assert column != "tritonconv" or 0 < record["error"] < 0.05
 
 
 @interpreted
@@ -455,7 +520,7 @@ def test_what_is_timed_in_both_modes_is_prepared_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr(networks, "prepare_module", lambda *args: (made.append(args[1]), prepare(*args))[1])
     for column in ("cudnn contiguous", "cudnn channels_last"):
         for mode in modes:
-            assert networks.measure_module("conv_bn_relu", "inference", 1, column, mode)["status"] == "ok"
+            assert not networks.measure_module("conv_bn_relu", "inference", 1, column, mode)["timed"]
     assert sorted(modes) == ["eager", "graph"] and made == ["cudnn contiguous", "cudnn channels_last"]
     assert len(networks._prepared) == 1
 
@@ -544,13 +609,13 @@ def test_a_run_does_its_stages_and_continues(tmp_path: Path, capsys: pytest.Capt
     layers_ = {r["column"]: r for r in records if r["stage"] == "layer" and r["id"] == "small" and r["pass"] == "wgrad"}
     # Asked for as well, since the GPU says that it is an H200; but the interpreter runs no such kernel.
     assert layers_.pop(layers.HOPPER)["status"] == "skipped"
-    assert all(r["timed"] and r["status"] == "ok" for r in layers_.values()) and len(layers_) == 3
+    assert layers_[layers.OURS]["timed"] and len(layers_) == 3
     (tuned,) = (r for r in records if r["stage"] == "tune")
     assert tuned["status"] == "ok" and tuned["candidates"] > 1 and tuned["ms"] == 1.0 == tuned["peer_ms"]
     table = Table.from_json((tmp_path / "out" / "table.json").read_text(), "table.json")
     assert table.gpu == "NVIDIA H200" and [e.ms for e in table.entries.values()] == [1.0]
     modules = [r for r in records if r["stage"] == "module"]
-    assert all(r["status"] == "ok" and r["timed"] for r in modules), modules
+    assert all(r["timed"] or is_peer(r) for r in modules), modules
     assert "checks of candidates" in capsys.readouterr().out
     # Continued, nothing is done twice.
     measure(cases, tmp_path / "out", columns=columns, resume=True, console=QUIET)
@@ -580,7 +645,9 @@ def test_a_dry_run_goes_through_all_cases_and_its_results_make_a_page(tmp_path: 
     results = tmp_path / "results.jsonl"
     records = list(read_records(results))
     small = sum(len(operation.passes) * len(operation.checks()) for operation in registry.operations().values())
-    assert sum(r["stage"] == "layer" and r["status"] == "ok" for r in records) == 2 * small
+    columns = {ours: [r for r in records if r["stage"] == "layer" and is_peer(r) is not ours] for ours in (True, False)}
+    assert len(columns[True]) == len(columns[False]) == small
+    assert all(r["status"] == "ok" for r in columns[True]), "of torch's kernels nothing is demanded"
     page = tmp_path / "page.md"
     report = [sys.executable, "-m", "benchmarks.report", str(results), "--out", str(page)]
     subprocess.run(report, cwd=ROOT, check=True, capture_output=True)

@@ -229,3 +229,53 @@ def test_a_fused_module_of_ours_is_one_row() -> None:
     (row,) = tritonconv.explain(model, torch.ones(1, 3, 8, 8)).to_dict()["layers"]
     assert row["name"] == "0.conv" and row["fused"] == ["0.bn", "relu"]
     assert row["reason"].endswith("fused by ConvBNReLU2d") and row["params"] == 8 * 3 * 9 + 16
+
+
+def global_hook_tables() -> dict[str, dict[int, object]]:
+    tables = {name: value for name, value in vars(torch.nn.modules.module).items() if name.startswith("_global")}
+    return {name: dict(value) for name, value in tables.items() if isinstance(value, dict)}
+
+
+def test_no_entry_of_a_global_hook_is_left() -> None:
+    """torch.compile warns of any, and torch's own handles leave some."""
+    before = global_hook_tables()
+    assert any("with_kwargs" in name for name in before)
+    tritonconv.explain(nn.Conv2d(1, 1, 1), torch.ones(1, 1, 2, 2))
+    with pytest.raises(RuntimeError):
+        tritonconv.explain(nn.Conv2d(1, 1, 1), torch.ones(1, 2, 2, 2))
+    assert global_hook_tables() == before
+    # Of hooks that were there all are.
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None, with_kwargs=True, always_call=True)
+    before = global_hook_tables()
+    tritonconv.explain(nn.Conv2d(1, 1, 1), torch.ones(1, 1, 2, 2))
+    assert global_hook_tables() == before
+    handle.remove()
+    torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id)
+
+
+class Decoder(nn.Module):
+    """Decodes a step with a short causal convolution: as a function, or by a layer of ours."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        self.layer = tritonconv.nn.CausalConv1d(6, 6, 4, groups=6) if layer else None
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        if self.layer is not None:
+            return self.layer.step(x, state)
+        return tritonconv.functional.causal_conv1d_update(x, state, self.weight)
+
+
+@pytest.mark.parametrize("layer", [True, False], ids=["layer", "function"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_decoding_step_has_a_row_and_launches_nothing(layer: bool, backend: str) -> None:
+    model, x, state = Decoder(layer), torch.randn(2, 6), torch.randn(2, 6, 3)
+    expected_state = torch.cat((state, x[:, :, None]), 2)[:, :, 1:]
+    with tritonconv.set_backend(backend), record_launches() as log:  # type: ignore[arg-type]
+        (row,) = tritonconv.explain(model, x, state).to_dict()["layers"]
+    assert not log and torch.equal(state, expected_state)
+    assert (row["kind"], row["macs"]) == ("causal_conv1d_update", 2 * 6 * 4)
+    assert row["backend"] == ("triton" if backend == "auto" else "torch")
+    biased = 6 if layer else 0
+    assert row["bytes"] == 4 * (2 * x.numel() + 2 * state.numel() + 6 * 4 + biased)

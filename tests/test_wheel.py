@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,40 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True, capture_output=True)
     (site / "model.py").write_text(MODEL)
     return site
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone's root, other than that of the tests."""
+    clone = tmp_path_factory.mktemp("clone")
+    for name in ("tritonconv", "kernels"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return clone
+
+
+# Without the site module there is no package but what PYTHONPATH says: nothing is installed in editable mode.
+@pytest.mark.parametrize(
+    "options, wheel",
+    [([], False), (["-S"], True), (["-S"], False)],
+    ids=["editable from elsewhere", "wheel", "not installed"],
+)
+def test_python_in_a_clone_runs_the_clone(clone: Path, site: Path, options: list[str], wheel: bool) -> None:
+    script = """
+import pickle, tritonconv, tritonconv.kernels.hopper, tritonconv.kernels.matmul as k
+from tritonconv.bench.cases import load_cases
+from tritonconv.tuning.sources import kernel_hash
+assert pickle.loads(pickle.dumps(k.configs)) is k.configs
+kernel_hash("matmul"), load_cases()
+print(tritonconv.__file__, k.__file__, tritonconv.kernels.hopper.__file__)
+"""
+    installed = [sysconfig.get_path("purelib")]
+    paths = [str(site)] * wheel + (installed if options else [])
+    done = subprocess.run(
+        [sys.executable, *options, "-c", script], cwd=clone, env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(Path(name).is_relative_to(clone) for name in done.stdout.split()), done.stdout
 
 
 def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

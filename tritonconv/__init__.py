@@ -1,6 +1,11 @@
 """Fused convolution kernels in Triton behind torch's own modules and functions."""
 
+from pathlib import Path
 from typing import Any
+
+# In a clone kernels/ lies beside this folder, and is what an installed package has in it.
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 from tritonconv import functional, nn
 from tritonconv.convert import convert, explain, revert

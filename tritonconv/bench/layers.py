@@ -15,6 +15,7 @@ from tritonconv.bench.cases import DTYPES, Case
 from tritonconv.bench.check import Comparison, compare
 from tritonconv.bench.clock import can_time, copies_for_cold_cache, peak_memory, time_calls
 from tritonconv.bench.registry import Operation, dtype_of, operations
+from tritonconv.bench.results import OURS
 from tritonconv.ops.backend import set_backend
 from tritonconv.ops.launch import device_of, forced, record_launches
 from tritonconv.tuning import Device, products_of
@@ -27,7 +28,6 @@ __all__ = [
 Ceilings = dict[str, float]
 """What this device sustains: "bandwidth" in bytes a second, and "16", "tf32", "fp32", "fp64" in flop a second."""
 
-OURS = "tritonconv"
 HOPPER = f"{OURS} hopper"
 """Ours where the kernels for H100 and H200 are asked for; only on those."""
 COLUMNS = ("cudnn contiguous", "cudnn channels_last", OURS, "compile", "compile max-autotune")

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["KEY", "Results", "describe_run", "read_records"]
+__all__ = ["KEY", "OURS", "Results", "describe_run", "is_bad", "is_peer", "read_records"]
+
+OURS = "tritonconv"
+"""The column of our kernels; what else there is of ours begins with it."""
 
 KEY = ("stage", "id", "pass", "column", "mode", "batch")
 """What tells records of one run apart."""
@@ -109,6 +112,15 @@ class Results:
     def _append(self, record: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def is_peer(record: dict[str, Any]) -> bool:
+    """Whether somebody else's kernels computed it: layers and modules are computed in several ways for comparison."""
+    return record["stage"] in ("layer", "module") and not record["column"].startswith(OURS)
+
+
+def is_bad(record: dict[str, Any]) -> bool:
+    return record.get("status") in ("wrong", "failed")
 
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:

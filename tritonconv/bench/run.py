@@ -19,7 +19,7 @@ from tritonconv.bench.clock import can_time
 from tritonconv.bench.dry import dry_records, prediction_table, small_jobs, verdict
 from tritonconv.bench.layers import COLUMNS, HOPPER, OURS, Ceilings, measure_ceilings
 from tritonconv.bench.registry import operations
-from tritonconv.bench.results import Results, read_records
+from tritonconv.bench.results import Results, is_bad, is_peer, read_records
 from tritonconv.bench.sanitize import sanitize_jobs
 from tritonconv.bench.session import Job, Session
 from tritonconv.bench.suites import (
@@ -49,7 +49,7 @@ def measure(
     cases: Sequence[Case], out: Path, *, stages: Sequence[str] = STAGES, columns: Sequence[str] = COLUMNS,
     budget: float | None = None, resume: bool = False, console: Console | None = None,
 ) -> int:  # fmt: skip
-    """Measure on the GPU that is here, into OUT/results.jsonl; returns how many records are wrong or failed.
+    """Measure on the GPU that is here, into OUT/results.jsonl; returns how many records of ours are wrong or failed.
 
     Args:
         cases: the layers of the stages "layers" and "tune".
@@ -102,7 +102,7 @@ def measure(
             console.print(f"{session.left_out} measurements found no time: continue with --resume")
     records = [r for r in read_records(results.path) if r["run"].get("gpu") == results.header["gpu"]]
     Console().print(summary(records))
-    return sum(r.get("status") in ("wrong", "failed") for r in records)
+    return sum(is_bad(r) and not is_peer(r) for r in records)
 
 
 def this_device() -> Device:
@@ -181,7 +181,7 @@ def dry_run(
     """Geometry, offline compilation and predictions of all cases, and the measuring code itself in the interpreter.
 
     Returns:
-        How many cases failed.
+        How many cases failed, and how many small layers of ours are wrong.
     """
     console = console or Console(stderr=True)
     target = device_named(target).name
@@ -196,27 +196,35 @@ def dry_run(
             small = session.run("small layers in the interpreter", small_jobs())
     shown = Console(width=160) if not Console().is_terminal else Console()
     shown.print(prediction_table(records, target))
-    wrong = [r for r in small if r["status"] != "ok"]
-    right = len(small) - len(wrong)
-    print(f"{len(small)} small layers in Triton's interpreter, not timed: {right} right, {len(wrong)} wrong")
-    for r in wrong:
-        print(f"  {r['id']}, {r['column']}: {r.get('reason')}")
+    wrong = print_small([r for r in small if not is_peer(r)], "small layers in Triton's interpreter, not timed")
+    if peers := [r for r in small if is_peer(r)]:
+        print_small(peers, "of them computed by torch too, whose errors fail nothing")
     for record in records:
         if record["status"] == "failed":
             print(f"  {record['id']}: {record['reason']}")
     print(verdict(records))
-    return sum(record["status"] == "failed" for record in records) + len(wrong)
+    return sum(record["status"] == "failed" for record in records) + wrong
+
+
+def print_small(records: Sequence[dict[str, Any]], what: str) -> int:
+    """How many layers are right, and which are not and why; returns the number of those."""
+    wrong = [r for r in records if r["status"] != "ok"]
+    print(f"{len(records)} {what}: {len(records) - len(wrong)} right, {len(wrong)} wrong")
+    for r in wrong:
+        print(f"  {r['id']}, {r['column']}: {r.get('reason')}")
+    return len(wrong)
 
 
 def summary(records: Sequence[dict[str, Any]]) -> Table:
-    """One screen: what was right, and how ours compares, by family."""
-    table = Table(title="summary", title_justify="left", box=None, pad_edge=False)
-    for name in ("what", "right", "wrong or failed", "wins", "losses", "ours / best peer"):
+    """One screen: what of ours was right, and how it compares, by family; a peer that is wrong is counted and left out."""
+    table = Table(title="summary (a failure counts as wrong)", title_justify="left", box=None, pad_edge=False)
+    for name in ("what", "right", "wrong", "peers wrong", "wins", "losses", "ours / best peer"):
         table.add_column(name, justify="left" if name == "what" else "right")
 
     def add(what: str, rows: Sequence[dict[str, Any]]) -> None:
-        good = sum(r.get("status") == "ok" for r in rows)
-        bad = sum(r.get("status") in ("wrong", "failed") for r in rows)
+        ours = [r for r in rows if not is_peer(r)]
+        good, bad = sum(r.get("status") == "ok" for r in ours), sum(map(is_bad, ours))
+        peers = sum(is_bad(r) and is_peer(r) for r in rows)
         best: dict[tuple[Any, ...], dict[str, float]] = {}
         for r in rows:
             if r.get("timed") and r["column"] != HOPPER:
@@ -227,7 +235,7 @@ def summary(records: Sequence[dict[str, Any]]) -> Table:
         ratios = [t["peer"] / t["ours"] for t in best.values() if len(t) == 2]
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
         table.add_row(
-            what, str(good), str(bad), str(sum(r > MARGIN for r in ratios)), str(sum(r * MARGIN < 1 for r in ratios)),
+            what, *map(str, (good, bad, peers, sum(r > MARGIN for r in ratios), sum(r * MARGIN < 1 for r in ratios))),
             f"{mean:.2f}x" if mean else "not measured",
         )  # fmt: skip
 

@@ -133,6 +133,8 @@ class _Recorder:
         finally:
             for handle in handles:
                 handle.remove()
+                # torch's handle leaves this entry behind.
+                global_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
     def finished_rows(self) -> list[Row]:
         """All rows; functional calls get the names that their nodes have in a traced graph."""

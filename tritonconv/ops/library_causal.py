@@ -83,7 +83,7 @@ def causal_convolution(
         size = geometry.bytes(x.element_size())
         return Call(OP, decision, geometry, geometry.macs, size, x.dtype, x.device, None, "")
 
-    if (notify(seen)) or refused is not None:
+    if notify(seen) or refused is not None:
         return _on_torch(x, weight, bias, activation, state)
     if is_traced(tensors) or needs_gradients(tensors):
         result: Tensor = torch.ops.tritonconv.causal_conv1d(x, weight, bias, state, **to_numbers(activation))
@@ -117,7 +117,16 @@ def causal_step(
             f"{list(weight.shape)})"
         )
     what = f"{UPDATE} of {list(x.shape)}, weight {list(weight.shape)}"
-    if decide(tensors, backend, lambda: what) is not None:
+    refused = decide(tensors, backend, lambda: what)
+
+    def seen() -> Call:
+        decision = Decision("torch", refused.reason) if refused else Decision("triton", UPDATE)
+        # x and the state are read and written.
+        elements = 2 * x.numel() + 2 * state.numel() + weight.numel() + (0 if bias is None else bias.numel())
+        macs = x.numel() * weight.shape[1]
+        return Call(UPDATE, decision, None, macs, elements * x.element_size(), x.dtype, x.device, None, "")
+
+    if notify(seen) or refused is not None:
         return _update_on_torch(x, state, weight, bias, activation)
     if is_traced(tensors):
         result: Tensor = torch.ops.tritonconv.causal_conv1d_update(x, state, weight, bias, **to_numbers(activation))
