@@ -1,0 +1,126 @@
+"""Runs a part of the fuzzer, or all of it: `python -m tests.fuzz [operators|networks] --help`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+PARTS = {"operators": 10_000, "networks": 500}
+"""How many calls of each there are in a whole run."""
+
+
+def main() -> int:
+    options = _options()
+    if options.only is not None:
+        record = run_one(options.part[0], options.seed, options.only)
+        print(json.dumps(record, indent=1).replace("\\n", "\n"))
+        return int(record["result"] != "right")
+    log = Path(options.log)
+    records = _read(log, options.seed) if options.resume else []
+    if not options.resume:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
+    end = time.monotonic() + options.budget if options.budget else None
+    for part in options.part:
+        done = {record["i"] for record in records if record["part"] == part}
+        count = PARTS[part] if options.count is None else options.count
+        todo = (i for i in range(options.start, options.start + count) if i not in done)
+        for record in _run(part, options.seed, todo, options.processes, end):
+            records.append(record)
+            with log.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            if record["result"] != "right":
+                print(f"{record['result']}: {record['operator']}, {record['why']}\n  {_repeat(record)}\n", flush=True)
+    print(summary(records))
+    return int(any(record["result"] != "right" for record in records))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("part", nargs="*", choices=[*PARTS, []], default=list(PARTS), help="what to run (all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, help="calls of each part")
+    parser.add_argument("--start", type=int, default=0, help="the first call")
+    parser.add_argument("--only", type=int, metavar="I", help="call I alone, in this process")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no call after that")
+    parser.add_argument("--log", default="build/fuzz.jsonl", help="a line of JSON for each call")
+    parser.add_argument("--resume", action="store_true", help="run nothing again that the log has")
+    options = parser.parse_args()
+    if options.only is not None and len(options.part) != 1:
+        parser.error("--only is for one part: operators or networks")
+    return options
+
+
+def run_one(part: str, seed: int, i: int) -> dict[str, Any]:
+    """The record of one call."""
+    import torch
+
+    torch.set_num_threads(1)
+    module = importlib.import_module(f"{__package__}.{part}")
+    before = time.monotonic()
+    return dict(part=part, seed=seed, i=i) | module.run(seed, i) | dict(seconds=round(time.monotonic() - before, 3))
+
+
+def _run(part: str, seed: int, todo: Iterable[int], processes: int, end: float | None) -> Iterator[dict[str, Any]]:
+    """Records as they come; a call that ends its process is a crash, and ends the run."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    waiting = iter(todo)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        running: dict[Any, int] = {}
+        while True:
+            while len(running) < 2 * processes and (end is None or time.monotonic() < end):
+                i = next(waiting, None)
+                if i is None:
+                    break
+                running[pool.submit(run_one, part, seed, i)] = i
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                i = running.pop(future)
+                error = future.exception()
+                if error is not None:
+                    lost = dict(part=part, seed=seed, i=i, operator=part, dtype="", layout="", backend="", seconds=0.0)
+                    yield lost | dict(result="crash", why=f"{error!r}")
+                else:
+                    yield future.result()
+
+
+def _read(log: Path, seed: int) -> list[dict[str, Any]]:
+    if not log.exists():
+        return []
+    records = map(json.loads, log.read_text().splitlines())
+    return [record for record in records if record["seed"] == seed]
+
+
+def _repeat(record: dict[str, Any]) -> str:
+    return f"python -m tests.fuzz {record['part']} --seed {record['seed']} --only {record['i']}"
+
+
+def summary(records: list[dict[str, Any]]) -> str:
+    """Tables in Markdown: calls, wrong results and crashes, by operator, dtype, layout and backend."""
+    tables = []
+    for column in ("operator", "dtype", "layout", "backend"):
+        rows = [(record[column] or "none", record["result"]) for record in records]
+        calls, found = Counter(value for value, _ in rows), Counter(rows)
+        lines = [f"| {column} | calls | wrong | crashes |", "|---|---|---|---|"]
+        lines += [f"| {v} | {calls[v]} | {found[v, 'wrong']} | {found[v, 'crash']} |" for v in sorted(calls)]
+        tables.append("\n".join(lines))
+    results = Counter(record["result"] for record in records)
+    seconds = sum(record["seconds"] for record in records)
+    total = f"{len(records)} calls, {results['wrong']} wrong, {results['crash']} crashes, {seconds:.0f} CPU seconds"
+    return "\n\n".join([*tables, total])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
