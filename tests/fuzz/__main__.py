@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from .runner import run, run_one
 
 PARTS = {"operators": 10_000, "networks": 500}
 """How many calls of each there are in a whole run."""
@@ -35,7 +32,7 @@ def main() -> int:
         done = {record["i"] for record in records if record["part"] == part}
         count = PARTS[part] if options.count is None else options.count
         todo = (i for i in range(options.start, options.start + count) if i not in done)
-        for record in _run(part, options.seed, todo, options.processes, end):
+        for record in run(part, options.seed, todo, options.processes, end):
             records.append(record)
             with log.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -60,40 +57,6 @@ def _options() -> argparse.Namespace:
     if options.only is not None and len(options.part) != 1:
         parser.error("--only is for one part: operators or networks")
     return options
-
-
-def run_one(part: str, seed: int, i: int) -> dict[str, Any]:
-    """The record of one call."""
-    import torch
-
-    torch.set_num_threads(1)
-    module = importlib.import_module(f"{__package__}.{part}")
-    before = time.monotonic()
-    return dict(part=part, seed=seed, i=i) | module.run(seed, i) | dict(seconds=round(time.monotonic() - before, 3))
-
-
-def _run(part: str, seed: int, todo: Iterable[int], processes: int, end: float | None) -> Iterator[dict[str, Any]]:
-    """Records as they come; a call that ends its process is a crash, and ends the run."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    waiting = iter(todo)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        running: dict[Any, int] = {}
-        while True:
-            while len(running) < 2 * processes and (end is None or time.monotonic() < end):
-                i = next(waiting, None)
-                if i is None:
-                    break
-                running[pool.submit(run_one, part, seed, i)] = i
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                i = running.pop(future)
-                error = future.exception()
-                if error is not None:
-                    lost = dict(part=part, seed=seed, i=i, operator=part, dtype="", layout="", backend="", seconds=0.0)
-                    yield lost | dict(result="crash", why=f"{error!r}")
-                else:
-                    yield future.result()
 
 
 def _read(log: Path, seed: int) -> list[dict[str, Any]]:

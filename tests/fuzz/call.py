@@ -19,7 +19,7 @@ from tritonconv.ops.layout import dense_strides
 
 from .views import LAYOUTS, Input
 
-__all__ = ["Call", "WrongError", "check"]
+__all__ = ["Call", "WrongError", "check", "significant"]
 
 REFUSED = "backend 'triton' was asked for, but"
 
@@ -222,13 +222,13 @@ def _compare_strides(call: Call, got: Outcome, backend: str, wanted: list[str]) 
     Of one and three dimensions torch knows channels-last only here and there (on CUDA max_pool3d and conv3d, neither
     avg_pool3d nor conv1d); ours are channels-last wherever an input is.
     """
-    found = [_significant(y) for y in got.outputs]
+    found = [significant(y) for y in got.outputs]
     if call.exact:
         for k, (y, theirs) in enumerate(zip(got.outputs, _torchs(call), strict=False)):
             if found[k] != theirs and (call.nd == 2 or found[k] != _channels_last(y, call.nd)):
                 raise WrongError(f"result {k}: strides {found[k]}, torch's {theirs}")
     if backend == "triton":
-        fakes = [_significant(y) for y in _faked(call, wanted)]
+        fakes = [significant(y) for y in _faked(call, wanted)]
         if fakes != found:
             raise WrongError(f"strides {found}, of fake tensors {fakes}")
 
@@ -242,7 +242,7 @@ def _torchs(call: Call) -> list[tuple[int, ...]]:
     metas = {n: None if t is None else _empty(t, "meta") for n, t in narrow.items()}
     with torch.no_grad():
         try:
-            cpu, meta = ([_significant(y) for y in _results(call, call.reference, t)] for t in (narrow, metas))
+            cpu, meta = ([significant(y) for y in _results(call, call.reference, t)] for t in (narrow, metas))
         except RuntimeError:
             # Of 5-d pixel shuffles, and others on the one device or the other.
             return []
@@ -252,7 +252,7 @@ def _torchs(call: Call) -> list[tuple[int, ...]]:
 def _channels_last(y: Tensor, nd: int) -> tuple[int, ...]:
     """Strides of a channels-last image of that size, with or without a batch."""
     shape = (*(1,) * (nd + 2 - y.dim()), *y.shape)
-    return _significant(y.new_empty_strided(shape, dense_strides(shape, True)))[-y.dim() :]
+    return significant(y.new_empty_strided(shape, dense_strides(shape, True)))[-y.dim() :]
 
 
 def _faked(call: Call, wanted: list[str]) -> tuple[Tensor, ...]:
@@ -275,6 +275,6 @@ def _as_tuple(result: Any) -> tuple[Tensor, ...]:
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def _significant(y: Tensor) -> tuple[int, ...]:
+def significant(y: Tensor) -> tuple[int, ...]:
     """Strides, but of axes that have one element, or in a tensor that has none."""
     return tuple(0 if n == 1 or y.numel() == 0 else s for n, s in zip(y.shape, y.stride(), strict=True))
