@@ -31,7 +31,8 @@ def main() -> int:
     for part in options.part:
         done = {record["i"] for record in records if record["part"] == part}
         count = PARTS[part] if options.count is None else options.count
-        todo = (i for i in range(options.start, options.start + count) if i not in done)
+        every = range(options.start, options.start + count)
+        todo = (i for i in _chosen(part, every, options.operator) if i not in done)
         for record in run(part, options.seed, todo, options.processes, end):
             records.append(record)
             with log.open("a") as file:
@@ -48,6 +49,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, help="calls of each part")
     parser.add_argument("--start", type=int, default=0, help="the first call")
+    parser.add_argument("--operator", metavar="NAME", help="of the operators this one alone")
     parser.add_argument("--only", type=int, metavar="I", help="call I alone, in this process")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no call after that")
@@ -57,6 +59,16 @@ def _options() -> argparse.Namespace:
     if options.only is not None and len(options.part) != 1:
         parser.error("--only is for one part: operators or networks")
     return options
+
+
+def _chosen(part: str, every: range, operator: str | None) -> range:
+    """Those that draw an operator, which are as many calls apart as there are operators."""
+    if operator is None or part != "operators":
+        return every
+    from .operators import NAMES
+
+    first = every.start + (NAMES.index(operator) - every.start) % len(NAMES)
+    return range(first, every.stop, len(NAMES))
 
 
 def _read(log: Path, seed: int) -> list[dict[str, Any]]:

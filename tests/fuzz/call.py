@@ -43,6 +43,8 @@ class Call:
     """Whether the reference is torch's function of that name, whose errors and strides are ours."""
     kernel: bool = True
     """Whether a kernel takes this call, so that torch must not run it."""
+    backend: str = "auto"
+    """Drawn by `check`."""
     slack: float = 1.0
     """How many times the bound an error may be, where intermediate results are rounded to the call's type."""
     rounding: tuple[str, ...] = ()
@@ -66,8 +68,8 @@ class Outcome:
     error: Exception | None = None
 
 
-def check(call: Call, r: Random, dtype: torch.dtype) -> str:
-    """Run a call on both sides; the backend that ran ours.
+def check(call: Call, r: Random, dtype: torch.dtype) -> None:
+    """Run a call on both sides.
 
     Raises:
         WrongError: they differ.
@@ -77,7 +79,7 @@ def check(call: Call, r: Random, dtype: torch.dtype) -> str:
             given.make(r, dtype)
     floating = [n for n, i in call.inputs.items() if i is not None and i.differentiable and i.view.is_floating_point()]
     wanted = [name for name in floating if r.random() < 0.6] if r.random() < 0.5 else []
-    backend = r.choice(("triton", "auto")) if call.kernel else "auto"
+    call.backend = r.choice(("triton", "auto")) if call.kernel else "auto"
     layouts = [r.choice(LAYOUTS) for _ in range(4)]
     seed = r.getrandbits(32)
 
@@ -87,7 +89,7 @@ def check(call: Call, r: Random, dtype: torch.dtype) -> str:
 
     expected = run(call.reference, {n: None if i is None else i.dense() for n, i in call.inputs.items()}, True)
     before = {n: i.memory.clone() for n, i in call.inputs.items() if i is not None}
-    with warnings.catch_warnings(), tritonconv.set_backend(backend), poisoning():
+    with warnings.catch_warnings(), tritonconv.set_backend(call.backend), poisoning():
         warnings.simplefilter("ignore")
         got = run(call.ours, {n: None if i is None else i.view for n, i in call.inputs.items()}, False)
     if got.error is None or not _is_torchs(call, got.error):
@@ -95,8 +97,7 @@ def check(call: Call, r: Random, dtype: torch.dtype) -> str:
     _compare_memory(call, before, failed=got.error is not None)
     if expected.error is got.error is None:
         _compare_values(call, got, expected, dtype)
-        _compare_strides(call, got, backend, wanted)
-    return backend
+        _compare_strides(call, got, wanted)
 
 
 def _run(
@@ -220,7 +221,7 @@ def _close(what: str, out: Tensor, ref: Tensor, depth: int, call: Call, dtype: t
         raise WrongError(f"{what}: {complaint}")
 
 
-def _compare_strides(call: Call, got: Outcome, backend: str, wanted: list[str]) -> None:
+def _compare_strides(call: Call, got: Outcome, wanted: list[str]) -> None:
     """Strides are those of fake tensors always, and of two dimensions torch's, where its CPU and meta functions agree.
 
     Of one and three dimensions torch knows channels-last only here and there (on CUDA max_pool3d and conv3d, neither
@@ -231,7 +232,7 @@ def _compare_strides(call: Call, got: Outcome, backend: str, wanted: list[str]) 
         for k, (y, theirs) in enumerate(zip(got.outputs, _torchs(call), strict=False)):
             if found[k] != theirs and (call.nd == 2 or found[k] != _channels_last(y, call.nd)):
                 raise WrongError(f"result {k}: strides {found[k]}, torch's {theirs}")
-    if backend == "triton":
+    if call.backend == "triton":
         fakes = [significant(y) for y in _faked(call, wanted)]
         if fakes != found:
             raise WrongError(f"strides {found}, of fake tensors {fakes}")

@@ -14,7 +14,7 @@ from .call import Call, WrongError, check
 from .draw import Draw
 from .views import DTYPES, Input
 
-__all__ = ["OPERATORS", "run"]
+__all__ = ["NAMES", "OPERATORS", "run"]
 
 OPERATORS = convolutions.OPERATORS | images.OPERATORS
 NAMES = tuple(OPERATORS)
@@ -35,12 +35,12 @@ def run(seed: int, i: int) -> dict[str, Any]:
     spoiled = spoil(call, r) if call.exact and r.random() < SPOILED else ""
     record = dict(operator=name, dtype=str(d.dtype)[6:], layout=first.layout, backend="", result="right", why="")
     try:
-        record["backend"] = check(call, r, d.dtype)
+        check(call, r, d.dtype)
     except WrongError as wrong:
         record |= dict(result="wrong", why=f"{wrong}; {spoiled}{call.describe()}")
     except Exception:
         record |= dict(result="crash", why=f"{traceback.format_exc(limit=-4)}; {spoiled}{call.describe()}")
-    return record
+    return record | dict(backend=call.backend)
 
 
 def spoil(call: Call, r: Random) -> str:
