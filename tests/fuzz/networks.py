@@ -138,7 +138,7 @@ def _named(result: Any) -> dict[str, Tensor]:
     return {f"result {k}": y for k, y in enumerate(result if isinstance(result, tuple) else (result,))}
 
 
-def _compare(what: str, ours: Any, theirs: Any, expected: dict[str, Tensor], dtype: torch.dtype, strides: bool) -> None:
+def _compare(what: str, ours: Any, theirs: Any, expected: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Ours against fp64, in units of what torch's layers are off, and of the largest gradient for gradients."""
     if ours.keys() != theirs.keys():
         raise WrongError(f"{what}: {sorted(ours)}, expected {sorted(theirs)}")
