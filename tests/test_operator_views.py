@@ -101,7 +101,8 @@ def arguments(name: str, layout: str) -> Arguments:
     r = random.Random(f"{name} {layout}")
 
     def view(*shape: int) -> Tensor:
-        given = Input(shape, layout, values="integers" if name == "stochastic_pool" else "normal")
+        axes = None if layout == "expand" else tuple(range(len(shape)))
+        given = Input(shape, layout, values="integers" if name == "stochastic_pool" else "normal", axes=axes)
         given.make(r, torch.float32)
         return given.view
 
@@ -133,18 +134,21 @@ def test_views_give_what_dense_tensors_give(name: str, layout: str) -> None:
         assert torch.allclose(out.double(), ref.double(), rtol=1e-5, atol=1e-5, equal_nan=True), layout
 
 
-@pytest.mark.parametrize("nd", [1, 2, 3])
-@pytest.mark.parametrize("name", ["adaptive_avg_pool", "interpolate"])
-def test_compiled_calls_of_channels_last_views(name: str, nd: int) -> None:
-    """torch.compile asserts the strides that the fake result promised."""
-    torch._dynamo.reset()
-    x = torch.randn(2, *(4, 5, 6)[:nd], 8).movedim(-1, 1)[:, ::2]
+CHANNELS_LAST_RESULTS = [
+    ("adaptive_avg_pool2d", (2,)), ("adaptive_avg_pool2d", (1,)), ("adaptive_max_pool2d_with_indices", (3,)),
+    ("max_pool2d", (2,)), ("max_pool2d_with_indices", (2,)), ("avg_pool2d", (2,)), ("interpolate", (4, None, "nearest")),
+    ("interpolate", (4, None, "bilinear")), ("interpolate", (4, None, "area")), ("adaptive_avg_pool1d", (2,)),
+    ("batch_norm", (None, None, None, None, True)),
+]  # fmt: skip
 
-    def call(x: Tensor) -> Tensor:
-        if name == "interpolate":
-            return tritonconv.functional.interpolate(x, scale_factor=0.5, mode="area").sin()
-        return getattr(tritonconv.functional, f"adaptive_avg_pool{nd}d")(x, 2).sin()
 
-    with torch.no_grad():
-        compiled, eager = torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x)
-    assert compiled.stride() == eager.stride() and torch.equal(compiled, eager)
+@pytest.mark.parametrize("needs_gradient", [False, True], ids=["eager", "operator"])
+@pytest.mark.parametrize("name, numbers", CHANNELS_LAST_RESULTS, ids=lambda v: v if isinstance(v, str) else "")
+def test_results_of_channels_last_views_lie_as_torchs(name: str, numbers: tuple[Any, ...], needs_gradient: bool) -> None:
+    x = torch.randn(2, 5, 6, 8)[:, :, : 1 if name.endswith("1d") else 6].permute(0, 3, 1, 2)[:, ::2]
+    x = (x.squeeze(3) if name.endswith("1d") else x).detach().requires_grad_(needs_gradient)
+    with torch.set_grad_enabled(needs_gradient):
+        ours = getattr(tritonconv.functional, name)(x, *numbers)
+        theirs = getattr(torch.nn.functional, name)(x, *numbers)
+    for out, ref in zip(*(t if isinstance(t, tuple) else (t,) for t in (ours, theirs)), strict=True):
+        assert out.stride() == ref.stride() and torch.allclose(out, ref, atol=1e-5)

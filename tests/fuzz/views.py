@@ -36,6 +36,8 @@ class Input:
     differentiable: bool = True
     written: bool = False
     """Whether the call writes it in place."""
+    axes: tuple[int, ...] | None = None
+    """Where the layout is more than dense; None: at random."""
     memory: Tensor = field(init=False)
     view: Tensor = field(init=False)
 
@@ -70,7 +72,7 @@ class Input:
         steps, before, behind = [1] * rank, [0] * rank, [0] * rank
         expanded: set[int] = set()
         kind = self.layout.removeprefix("channels_last").strip()
-        chosen = r.sample(range(rank), r.randint(1, rank)) if rank else []
+        chosen = list(self.axes) if self.axes is not None else r.sample(range(rank), r.randint(1, rank)) if rank else []
         if kind == "permute":
             r.shuffle(order)
         elif kind == "step":
