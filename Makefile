@@ -12,7 +12,7 @@ KERNEL_TESTS := $(addsuffix .py,$(addprefix tests/test_,conv gradients transpose
 test compat-3.6 compat-3.9: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types bench host codegen codegen-check compat compat-3.6 compat-3.9 docs clean
+.PHONY: help demo test fuzz lint format types bench host codegen codegen-check compat compat-3.6 compat-3.9 docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -22,6 +22,9 @@ demo: $(VENV)/.with-demo ## train a small network on real images, convert it, ru
 
 test: $(VENV)/.with-test ## all tests and doctests, on the GPU when there is one, else in Triton's interpreter
 	$(BIN)/python $(PYTEST) --doctest-modules tests tritonconv
+
+fuzz: $(VENV)/.with-test ## random operators and networks against torch in fp64, up to 3 hours; stopped, it goes on where it was
+	$(BIN)/python -m tests.fuzz --resume
 
 lint: $(VENV)/.with-lint ## style
 	$(BIN)/ruff check .

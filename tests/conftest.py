@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
@@ -33,8 +35,8 @@ def seeded(device: str) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def poisoning() -> Iterator[None]:
     """Outputs hold NaN before a launch: whatever a kernel leaves unwritten shows."""
     empty_strided = torch.empty_strided
 
@@ -42,7 +44,14 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
         t = empty_strided(*args, **kwargs)
         return t.fill_(float("nan")) if t.is_floating_point() and t.device.type != "meta" else t
 
-    monkeypatch.setattr(tritonconv.ops.layout.torch, "empty_strided", poisoned)
+    with mock.patch.object(tritonconv.ops.layout.torch, "empty_strided", poisoned):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    with poisoning():
+        yield
 
 
 @pytest.fixture

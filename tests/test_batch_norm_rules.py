@@ -217,9 +217,38 @@ def test_operators_check_sizes(device: str) -> None:
 
 
 def test_what_no_kernel_supports_is_said(device: str) -> None:
-    running = torch.zeros(4, 2, device=device)[:, 0], torch.ones(4, device=device)
-    with pytest.raises(RuntimeError, match="running statistics that do not lie side by side"):
-        TF.batch_norm(torch.zeros(X, device=device), *running, training=True)
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
+    with pytest.raises(RuntimeError, match=r"parameters of torch.float32 and torch.float64 together have no kernel"):
+        TF.batch_norm(torch.zeros(X, device=device), mean, var, mean.double(), training=True)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("function", ["batch_norm", "conv2d_bn_act"])
+def test_vectors_may_be_columns_of_wider_tensors(
+    function: str, training: bool, channels_last: bool, backend: str, device: str
+) -> None:
+    """Torch's own channels-last gradient reads a column's weight as if it lay side by side."""
+    layer = Layer.random((4, 5, 6, 7), torch.float32, channels_last, device)
+    filters = torch.eye(5, device=device)[:, :, None, None]
+
+    def run(on: Any, columns: bool, wide: bool) -> list[torch.Tensor]:
+        values = [layer.running_mean, layer.running_var, layer.weight, layer.bias]
+        mean, var, *affine = (t.double() if wide else t for t in values)
+        if columns:
+            mean, var, *affine = (torch.stack((t, t + 9, t - 9), 1)[:, 0] for t in (mean, var, *affine))
+        x, *affine = (t.detach().requires_grad_() for t in (layer.x.double() if wide else layer.x, *affine))
+        if on is F or function == "batch_norm":
+            y = on.batch_norm(x, mean, var, *affine, training)
+        else:
+            y = on.conv2d_bn_act(x, filters, None, mean, var, *affine, training=training)
+        return [y.detach(), *torch.autograd.grad(y, (x, *affine), layer.dy.to(y.dtype)), mean, var]
+
+    with tritonconv.set_backend(backend):
+        ours = run(TF, True, False)
+    for out, ref in zip(ours, run(F, False, True), strict=True):
+        assert_close(out, ref, depth=1000)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4)], ids=str)

@@ -264,3 +264,16 @@ def test_a_module_in_a_network(device: str) -> None:
     with record_launches() as launches:
         row = tritonconv.explain(head[0], x).to_dict()["layers"][0]
     assert not launches and row["backend"] == "triton" and "global_reduce" in row["reason"]
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 3, 1), (2, 8, 5, 1), (1, 4, 3, 1, 1), (2, 4, 1, 3, 1)], ids=str)
+@pytest.mark.parametrize("wider", [1, 3])
+def test_images_of_single_columns(shape: tuple[int, ...], wider: int, device: str) -> None:
+    """Pixels that do not lie side by side, in rows that have one each."""
+    x = torch.randn(*shape[:-1], wider, device=device)[..., :1]
+    for t in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        axes = tuple(range(2, x.dim()))
+        assert_close(global_average(t, True), t.double().mean(axes, keepdim=True), depth=5)
+        y, places = getattr(TF, f"adaptive_max_pool{x.dim() - 2}d_with_indices")(t, 1)
+        assert torch.equal(y.flatten(), t.amax(axes).flatten())
+        assert torch.equal(t.flatten(2).gather(2, places.flatten(2)), y.flatten(2))

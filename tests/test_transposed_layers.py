@@ -53,6 +53,24 @@ def test_an_output_size_that_cannot_be_raises_torchs_error(size: list[int]) -> N
     assert str(ours.value) == str(theirs.value)
 
 
+def test_gradients_of_the_batch_norm_alone() -> None:
+    """Of all that comes before it no gradient is needed."""
+    x, w = torch.randn(2, 4, 5, 5), torch.randn(4, 6, 3, 3)
+    for training in (True, False):
+        found = []
+        for kind in (torch.float32, torch.float64):
+            affine = [torch.linspace(0.5, 1.5, 6, dtype=kind).requires_grad_() for _ in range(2)]
+            mean, var = torch.zeros(6, dtype=kind), torch.ones(6, dtype=kind)
+            if kind == torch.float32:
+                y = TF.conv_transpose2d_bn_act(x, w, None, mean, var, *affine, training=training, activation="silu")
+            else:
+                z = torch.nn.functional.conv_transpose2d(x.double(), w.double())
+                y = torch.nn.functional.silu(torch.nn.functional.batch_norm(z, mean, var, *affine, training))
+            found.append(torch.autograd.grad(y.sum(), affine))
+        for out, ref in zip(*found, strict=True):
+            torch.testing.assert_close(out.double(), ref, rtol=1e-4, atol=1e-4)
+
+
 # Errors
 
 X, W = (2, 4, 5, 5), (4, 6, 3, 3)

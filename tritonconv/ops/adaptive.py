@@ -1,7 +1,7 @@
 """Launches of adaptive and global pooling: tensors (N, C, *spatial) whose channels or whose pixels lie side by side.
 
-Results are dense, channels-last where the input is. Views are read in place; only an input of which neither channels nor
-pixels lie side by side is copied first.
+Results are dense, channels-last where the input is. Views are read in place; only a channels-last input whose channels, or
+another one whose rows' elements, do not lie side by side is copied first.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from tritonconv.geometry import INT32_MAX, AdaptiveGeometry, power, power_of_two_divisor
 from tritonconv.ops.launch import Launch, device_of, forced_config, launch
-from tritonconv.ops.layout import as_format, empty_output, suggests_channels_last, wide
+from tritonconv.ops.layout import as_format, empty_output, readable, suggests_channels_last, wide
 from tritonconv.tuning import INTERPRETER, Device
 
 __all__ = [
     "adaptive_average", "adaptive_average_gradient", "adaptive_maximum", "adaptive_maximum_gradient",
-    "needs_copy", "pixel_sums",
+    "pixel_sums",
 ]  # fmt: skip
 
 # Programs of 4 warps a multiprocessor that hide each other's latencies, and blocks from which a slot is worth its place;
@@ -41,12 +41,12 @@ class View(NamedTuple):
     device: Device
 
     @classmethod
-    def of(cls, x: Tensor, geometry: AdaptiveGeometry) -> View:
-        """Of an x that is not to be copied."""
+    def of(cls, x: Tensor, geometry: AdaptiveGeometry, channels_last: bool) -> View:
+        """Of an x that kernels of that format read in place."""
         n, c, *spatial = x.stride()
         return cls(
             geometry, (n, c, *(0,) * (3 - geometry.nd), *spatial),  # type: ignore[arg-type]
-            suggests_channels_last(x), device_of(x.device),
+            channels_last, device_of(x.device),
         )  # fmt: skip
 
     @property
@@ -62,6 +62,12 @@ class View(NamedTuple):
         return 1 if found is None else found
 
     @property
+    def reduces(self) -> bool:
+        """Whether the tree over whole images reads it: contiguous, where not only a row's pixels lie side by side."""
+        step = self.pixel_stride
+        return self.geometry.is_global and step is not None and (self.channels_last or step == 1)
+
+    @property
     def wide_offsets(self) -> bool:
         """Whether offsets need 64 bits, in x or in the result."""
         g = self.geometry
@@ -74,22 +80,13 @@ def needs_int64(elements: int) -> bool:
     return elements > INT32_MAX
 
 
-def needs_copy(x: Tensor) -> bool:
-    """Whether neither channels nor pixels lie side by side, so that x is copied first."""
-    axis = 1 if suggests_channels_last(x) else -1
-    return x.stride(axis) != 1 and x.shape[axis] > 1
-
-
-def _readable(x: Tensor) -> Tensor:
-    return as_format(x, False) if needs_copy(x) else x
-
-
 def adaptive_average(x: Tensor, geometry: AdaptiveGeometry) -> Tensor:
     """Means over bins; x and result (N, C, *spatial), of one dtype."""
-    x = _readable(x)
-    y = _result(x, geometry, x.dtype)
-    view = View.of(x, geometry)
-    if geometry.is_global and view.pixel_stride is not None:
+    channels_last = suggests_channels_last(x)
+    x = readable(x, channels_last)
+    y = empty_output(x, geometry.output_shape, channels_last, x.dtype)
+    view = View.of(x, geometry, channels_last)
+    if view.reduces:
         _reduce(x, view, y, None, MEAN)
     else:
         _pool(x, view, y, None, False)
@@ -100,11 +97,12 @@ def adaptive_maximum(
     x: Tensor, geometry: AdaptiveGeometry, index_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
     """Maxima over bins and, in `index_dtype`, each one's place in its image (row by row); None: no one asks for it."""
-    x = _readable(x)
-    y = _result(x, geometry, x.dtype)
-    index = None if index_dtype is None else _result(x, geometry, index_dtype)
-    view = View.of(x, geometry)
-    if geometry.is_global and view.pixel_stride is not None:
+    channels_last = suggests_channels_last(x)
+    x = readable(x, channels_last)
+    y = empty_output(x, geometry.output_shape, channels_last, x.dtype)
+    index = None if index_dtype is None else empty_output(x, geometry.output_shape, channels_last, index_dtype)
+    view = View.of(x, geometry, channels_last)
+    if view.reduces:
         _reduce(x, view, y, index, MAXIMUM)
     else:
         _pool(x, view, y, index, True)
@@ -127,12 +125,8 @@ def pixel_sums(x: Tensor) -> Tensor:
     pixels = n * math.prod(spatial)
     row = x.as_strided((1, c, pixels), (c * pixels, 1, c))
     sums = empty_output(x, (1, c, 1), False, x.dtype)
-    _reduce(row, View.of(row, AdaptiveGeometry.parse(row.shape, 1, 1)), sums, None, SUM)
+    _reduce(row, View.of(row, AdaptiveGeometry.parse(row.shape, 1, 1), True), sums, None, SUM)
     return sums.view(c)
-
-
-def _result(x: Tensor, geometry: AdaptiveGeometry, dtype: torch.dtype) -> Tensor:
-    return empty_output(x, geometry.output_shape, suggests_channels_last(x), dtype)
 
 
 # Whole images.

@@ -1,6 +1,6 @@
 """Launches of batch norm's kernels. Tensors (N, C, *spatial) are dense in either format, and results have that of z.
 
-Vectors (C,) may have any strides; only running statistics, which are written, must lie side by side.
+Vectors (C,) may have any strides.
 "Wide" is fp32, and fp64 for fp64: what is computed and handed from kernel to kernel. Nothing here waits for the device.
 """
 
@@ -176,11 +176,16 @@ def update_running(
     """running = (1 - momentum) * running + momentum * batch's, in place, with the unbiased variance as torch has it."""
     from tritonconv.kernels.batch_norm import batch_norm_running_kernel
 
+    running = (running_mean, running_var)
+    dense = [None if t is None else t.contiguous() for t in running]
     arguments = dict(
-        mean_ptr=mean, var_ptr=var, count_ptr=count, running_mean_ptr=running_mean, running_var_ptr=running_var,
+        mean_ptr=mean, var_ptr=var, count_ptr=count, running_mean_ptr=dense[0], running_var_ptr=dense[1],
         momentum=float(momentum),
     )  # fmt: skip
     _over_channels(batch_norm_running_kernel, mean, arguments)
+    for old, new in zip(running, dense, strict=True):
+        if old is not None and new is not None and new is not old:
+            old.copy_(new)
 
 
 def normalize(

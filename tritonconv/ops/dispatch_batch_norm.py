@@ -17,6 +17,7 @@ from tritonconv.ops.library_batch_norm import (
     batch_statistics,
     update_running_stats,
 )
+from tritonconv.ops.norm_torch import batch_norm_on_torch
 from tritonconv.ops.registered import is_traced
 from tritonconv.ops.watch import Call, Decision, notify
 
@@ -42,7 +43,7 @@ def batch_norm(
         or refused(x, running_mean, running_var, weight, bias, training, backend)
         or notify(lambda: _as_call(x, weight, bias, training))
     ):
-        y = torch.nn.functional.batch_norm(*arguments)
+        y = batch_norm_on_torch(*arguments)
         return Epilogue(residual=residual, activation=activation).torch(y)
     return norm_act(*arguments, residual, activation)
 
@@ -141,8 +142,6 @@ def missing_norm(
     half = x.dtype in (torch.float16, torch.bfloat16)
     if dtypes and dtypes != {x.dtype} and not (half and dtypes == {torch.float32}):
         return f"parameters of {dtypes.pop()} with an input of {x.dtype} have no kernel"
-    if any(t is not None and not t.is_contiguous() for t in (running_mean, running_var)):
-        return "running statistics that do not lie side by side have no kernel"
     return None
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from tritonconv.geometry import PoolGeometry
 from tritonconv.ops.activation import ActivationSpec, to_numbers
 from tritonconv.ops.backend import Backend, decide, needs_gradients
-from tritonconv.ops.layout import suggests_channels_last
+from tritonconv.ops.layout import reads_in_place, suggests_channels_last
 from tritonconv.ops.library_pool import NAMES
-from tritonconv.ops.pool import Pool, in_place, pool_forward, unpool_forward
+from tritonconv.ops.pool import Pool, pool_forward, unpool_forward
 from tritonconv.ops.registered import is_traced
 from tritonconv.ops.watch import Call, Decision, notify
 
@@ -179,7 +179,7 @@ def _as_call(kind: Kind, x: Tensor, geometry: PoolGeometry | None, refused: str 
     if refused is not None:
         return Call(op, Decision("torch", refused), None, 0, size, x.dtype, x.device, None, "")
     batched = x if geometry is None or x.dim() == geometry.nd + 2 else x.unsqueeze(0)
-    copies = int(not in_place(batched, suggests_channels_last(batched)))
+    copies = int(not reads_in_place(batched, suggests_channels_last(batched)))
     return Call(op, Decision("triton", "pool", copies), None, 0, size, x.dtype, x.device, None, "")
 
 

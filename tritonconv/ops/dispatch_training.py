@@ -16,6 +16,7 @@ from tritonconv.ops.dispatch_batch_norm import missing_norm, move_running
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import Kind
 from tritonconv.ops.library_training import OwnNorm, call_training
+from tritonconv.ops.norm_torch import batch_norm_on_torch
 from tritonconv.ops.registered import arguments_of, is_traced
 from tritonconv.ops.watch import Call, Decision, notify
 
@@ -78,7 +79,7 @@ def parts_on_torch(
     """What torch computes, one function after the other; arguments as `convolution_batch_norm` takes them."""
     functional: Any = torch.nn.functional
     y = getattr(functional, f"{kind}{numbers[0]}d")(x, weight, epilogue.bias, *numbers[1:])
-    y = functional.batch_norm(y, *norm[:4], training=True, momentum=momentum, eps=norm.eps)
+    y = batch_norm_on_torch(y, *norm[:4], training=True, momentum=momentum, eps=norm.eps)
     return Epilogue(residual=epilogue.residual, activation=epilogue.activation).torch(y)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from numbers import Real
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from tritonconv.ops.activation import ActivationSpec
+from tritonconv.ops.norm_torch import batch_norm_on_torch
 
 __all__ = ["BatchNorm", "Epilogue"]
 
@@ -58,7 +58,7 @@ class Epilogue(NamedTuple):
         """What torch computes behind a convolution that has added its bias already."""
         if self.batch_norm is not None:
             mean, var, weight, bias, eps = self.batch_norm
-            y = torch.nn.functional.batch_norm(y, mean, var, weight, bias, training=False, eps=eps)
+            y = batch_norm_on_torch(y, mean, var, weight, bias, eps=eps)
         if self.residual is not None:
             y = y + self.residual
         return y if self.activation is None else self.activation.torch(y)

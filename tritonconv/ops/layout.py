@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "as_format", "dense_strides", "empty_output", "is_dense", "pitch_of", "same_elements", "suggests_channels_last", "wide",
+    "as_format", "dense_strides", "empty_output", "is_dense", "pitch_of", "readable", "reads_in_place", "same_elements",
+    "suggests_channels_last", "wide",
 ]  # fmt: skip
 
 
 def suggests_channels_last(x: Tensor) -> bool:
     """Whether torch would say that `x` (N, C, *spatial) is channels-last; an ambiguous one counts as contiguous.
 
-    Follows c10's is_channels_last_strides, for one to three spatial dimensions.
+    This decides the format of results, whatever copies are made on the way to them. Follows c10's
+    is_channels_last_strides, for one to three spatial dimensions. Of one and three torch makes channels-last results here
+    and there only, and not alike on all devices; ours are wherever an input is.
     """
     sizes, strides = x.shape, x.stride()
     if strides[1] == 0:
@@ -62,8 +65,19 @@ def is_dense(x: Tensor, channels_last: bool) -> bool:
     return same_elements(x.shape, x.stride(), dense_strides(x.shape, channels_last))
 
 
+def reads_in_place(x: Tensor, channels_last: bool) -> bool:
+    """Whether a kernel of that format can read `x`: channels, or else a row's elements, lie side by side."""
+    axis = 1 if channels_last else -1
+    return x.stride(axis) == 1 or x.shape[axis] == 1
+
+
+def readable(x: Tensor, channels_last: bool) -> Tensor:
+    """`x` itself where kernels of that format read it in place, else a copy that is dense in it."""
+    return x if reads_in_place(x, channels_last) else as_format(x, channels_last)
+
+
 def empty_output(x: Tensor, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> Tensor:
-    """An uninitialized result beside `x`, dense in that format."""
+    """An uninitialized result beside `x`, dense in that format; of real tensors and fake ones."""
     return torch.empty_strided(shape, dense_strides(shape, channels_last), dtype=dtype, device=x.device)
 
 

@@ -18,10 +18,9 @@ from tritonconv.ops.adaptive import (
     adaptive_maximum,
     adaptive_maximum_gradient,
     geometry_of,
-    needs_copy,
 )
 from tritonconv.ops.backend import Backend, OnTorch, decide, needs_gradients
-from tritonconv.ops.layout import dense_strides, suggests_channels_last
+from tritonconv.ops.layout import empty_output, reads_in_place, suggests_channels_last
 from tritonconv.ops.registered import is_traced
 from tritonconv.ops.watch import Call, Decision, notify
 
@@ -132,16 +131,12 @@ def _on_torch(kind: Kind, x: Tensor, output_size: Any, nd: int, return_indices: 
 
 
 def _as_call(kind: Kind, x: Tensor, geometry: AdaptiveGeometry, refused: OnTorch | None) -> Call:
-    copies = int(needs_copy(x.unsqueeze(0) if x.dim() == geometry.nd + 1 else x))
+    batched = x.unsqueeze(0) if x.dim() == geometry.nd + 1 else x
+    copies = int(not reads_in_place(batched, suggests_channels_last(batched)))
     kernel = "global_reduce" if geometry.is_global else "adaptive_forward"
     size = (geometry.elements + geometry.results) * x.element_size()
     decision = Decision("torch", refused.reason) if refused is not None else Decision("triton", kernel, copies)
     return Call(f"adaptive_{kind}_pool{geometry.nd}d", decision, None, 0, size, x.dtype, x.device, None, "")
-
-
-def _like(x: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
-    shape = tuple(shape)
-    return x.new_empty_strided(shape, dense_strides(shape, channels_last), dtype=dtype or x.dtype)
 
 
 def check_operator(x: Tensor, output_size: Sequence[int]) -> None:
@@ -164,7 +159,7 @@ def average(x: Tensor, output_size: Sequence[int]) -> Tensor:
 @average.register_fake
 def _(x: Tensor, output_size: Sequence[int]) -> Tensor:
     check_operator(x, output_size)
-    return _like(x, (*x.shape[:2], *output_size), suggests_channels_last(x))
+    return empty_output(x, (*x.shape[:2], *output_size), suggests_channels_last(x), x.dtype)
 
 
 @torch.library.custom_op("tritonconv::adaptive_avg_pool_backward", mutates_args=())
@@ -176,7 +171,7 @@ def average_backward(dy: Tensor, sizes: Sequence[int], channels_last: bool) -> T
 
 @average_backward.register_fake
 def _(dy: Tensor, sizes: Sequence[int], channels_last: bool) -> Tensor:
-    return _like(dy, sizes, channels_last)
+    return empty_output(dy, tuple(sizes), channels_last, dy.dtype)
 
 
 @torch.library.custom_op("tritonconv::adaptive_max_pool", mutates_args=())
@@ -194,7 +189,7 @@ def _(x: Tensor, output_size: Sequence[int], long_indices: bool) -> tuple[Tensor
     check_operator(x, output_size)
     shape, channels_last = (*x.shape[:2], *output_size), suggests_channels_last(x)
     dtype = torch.int64 if long_indices else torch.int32
-    return _like(x, shape, channels_last), _like(x, shape, channels_last, dtype)
+    return empty_output(x, shape, channels_last, x.dtype), empty_output(x, shape, channels_last, dtype)
 
 
 @torch.library.custom_op("tritonconv::adaptive_max_pool_backward", mutates_args=())
@@ -206,7 +201,7 @@ def maximum_backward(dy: Tensor, index: Tensor, sizes: Sequence[int], channels_l
 
 @maximum_backward.register_fake
 def _(dy: Tensor, index: Tensor, sizes: Sequence[int], channels_last: bool) -> Tensor:  # noqa: ARG001
-    return _like(dy, sizes, channels_last)
+    return empty_output(dy, tuple(sizes), channels_last, dy.dtype)
 
 
 @torch.library.custom_op("tritonconv::global_average", mutates_args=())
@@ -220,7 +215,7 @@ def average_of_all(x: Tensor, keepdim: bool) -> Tensor:
 def _(x: Tensor, keepdim: bool) -> Tensor:
     if not keepdim:
         return x.new_empty(x.shape[:2])
-    return _like(x, (*x.shape[:2], *(1,) * (x.dim() - 2)), suggests_channels_last(x))
+    return empty_output(x, (*x.shape[:2], *(1,) * (x.dim() - 2)), suggests_channels_last(x), x.dtype)
 
 
 def _save_sizes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritonconv.geometry import PoolGeometry
 from tritonconv.ops.activation import from_numbers
-from tritonconv.ops.layout import dense_strides, suggests_channels_last
+from tritonconv.ops.layout import empty_output, suggests_channels_last
 from tritonconv.ops.pool import Pool, index_dtype, pool_backward, pool_forward, unpool_backward, unpool_forward
 
 __all__ = ["NAMES", "pool_operator"]
@@ -27,10 +27,6 @@ def _geometry(
 ) -> PoolGeometry:  # fmt: skip
     k, s, p, d = (tuple(values) for values in (kernel, stride, padding, dilation))
     return PoolGeometry.parse(tuple(shape), k, s, p, d, ceil_mode, nd=len(shape) - 2, name=NAMES[kind])
-
-
-def _empty(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> Tensor:
-    return like.new_empty_strided(tuple(shape), dense_strides(tuple(shape), channels_last), dtype=dtype)
 
 
 @torch.library.custom_op("tritonconv::pool", mutates_args=())
@@ -56,10 +52,10 @@ def _(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     g = _geometry(x.shape, kernel, stride, padding, dilation, ceil_mode, kind)
     channels_last = suggests_channels_last(x)
-    y = _empty(x, g.output_shape, channels_last, x.dtype)
+    y = empty_output(x, g.output_shape, channels_last, x.dtype)
     if not indices:
         return y, x.new_empty(0, dtype=torch.uint8)
-    return y, _empty(x, g.output_shape, channels_last, index_dtype(g, indices))  # type: ignore[arg-type]
+    return y, empty_output(x, g.output_shape, channels_last, index_dtype(g, indices))  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("tritonconv::pool_backward", mutates_args=())
@@ -82,7 +78,7 @@ def _(
     dy: Tensor, found: Tensor | None, x: Tensor | None, y: Tensor | None, size: Sequence[int], *_numbers: Any,  # noqa: ARG001
     channels_last: bool, **_more: Any,
 ) -> Tensor:  # fmt: skip
-    return _empty(dy, size, channels_last, dy.dtype)
+    return empty_output(dy, tuple(size), channels_last, dy.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
@@ -146,7 +142,7 @@ def unpool(x: Tensor, indices: Tensor, size: Sequence[int]) -> Tensor:
 
 @unpool.register_fake
 def _(x: Tensor, indices: Tensor, size: Sequence[int]) -> Tensor:  # noqa: ARG001
-    return _empty(x, (*x.shape[:2], *size), suggests_channels_last(x), x.dtype)
+    return empty_output(x, (*x.shape[:2], *size), suggests_channels_last(x), x.dtype)
 
 
 @torch.library.custom_op("tritonconv::max_unpool_backward", mutates_args=())
@@ -157,7 +153,7 @@ def unpool_gradient(dy: Tensor, indices: Tensor, channels_last: bool) -> Tensor:
 
 @unpool_gradient.register_fake
 def _(dy: Tensor, indices: Tensor, channels_last: bool) -> Tensor:
-    return _empty(dy, indices.shape, channels_last, dy.dtype)
+    return empty_output(dy, tuple(indices.shape), channels_last, dy.dtype)
 
 
 def _save_unpool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tritonconv.geometry.resampling import ResampleGeometry, Resampling
 from tritonconv.ops.backend import Backend, decide, needs_gradients
-from tritonconv.ops.layout import dense_strides, suggests_channels_last
+from tritonconv.ops.layout import empty_output, reads_in_place, suggests_channels_last
 from tritonconv.ops.library_adaptive import adaptive_pool
 from tritonconv.ops.registered import is_traced
-from tritonconv.ops.resample import needs_copy, resample_forward, resample_gradient
+from tritonconv.ops.resample import resample_forward, resample_gradient
 from tritonconv.ops.watch import Call, Decision, notify
 
 __all__ = ["interpolate"]
@@ -126,7 +126,7 @@ def _as_call(x: Tensor, geometry: ResampleGeometry | None, mode: str, refused: s
     if refused is not None or geometry is None:
         decision = Decision("torch", refused or "")
     else:
-        decision = Decision("triton", "resample", int(needs_copy(x)))
+        decision = Decision("triton", "resample", int(not reads_in_place(x, suggests_channels_last(x))))
     return Call(f"interpolate {mode}", decision, None, 0, size, x.dtype, x.device, None, "")
 
 
@@ -147,10 +147,6 @@ def _check(sizes: Sequence[int], output: Sequence[int], factors: Sequence[float]
         )
 
 
-def _like(x: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    return x.new_empty_strided(shape, dense_strides(shape, channels_last))
-
-
 @torch.library.custom_op("tritonconv::resample", mutates_args=())
 def resample(x: Tensor, output_size: Sequence[int], factors: Sequence[float], mode: str) -> Tensor:
     """x (N, C, *spatial) at `output_size` results, on Triton alone; factors: those of the scale, or none."""
@@ -160,7 +156,7 @@ def resample(x: Tensor, output_size: Sequence[int], factors: Sequence[float], mo
 @resample.register_fake
 def _(x: Tensor, output_size: Sequence[int], factors: Sequence[float], mode: str) -> Tensor:
     _check(x.shape, output_size, factors, mode)
-    return _like(x, (*x.shape[:2], *output_size), suggests_channels_last(x))
+    return empty_output(x, (*x.shape[:2], *output_size), suggests_channels_last(x), x.dtype)
 
 
 @torch.library.custom_op("tritonconv::resample_backward", mutates_args=())
@@ -171,7 +167,7 @@ def resample_backward(dy: Tensor, sizes: Sequence[int], factors: Sequence[float]
 
 @resample_backward.register_fake
 def _(dy: Tensor, sizes: Sequence[int], factors: Sequence[float], mode: str, channels_last: bool) -> Tensor:  # noqa: ARG001
-    return _like(dy, tuple(sizes), channels_last)
+    return empty_output(dy, tuple(sizes), channels_last, dy.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001

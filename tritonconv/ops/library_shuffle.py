@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from tritonconv.geometry import INT32_MAX
 from tritonconv.ops.backend import Backend, OnTorch, decide, needs_gradients, unusual
-from tritonconv.ops.layout import dense_strides
+from tritonconv.ops.layout import empty_output
 from tritonconv.ops.registered import is_traced
 from tritonconv.ops.shuffle import BITS, Kind, follows_channels_last, needs_copy, result_shape, shuffle
 from tritonconv.ops.watch import Call, Decision, notify
@@ -126,7 +126,7 @@ def _check(kind: Kind, x: Tensor, factor: int) -> None:
 def _like(kind: Kind, x: Tensor, factor: int) -> Tensor:
     _check(kind, x, factor)
     shape = result_shape(kind, tuple(x.shape), factor)
-    return x.new_empty_strided(shape, dense_strides(shape, follows_channels_last(kind, x)))
+    return empty_output(x, shape, follows_channels_last(kind, x), x.dtype)
 
 
 def _run(kind: Kind, x: Tensor, factor: int) -> Tensor:

@@ -16,11 +16,11 @@ from torch import Tensor
 from tritonconv.geometry import INT32_MAX, PoolGeometry, power, power_of_two_divisor, width
 from tritonconv.ops.activation import ActivationSpec
 from tritonconv.ops.launch import Launch, activation_constants, axis_constants, device_of, forced_config, launch
-from tritonconv.ops.layout import as_format, empty_output, suggests_channels_last
+from tritonconv.ops.layout import as_format, empty_output, readable, suggests_channels_last
 from tritonconv.tuning import INTERPRETER, Device
 
 __all__ = [
-    "Indices", "Pool", "in_place", "index_dtype", "needs_int64", "pool_backward", "pool_forward", "unpool_backward",
+    "Indices", "Pool", "index_dtype", "needs_int64", "pool_backward", "pool_forward", "unpool_backward",
     "unpool_forward",
 ]  # fmt: skip
 
@@ -82,12 +82,6 @@ def needs_int64(g: PoolGeometry, side: Side | None = None) -> bool:
     axes = zip(g.input, g.stride, g.kernel, g.dilation, strict=True)
     sizes = (g.batch, g.channels, *(2 * n + 16 * s + k * d for n, s, k, d in axes))
     return sum(n * s for n, s in zip(sizes, side.strides, strict=True)) > INT32_MAX
-
-
-def in_place(x: Tensor, channels_last: bool) -> bool:
-    """Whether the kernels can read `x` as it lies, in a layout."""
-    axis = 1 if channels_last else -1
-    return x.stride(axis) == 1 or x.shape[axis] == 1
 
 
 def index_dtype(g: PoolGeometry, indices: Indices) -> torch.dtype:
@@ -211,8 +205,7 @@ def pool_forward(
     from tritonconv.kernels.pool import pool_kernel
 
     channels_last = suggests_channels_last(x) if out is None else True
-    if not in_place(x, channels_last):
-        x = as_format(x, channels_last)
+    x = readable(x, channels_last)
     y = empty_output(x, g.output_shape, channels_last, x.dtype) if out is None else out
     found = empty_output(x, g.output_shape, channels_last, index_dtype(g, indices)) if indices else None
     if y.numel() == 0:

@@ -1,7 +1,7 @@
 """Launches of resampling: tensors (N, C, *spatial) whose channels or whose pixels lie side by side.
 
-Results are dense, channels-last where the input is. Views are read in place; only an input of which neither channels nor
-pixels lie side by side is copied first.
+Results are dense, channels-last where the input is. Views are read in place; only a channels-last input whose channels, or
+another one whose rows' elements, do not lie side by side is copied first.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tritonconv.geometry import INT32_MAX, ResampleGeometry, power, power_of_two_divisor
 from tritonconv.ops.launch import Launch, device_of, forced_config, launch
-from tritonconv.ops.layout import as_format, empty_output, suggests_channels_last, wide
+from tritonconv.ops.layout import as_format, empty_output, readable, suggests_channels_last, wide
 from tritonconv.tuning import INTERPRETER, Device
 
-__all__ = ["needs_copy", "resample_forward", "resample_gradient"]
+__all__ = ["resample_forward", "resample_gradient"]
 
 # Programs of 4 warps a multiprocessor that hide each other's latencies; not measured.
 WAVES = 8
@@ -27,18 +27,12 @@ def needs_int64(elements: int) -> bool:
     return elements > INT32_MAX
 
 
-def needs_copy(x: Tensor) -> bool:
-    """Whether neither channels nor pixels lie side by side, so that x is copied first."""
-    axis = 1 if suggests_channels_last(x) else -1
-    return x.stride(axis) != 1 and x.shape[axis] > 1
-
-
 def resample_forward(x: Tensor, geometry: ResampleGeometry) -> Tensor:
     """x (N, C, *spatial) at the geometry's results, of its dtype."""
     from tritonconv.kernels.resample import resample_kernel
 
     g, channels_last = geometry, suggests_channels_last(x)
-    x = as_format(x, False) if needs_copy(x) else x
+    x = readable(x, channels_last)
     y = empty_output(x, g.output_shape, channels_last, x.dtype)
     n, c, *spatial = x.stride()
     d, h, w = (*(0,) * (3 - g.nd), *spatial)

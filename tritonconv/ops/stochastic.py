@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import PoolGeometry, power, power_of_two_divisor
-from tritonconv.ops.adaptive import needs_copy, needs_int64
+from tritonconv.ops.adaptive import needs_int64
 from tritonconv.ops.backend import Backend, OnTorch, decide, needs_gradients
 from tritonconv.ops.launch import Launch, device_of, forced_config, launch
-from tritonconv.ops.layout import as_format, dense_strides, empty_output, suggests_channels_last, wide
+from tritonconv.ops.layout import as_format, empty_output, readable, reads_in_place, suggests_channels_last, wide
 from tritonconv.ops.registered import is_traced
 from tritonconv.ops.watch import Call, Decision, notify
 from tritonconv.tuning import INTERPRETER, Device
@@ -72,7 +72,8 @@ def _uniform(x: Tensor, g: PoolGeometry, generator: torch.Generator | None) -> T
 
 def _as_call(x: Tensor, g: PoolGeometry, refused: OnTorch | None) -> Call:
     size = (x.numel() + math.prod(g.output_shape)) * x.element_size()
-    decision = Decision("torch", refused.reason) if refused else Decision("triton", "stochastic", int(needs_copy(x)))
+    copies = int(not reads_in_place(x, suggests_channels_last(x)))
+    decision = Decision("torch", refused.reason) if refused else Decision("triton", "stochastic", copies)
     return Call(OP, decision, None, 0, size, x.dtype, x.device, None, "")
 
 
@@ -106,8 +107,8 @@ def stochastic_forward(x: Tensor, u: Tensor | None, g: PoolGeometry, save: bool)
     """Results and, with `save`, what the gradient needs: drawn places, or sums of weights."""
     from tritonconv.kernels.stochastic_pool import stochastic_kernel
 
-    x = as_format(x, False) if needs_copy(x) else x
     channels_last, device = suggests_channels_last(x), device_of(x.device)
+    x = readable(x, channels_last)
     y = empty_output(x, g.output_shape, channels_last, x.dtype)
     saved = empty_output(x, g.output_shape, channels_last, _saved_type(x, g, u is None)) if save else None
     u = None if u is None else as_format(u, channels_last)
@@ -187,11 +188,6 @@ def _choose(channels: int, pixels: int, channels_last: bool, device: Device) -> 
     return min((config for config in configs() if (config.kwargs["BLOCK_C"] >= 64) == channels_last), key=cover)
 
 
-def _like(x: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> Tensor:
-    shape = tuple(shape)
-    return x.new_empty_strided(shape, dense_strides(shape, channels_last), dtype=dtype)
-
-
 def _parsed(
     x_shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool
 ) -> PoolGeometry:
@@ -222,7 +218,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     g, channels_last = _parsed(x.shape, kernel, stride, padding, ceil_mode), suggests_channels_last(x)
     saved = _saved_type(x, g, u is None)
-    return _like(x, g.output_shape, channels_last, x.dtype), _like(x, g.output_shape, channels_last, saved)
+    return empty_output(x, g.output_shape, channels_last, x.dtype), empty_output(x, g.output_shape, channels_last, saved)
 
 
 @torch.library.custom_op("tritonconv::stochastic_pool_backward", mutates_args=())
@@ -239,7 +235,7 @@ def _(
     dy: Tensor, saved: Tensor, x: Tensor | None, y: Tensor | None, sizes: Sequence[int], kernel: Sequence[int],  # noqa: ARG001
     stride: Sequence[int], padding: Sequence[int], ceil_mode: bool, channels_last: bool,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
-    return _like(dy, sizes, channels_last, dy.dtype)
+    return empty_output(dy, tuple(sizes), channels_last, dy.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

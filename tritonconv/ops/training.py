@@ -196,8 +196,8 @@ def backward(
     )  # fmt: skip
     if g is not None:
         dy, act = g, None
-    between: NormGradient | None = NormGradient(z, table, act, sloped)
-    if through_convolution and not ((needs.x or needs.weight) and on_the_way(geometry, z.dtype, needs.x)):
+    between: NormGradient | None = NormGradient(z, table, act, sloped) if through_convolution else None
+    if between is not None and not ((needs.x or needs.weight) and on_the_way(geometry, z.dtype, needs.x)):
         dy, between = batch_norm.input_gradient(dy, z, table, act, sloped), None
         if not is_depthwise(geometry):
             # In the format that both gradients read.
