@@ -168,7 +168,8 @@ def test_hidden_copies_are_counted() -> None:
     converted = tritonconv.convert(conv)
     with_weight = tritonconv.explain(converted, x).totals["copies"]
     without = tritonconv.explain(converted, x.to(memory_format=torch.channels_last)).totals["copies"]
-    assert contiguous > with_weight > without == 0
+    # Of input and weight; of input and result, which is to be contiguous; of nothing.
+    assert (contiguous, with_weight, without) == (2, 2, 0)
     # Behind the first layer everything is channels-last: no copy is hidden in a converted network.
     model, x = build(RESNET)
     assert tritonconv.explain(tritonconv.convert(model), x).totals["copies"] == 0
@@ -279,3 +280,18 @@ def test_a_decoding_step_has_a_row_and_launches_nothing(layer: bool, backend: st
     assert row["backend"] == ("triton" if backend == "auto" else "torch")
     biased = 6 if layer else 0
     assert row["bytes"] == 4 * (2 * x.numel() + 2 * state.numel() + 6 * 4 + biased)
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    """As model libraries have them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(super().forward(x))
+
+
+def test_it_says_why_nothing_is_fused_with_a_subclass_of_a_layer() -> None:
+    model = tritonconv.convert(nn.Sequential(nn.Conv2d(3, 8, 3), NormAndActivation(8), nn.Conv2d(8, 8, 3)).eval())
+    rows = tritonconv.explain(model, torch.randn(1, 3, 8, 8)).layers
+    assert [row.fused for row in rows] == [[], [], []]
+    assert [row.copies for row in rows] == [0, 0, 1]
+    assert rows[1].reason.startswith("NormAndActivation is a subclass of BatchNorm2d with a forward of its own")

@@ -16,7 +16,7 @@ from tritonconv.convert.fuse import GLOBAL_HOOKS, FusedForward, ignoring_global_
 from tritonconv.convert.receptive import Field, FunctionWatcher, Product, tensors_in
 from tritonconv.convert.report import Report, Row
 from tritonconv.convert.roofline import roofline_us
-from tritonconv.convert.swap import mark_of
+from tritonconv.convert.swap import TWINS, mark_of
 from tritonconv.nn.fused import Group, carries_hook, observe_groups
 from tritonconv.ops.watch import Call, observe
 
@@ -272,12 +272,14 @@ class _Recorder:
         return found.size if found is not None else None
 
     def _why_torch(self, module: torch.nn.Module) -> str:
-        convolution = isinstance(module, (torch.nn.modules.conv._ConvNd, torch.nn.Linear))
-        plain = type(module).__module__.startswith("torch.nn.modules")
         if not self._converted:
             return "not converted"
-        if convolution and not plain:
-            return "a subclass with a forward of its own is left alone"
+        known = next((kind.__name__ for kind in type(module).__mro__[1:] if kind in TWINS), None)
+        if known is not None and type(module) not in TWINS:
+            return (
+                f"{type(module).__name__} is a subclass of {known} with a forward of its own, which may compute something "
+                "else: it is left alone, and nothing is fused with it"
+            )
         if carries_hook(module):
             return HOOKED
         return f"{type(module).__name__} has no kernel of its own"
