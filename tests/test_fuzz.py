@@ -1,6 +1,6 @@
-"""Seeded fuzzing of the whole forward path: a failure prints the one line that repeats it.
+"""A minute of the fuzzer (tests/fuzz, `make fuzz`), and the whole forward path of convolutions on sparse small integers.
 
-Inputs are sparse small integers, so that sums are exact in every dtype and a wrong element cannot hide in a tolerance.
+Sums of these are exact in every dtype, so that a wrong element cannot hide in a tolerance.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz import networks, operators
+from fuzz.runner import run_one
 
+import tritonconv
 import tritonconv.functional as TF
 from tritonconv.ops.layout import as_format
 
-pytestmark = pytest.mark.usefixtures("on_triton")
+# Of each operator so many calls, and so many networks.
+ROUNDS, NETWORKS = 3, 20
 
 
 def draw(seed: int) -> dict[str, Any]:
@@ -42,6 +46,7 @@ def sparse(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Ten
     return values.to(device=device, dtype=dtype)
 
 
+@pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize("seed", range(120))
 def test_random_layers_are_exact(seed: int, device: str) -> None:
     c = draw(seed)
@@ -64,3 +69,42 @@ def test_random_layers_are_exact(seed: int, device: str) -> None:
     # bf16 holds integers up to 256.
     exact = wide.abs() <= 256
     assert torch.equal(out.double()[exact], wide[exact]), f"repeat with draw({seed}): {c}"
+
+
+@pytest.mark.parametrize("name", operators.NAMES)
+def test_operators(name: str) -> None:
+    for k in range(ROUNDS):
+        i = operators.NAMES.index(name) + k * len(operators.NAMES)
+        record = operators.run(1, i)
+        assert record["operator"] == name
+        assert record["result"] == "right", f"python -m tests.fuzz operators --seed 1 --only {i}: {record['why']}"
+
+
+@pytest.mark.parametrize("i", range(NETWORKS))
+def test_networks(i: int) -> None:
+    record = networks.run(1, i)
+    assert record["result"] == "right", f"python -m tests.fuzz networks --seed 1 --only {i}: {record['why']}"
+
+
+def test_every_public_operator_is_drawn() -> None:
+    assert set(operators.NAMES) == {*TF.__all__, "global_average"}
+
+
+def test_a_call_follows_from_its_numbers_alone() -> None:
+    first, again, other = (operators.run(5, i) for i in (3, 3, 3 + len(operators.NAMES)))
+    assert first == again and first["operator"] == other["operator"]
+    record = run_one("operators", 5, 3)
+    assert record | first == record
+
+
+def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator that is a little off, one that raises, and a network whose conversion changes it."""
+    of_pool = operators.NAMES.index("avg_pool1d")
+    right = TF.avg_pool1d
+    monkeypatch.setattr(TF, "avg_pool1d", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
+    assert [operators.run(0, of_pool + k * len(operators.NAMES))["result"] for k in range(2)] == ["wrong", "wrong"]
+    monkeypatch.setattr(TF, "avg_pool1d", lambda *_args, **_kwargs: 1 / 0)
+    found = operators.run(0, of_pool)
+    assert found["result"] == "wrong" and "ZeroDivisionError" in found["why"]
+    monkeypatch.setattr(tritonconv, "convert", lambda model: torch.nn.Sequential(model, torch.nn.Dropout(1.0)))
+    assert networks.run(0, 0)["result"] == "wrong"

@@ -464,3 +464,18 @@ def test_channels_last_views_with_a_step_between_channels(step: int, nd: int, mo
     y = TF.interpolate(x, scale_factor=2, mode=mode)
     assert_close(y, torch.nn.functional.interpolate(x.double().contiguous(), scale_factor=2, mode=mode))
     assert suggests_channels_last(y)
+
+
+@pytest.mark.parametrize("factor", [2.05, 1.03])
+@pytest.mark.parametrize("nd", [1, 2, 3])
+def test_nearest_with_a_factor_near_a_whole_one_follows_cuda(nd: int, factor: float, device: str) -> None:
+    """torch's CPU code of two axes repeats or copies whatever the factor, where the sizes say so."""
+    x = torch.randn(1, 2, *(10,) * nd, device=device)
+    places = (torch.arange(int(10 * factor)) * torch.tensor(1 / factor)).long()
+    expected = x
+    for axis in range(2, 2 + nd):
+        expected = expected.index_select(axis, places.to(device))
+    assert len(places) % 10 == 0 and not torch.equal(places, torch.arange(len(places)) // (len(places) // 10))
+    assert torch.equal(TF.interpolate(x, scale_factor=factor), expected)
+    whole = TF.interpolate(x, scale_factor=factor, recompute_scale_factor=True)
+    assert torch.equal(whole, torch.nn.functional.interpolate(x, size=len(places)))

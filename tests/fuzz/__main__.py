@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -23,7 +24,8 @@ def main() -> int:
         print(json.dumps(record, indent=1).replace("\\n", "\n"))
         return int(record["result"] != "right")
     log = Path(options.log)
-    records = _read(log, options.seed) if options.resume else []
+    code = _code()
+    records = _read(log, options.seed, code) if options.resume else []
     if not options.resume:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("")
@@ -36,7 +38,7 @@ def main() -> int:
         for record in run(part, options.seed, todo, options.processes, end):
             records.append(record)
             with log.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record | dict(code=code)) + "\n")
             if record["result"] != "right":
                 print(f"{record['result']}: {record['operator']}, {record['why']}\n  {_repeat(record)}\n", flush=True)
     print(summary(records))
@@ -54,7 +56,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no call after that")
     parser.add_argument("--log", default="build/fuzz.jsonl", help="a line of JSON for each call")
-    parser.add_argument("--resume", action="store_true", help="run nothing again that the log has")
+    parser.add_argument("--resume", action="store_true", help="run nothing again that the log has of the same code")
     options = parser.parse_args()
     if options.only is not None and len(options.part) != 1:
         parser.error("--only is for one part: operators or networks")
@@ -71,11 +73,18 @@ def _chosen(part: str, every: range, operator: str | None) -> range:
     return range(first, every.stop, len(NAMES))
 
 
-def _read(log: Path, seed: int) -> list[dict[str, Any]]:
+def _code() -> str:
+    """A hash of the code that is fuzzed and of the fuzzer, for what an older one gave says nothing."""
+    root = Path(__file__).parents[2]
+    files = sorted(file for folder in ("tritonconv", "kernels", "tests/fuzz") for file in (root / folder).rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def _read(log: Path, seed: int, code: str) -> list[dict[str, Any]]:
     if not log.exists():
         return []
     records = map(json.loads, log.read_text().splitlines())
-    return [record for record in records if record["seed"] == seed]
+    return [record for record in records if (record["seed"], record["code"]) == (seed, code)]
 
 
 def _repeat(record: dict[str, Any]) -> str:

@@ -24,9 +24,10 @@ LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 def windows(d: Draw, nd: int, dilated: bool) -> tuple[tuple[int, ...], dict[str, Any]]:
     """(spatial sizes, arguments) of a pooling whose windows fit."""
-    kernel = d.each(nd, (1, 2, 3) if nd == 3 else (1, 2, 3, 3, 4, 5))
+    # The interpreter's time goes by taps.
+    kernel = d.each(nd, (1, 2, 2, 3) if nd == 3 else (1, 2, 3, 3, 4, 5))
     stride = d.each(nd, (1, 2, 2, 3, 5))
-    dilation = d.each(nd, (1, 1, 1, 2, 3)) if dilated else (1,) * nd
+    dilation = d.each(nd, (1, 1, 1, 2, 3) if nd < 3 else (1, 1, 2)) if dilated else (1,) * nd
     padding = tuple(d.one(range(k // 2 + 1)) for k in kernel)
     spread = [(k - 1) * s + 1 for k, s in zip(kernel, dilation, strict=True)]
     most = {1: 12, 2: 6, 3: 3}[nd]

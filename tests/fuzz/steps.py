@@ -71,8 +71,9 @@ def activation(b: Builder, v: str) -> None:
 def maximum(b: Builder, v: str) -> None:
     """With windows that may lie in the padding alone."""
     nd = _nd(b.values[v])
-    kernel = b.one(2, 3, 3)
-    numbers = f"{kernel}, {b.one(1, 2, 2, 3, 5, 6)}, {b.one(0, kernel // 2)}, {b.one(1, 1, 2, 3)}"
+    # The interpreter's time goes by taps.
+    kernel, dilation = (2, b.one(1, 2)) if nd == 3 else (b.one(2, 3, 3), b.one(1, 1, 2, 3))
+    numbers = f"{kernel}, {b.one(1, 2, 2, 3, 5, 6)}, {b.one(0, kernel // 2)}, {dilation}"
     ceil = f"ceil_mode={b.chance(0.6)}"
     if b.chance(0.4):
         activation(b, v)
