@@ -57,7 +57,7 @@ def block(b: Builder, v: str) -> None:
 
 def norm(b: Builder, v: str) -> None:
     t = b.values[v]
-    b.emit(f"{b.module(f'BatchNorm{max(1, _nd(t))}d({t.shape[1]})')}({v})")
+    b.emit(f"{b.module(f'BatchNorm{min(3, max(1, _nd(t)))}d({t.shape[1]})')}({v})")
 
 
 def activation(b: Builder, v: str) -> None:

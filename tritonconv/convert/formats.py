@@ -171,11 +171,9 @@ class _Formats:
         if any(map(is_originally_last, layers)):
             # So are all its results, in torch too.
             return
-        ways = {self.flags[n] for n in moved}
-        if makes and not moved:
-            ways = {frozenset(sources[:1])}
-        if not ways:
+        if not makes and not moved:
             return
+        ways = {self.flags.get(n, frozenset({n})) for n in sources if n not in self.numbers}
         flag: Flag = frozenset().union(*ways)
         if len(ways) > 1:
             self.differing[node] = {n: flag for n in moved if self.flags[n] != flag}
