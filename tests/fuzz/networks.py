@@ -46,7 +46,8 @@ def run(seed: int, i: int) -> dict[str, Any]:
     )
     torch.manual_seed(r.getrandbits(32))
     try:
-        _check(kind, torch.randn(shape).double(), dtype, last)
+        # Of one and three dimensions torch keeps channels-last results on some devices, and in some functions, alone.
+        _check(kind, torch.randn(shape).double(), dtype, last, not last or (nd == 2 and "1d" not in source))
     except WrongError as wrong:
         return record | dict(result="wrong", why=f"{wrong}; {shape}\n{source}")
     except Exception:
@@ -54,7 +55,7 @@ def run(seed: int, i: int) -> dict[str, Any]:
     return record | dict(result="right", why="")
 
 
-def _check(kind: type[Module], x: Tensor, dtype: torch.dtype, channels_last: bool) -> None:
+def _check(kind: type[Module], x: Tensor, dtype: torch.dtype, channels_last: bool, strides_too: bool) -> None:
     model = kind().to(dtype)
     _fill(model)
     image = x.to(dtype)
@@ -77,7 +78,7 @@ def _check(kind: type[Module], x: Tensor, dtype: torch.dtype, channels_last: boo
             raise WrongError(f"{what}: ours raises {type(ours).__name__}: {ours}") from ours
         assert not isinstance(expected, Exception)
         _compare(what, ours, theirs, expected, dtype)
-        strides = strides or ("" if channels_last else _strides(what, ours, theirs))
+        strides = strides or (_strides(what, ours, theirs) if strides_too else "")
     _check_revert(model, image, dtype)
     # Last, for they hide nothing then.
     if strides:
@@ -89,7 +90,7 @@ class _Maxima(TorchFunctionMode):
 
     of_nothing = False
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if "max_pool" in getattr(function, "__name__", ""):
             values = result if isinstance(result, Tensor) else result[0]
