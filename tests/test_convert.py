@@ -111,15 +111,16 @@ def test_state_dict_has_the_same_keys_and_values_and_loads_both_ways() -> None:
     assert torch.equal(run(original, x)[0], run(other, x)[0])
 
 
-def test_weights_are_channels_last_and_so_are_activations() -> None:
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["C", "CL"])
+def test_weights_are_channels_last_and_hooks_see_torchs_formats(format: torch.memory_format) -> None:
     original, x = build(RESNET)
     converted = tritonconv.convert(original)
     weights = [m.weight for m in converted.modules() if isinstance(m, nn.Conv2d)]
     assert all(is_dense(w, True) for w in weights)
-    seen = []
+    seen: list[Tensor] = []
     converted.layer2.register_forward_hook(lambda *call: seen.extend([*call[1], call[2]]))
-    run(converted, x)
-    assert all(suggests_channels_last(t) for t in seen)
+    run(converted, x.contiguous(memory_format=format))
+    assert len(seen) == 2 and all(suggests_channels_last(t) == (format == torch.channels_last) for t in seen)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

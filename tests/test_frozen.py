@@ -138,6 +138,8 @@ INCOMPARABLE: dict[str, tuple[Any, Callable[[Any, Tensor], Tensor], Callable[[An
     "a large array": (np.ones(100_000), lambda m, y: y * float(m.held[0]), lambda m: m.held.fill(3)),
     "an array of objects": (np.array([Fraction(2)]), lambda m, y: y * float(m.held[0]),
         lambda m: m.held.__setitem__(0, Fraction(3))),
+    "an object by a computed name": (Slots(2.0), lambda m, y: y * getattr(m, "he" + "ld").value,
+        lambda m: setattr(m.held, "value", 3.0)),
     "a logger": (logging.getLogger("test"), lambda m, y: y * m.held.level, lambda m: m.held.setLevel(7)),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -48,12 +49,11 @@ def _walk(state: dict[str, Any], mentioned: frozenset[str], seen: set[int]) -> I
 
 def check_comparable(modules: Iterable[torch.nn.Module], mentioned: frozenset[str]) -> None:
     """Raise IncomparableError where these modules hold something that their forwards may read and no one can compare."""
-    if mentioned is ANY_NAME:
-        # Most attributes are read by no one.
-        return
+    # Where names are computed, most of what lies deep inside of objects is read by no one.
+    deep = None if mentioned is not ANY_NAME else 1
     seen: set[int] = set()
     for module in modules:
-        for members in _walk(module.__dict__, mentioned, seen):
+        for members in islice(_walk(module.__dict__, mentioned, seen), deep):
             for name, value in members.slow.items():
                 try:
                     freeze(value)
@@ -100,7 +100,7 @@ class Watch:
         state, quick, slow, objects = members
         self.objects += [(state, name, value) for name, value in objects.items()]
         for name, value in slow.items():
-            # Where names are computed, what cannot be compared is most often read by no one.
+            # As in `check_comparable`, which has let it pass.
             with suppress(IncomparableError):
                 self.slow.append((state, name, freeze(value)))
         pairs = [*also, *quick.items()]

@@ -27,7 +27,8 @@ def as_original(layer: Any, input: Tensor, y: Tensor) -> Tensor:
     """
     if not layer.weight_moved:
         return y
-    return restore(y, are_contiguous(input if input.dim() == layer.weight.dim() else input.unsqueeze(0)))
+    batched = input.dim() == len(layer.kernel_size) + 2
+    return restore(y, are_contiguous(input if batched else input.unsqueeze(0)))
 
 
 def are_contiguous(*inputs: Tensor) -> bool:
