@@ -51,6 +51,45 @@ def test_runs_in_another_folder(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+WITHOUT = """
+import runpy, sys
+for name in ("matplotlib", "sklearn"):
+    sys.modules[name] = None
+# find_spec asks the finders, and would find it.
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "matplotlib" else found(name, *rest)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, ".")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matplotlib_is_needed_for_pictures_alone(case: Case) -> None:
+    def without(*argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", WITHOUT, f"{case}.py", *argv]
+        return subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=300, check=False)
+
+    done = without("--help")
+    assert done.returncode == 0 and "--batch-size" in done.stdout, done.stderr
+    done = without("--picture", "loss.png")
+    assert done.returncode == 2 and "--picture needs matplotlib" in done.stderr
+    for option in ("--steps", "--epochs", "--batch-size"):
+        done = without(option, "0")
+        assert done.returncode == 2 and "expected a number from 1 on, got 0" in done.stderr
+
+
+def test_a_batch_may_be_larger_than_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step takes all images then."""
+    lenet: Any = importlib.import_module("lenet_digits")
+    images, labels = torch.rand(40, 1, 8, 8), torch.randint(10, (40,))
+    monkeypatch.setattr(lenet, "digits", lambda _: (images, labels))
+    monkeypatch.setattr(lenet, "TEST_IMAGES", 10)
+    losses = lenet.main(["--impl=torch", "--batch-size=5000", "--epochs=3", "--device=cpu"])
+    assert len(losses["torch"]) == 3
+
+
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(FOLDER)
