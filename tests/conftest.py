@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 
 # Read when triton is first imported, so it is set before anything of ours is.
@@ -43,6 +45,30 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
         return t.fill_(float("nan")) if t.is_floating_point() and t.device.type != "meta" else t
 
     monkeypatch.setattr(tritonconv.ops.layout.torch, "empty_strided", poisoned)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def boolean_masks() -> Iterator[None]:
+    """An interpreted access whose mask is not boolean fails: Triton 3.9 takes none, earlier ones do."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    # The place of the mask among the arguments.
+    accesses = dict(create_masked_load=1, create_masked_store=2, create_atomic_rmw=3)
+
+    def checked(access: Any, place: int) -> Any:
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # Some versions give those of descriptors as plain arrays, which the interpreter itself has made.
+            dtype = np.asarray(args[place].data).dtype if args[place] is not None else np.dtype(bool)
+            if dtype != np.dtype(bool):
+                raise TypeError(f"mask of {dtype}: combine it with scalars by masks.only_if")
+            return access(self, *args, **kwargs)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, place in accesses.items():
+            patch.setattr(builder, name, checked(getattr(builder, name), place))
+        yield
 
 
 @pytest.fixture
