@@ -4,15 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n 2 --dist worksteal
-KERNEL_TESTS := $(addsuffix .py,$(addprefix tests/test_,conv gradients transposed batch_norm training operators codegen \
-	host tune bench depthwise pooling unpool adaptive global_pool stochastic resample shuffle squeeze_excite sink deform \
-	deform_rules))
+KERNEL_TESTS := $(addsuffix .py,$(addprefix tests/test_,compat conv gradients grouped transposed batch_norm training \
+	operators codegen host tune bench depthwise bands separable causal pooling unpool adaptive global_pool stochastic resample \
+	shuffle squeeze_excite sink deform deform_rules))
+# The oldest and the newest Triton that pyproject.toml admits.
+OTHER_TRITONS := 3.6.0 3.9.0
 
 # Two workers with two threads each wait for one another.
-test compat-3.6 compat-3.9: export OMP_NUM_THREADS := 1
+test compat-%: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint format types bench host codegen codegen-check compat compat-3.6 compat-3.9 docs clean
+.PHONY: help demo test fuzz lint format types bench host codegen codegen-check compat compat-quick docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -21,7 +23,7 @@ demo: $(VENV)/.with-demo ## train a small network on real images, convert it, ru
 	$(BIN)/python -m tritonconv demo --picture demo.png
 
 test: $(VENV)/.with-test ## all tests and doctests, on the GPU when there is one, else in Triton's interpreter
-	$(BIN)/python $(PYTEST) --doctest-modules tests tritonconv
+	$(BIN)/python $(PYTEST) --doctest-modules tests tritonconv tritonconv_cli.py
 
 fuzz: $(VENV)/.with-test ## random operators and networks against torch in fp64, up to 3 hours; stopped, it goes on where it was
 	$(BIN)/python -m tests.fuzz --resume
@@ -57,20 +59,21 @@ codegen: $(VENV)/.with-test ## write what the compiler makes of each kernel (reg
 codegen-check: $(VENV)/.with-test ## the same, compared with benchmarks/codegen.json
 	$(CODEGEN) --check --whole
 
-compat: test compat-3.6 compat-3.9 ## the kernel tests under the oldest and the newest supported Triton too
+compat: test $(OTHER_TRITONS:%=compat-whole-%) ## the kernel tests under the oldest and the newest supported Triton too
 
-# Triton 3.6.0's interpreter fails with numpy 2.4.
-compat-3.6: $(VENV)-3.6/.ready
-	$(VENV)-3.6/bin/python $(PYTEST) $(KERNEL_TESTS)
+compat-quick: $(OTHER_TRITONS:%=compat-quick-%) ## every kernel once under the oldest and the newest supported Triton
 
-compat-3.9: $(VENV)-3.9/.ready
-	$(VENV)-3.9/bin/python $(PYTEST) $(KERNEL_TESTS)
+compat-whole-%: $(VENV)/triton-%/.ready
+	PYTHONPATH=$(abspath $(<D)) $(BIN)/python $(PYTEST) $(KERNEL_TESTS)
+
+compat-quick-%: $(VENV)/triton-%/.ready
+	PYTHONPATH=$(abspath $(<D)) $(BIN)/python $(PYTEST) tests/test_compat.py
 
 docs: $(VENV)/.with-docs ## the user's guide, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(VENV)-3.6 $(VENV)-3.9 site demo.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site demo.png build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 %/bin/python:
@@ -78,15 +81,16 @@ clean: ## remove what the targets made
 	$(PYTHON) -m venv $*
 
 # One stamp for each extra. Make must not delete them as intermediate files.
-.PRECIOUS: %/bin/python $(VENV)/.with-% $(VENV)-%/.ready
+.PRECIOUS: %/bin/python $(VENV)/.with-% $(VENV)/triton-%/.ready
 $(VENV)/.with-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[$*]'
 	@touch $@
 
-# torch pins its own Triton, so that another one goes in behind pip's back, once everything else is installed.
-$(VENV)-3.6/.ready: TRITON := 'triton==3.6.0' 'numpy<2.4'
-$(VENV)-3.9/.ready: TRITON := 'triton==3.9.0'
-$(VENV)-3.6/.ready $(VENV)-3.9/.ready: $(VENV)-%/.ready: pyproject.toml constraints.txt | $(VENV)-%/bin/python
-	$(VENV)-$*/bin/python $(PIP) -c constraints.txt -e '.[test]'
-	$(VENV)-$*/bin/python $(PIP) --no-deps $(TRITON)
+# torch pins its own Triton. Another one goes into a folder that comes before it on the path, and the rest is shared.
+# Triton 3.6.0's interpreter fails with numpy 2.4.
+$(VENV)/triton-3.6.0/.ready: NUMPY := 'numpy<2.4'
+$(VENV)/triton-%/.ready: $(VENV)/.with-test
+	rm -rf $(@D)
+	$(BIN)/python $(PIP) --no-deps --target $(@D) 'triton==$*' $(NUMPY)
+	PYTHONPATH=$(abspath $(@D)) $(BIN)/python -c 'import triton; assert triton.__version__ == "$*", triton.__version__'
 	@touch $@

@@ -5,7 +5,7 @@ are timed against cuDNN, those furthest from their roofline tuned, then blocks a
 torch.compile makes. Made to be stopped and continued (--resume). With --dry-run no GPU is needed, and nothing is timed.
 """
 
-from tritonconv.cli import bench
+from tritonconv_cli import bench
 
 if __name__ == "__main__":
     bench(prog_name="python -m benchmarks.gpu")

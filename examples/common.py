@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.axes import Axes
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
 import tritonconv
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FIRST_STEPS = 10
 
@@ -25,15 +29,24 @@ def options(description: str, argv: Sequence[str] | None, *, epochs: int, batch_
     )
     parser.add_argument("--impl", choices=("torch", "tritonconv"), default="tritonconv", help="who runs the layers")
     parser.add_argument("--compare", action="store_true", help="train with both from the same seed, whatever --impl says")
-    parser.add_argument("--epochs", type=int, default=epochs)
-    parser.add_argument("--batch-size", type=int, default=batch_size)
-    parser.add_argument("--steps", type=int, help="stop after so many steps")
+    parser.add_argument("--epochs", type=positive, default=epochs)
+    parser.add_argument("--batch-size", type=positive, default=batch_size, help="all images, where there are fewer")
+    parser.add_argument("--steps", type=positive, help="stop after so many steps")
     parser.add_argument("--picture", type=Path, help="where to draw the loss, such as loss.png")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if args.picture and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--picture needs matplotlib: pip install 'tritonconv[demo]'")
     args.impls = ("torch", "tritonconv") if args.compare else (args.impl,)
     return args
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text}")
+    return number
 
 
 def prepare(model: nn.Module, impl: str, device: str) -> nn.Module:
@@ -59,7 +72,8 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(args.seed)
     orders = [torch.randperm(len(images), generator=generator) for _ in range(args.epochs)]
-    batches = [batch for order in orders for batch in order.split(args.batch_size) if len(batch) == args.batch_size]
+    size = min(args.batch_size, len(images))
+    batches = [batch for order in orders for batch in order.split(size) if len(batch) == size]
     losses = []
     model.train()
     for batch in track(batches[: args.steps], "training", console=Console(stderr=True), transient=True):

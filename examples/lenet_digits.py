@@ -13,8 +13,6 @@ from collections.abc import Sequence
 
 import common
 import torch
-from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 TEST_IMAGES = 360
@@ -35,6 +33,8 @@ def lenet() -> nn.Sequential:
 
 def digits(device: str) -> tuple[Tensor, Tensor]:
     """1797 images (N, 1, 8, 8) in [0, 1] in a fixed random order, and their labels (N,)."""
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(data.images).float()[order].unsqueeze(1) / 16
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
         )
     common.compare(losses)
     if args.picture:
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(6, 4), layout="constrained")
         common.draw_losses(figure.subplots(), losses)
         figure.savefig(args.picture, dpi=120)

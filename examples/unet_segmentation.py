@@ -10,11 +10,14 @@ a step takes seconds; CPU tensors run on torch else. Copy common.py too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import common
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIZE = 32
 CLASSES = ("ground", "disc", "rectangle")
@@ -74,6 +77,8 @@ def overlaps(predictions: Tensor, targets: Tensor) -> list[float]:
 
 def draw(losses: dict[str, list[float]], images: Tensor, targets: Tensor, predictions: Tensor) -> Figure:
     """The losses, and beside them images, what is in them, and what was seen in them."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subfigures(1, 2)
     common.draw_losses(left.subplots(), losses)

@@ -31,6 +31,7 @@ import triton.language as tl
 
 from .dot import matmul_acc
 from .epilogue import apply_affine, load_affine
+from .masks import only_if
 from .tiles import tile
 
 __all__ = ["Axis", "Bands", "configs", "depthwise_bands_kernel", "divide", "divide_axis", "fitting"]
@@ -391,9 +392,10 @@ def depthwise_bands_kernel(
         band = gathered(filter_tile, places, BLOCK_K, BLOCK_N)
         # The next step's rows of the filter, so that they are on their way during this one's products.
         taps = offs_w + ahead * ADVANCE
-        filter_tile = tl.load(
-            w_ptr + (plane * (R * S) + taps), mask=known & (taps.to(tl.uint32) < R * S) & (plane < FILTERS * T), other=0.0
-        )
+        more = known & (taps.to(tl.uint32) < R * S)
+        if FILTERS * T > 1:
+            more = only_if(plane < FILTERS * T, more)
+        filter_tile = tl.load(w_ptr + (plane * (R * S) + taps), mask=more, other=0.0)
         acc = matmul_acc(a, band, acc, PRECISION)
 
     offs_c = c + tl.arange(0, 1)

@@ -29,7 +29,7 @@ from tritonconv.bench.dry import dry_records, small_jobs, verdict
 from tritonconv.bench.results import Results, is_peer, read_records
 from tritonconv.bench.run import columns_of, dry_run, measure, summary
 from tritonconv.bench.sanitize import sanitize_jobs
-from tritonconv.bench.session import Job, Session
+from tritonconv.bench.session import Job, Session, track
 from tritonconv.bench.tune import case_compilations
 from tritonconv.bench.worker import Worker, WorkerError
 from tritonconv.ops.launch import forced, precision
@@ -167,6 +167,28 @@ def test_a_session_ends_in_time_and_says_what_it_left_out(tmp_path: Path) -> Non
     assert [r["id"] for r in records] == ["late"]
 
 
+def test_progress_is_seen_where_no_bar_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are in the file as soon as they are written, and come neither seldom nor with every item."""
+    now = iter(range(0, 1000, 3))
+    monkeypatch.setattr("tritonconv.bench.session.time.monotonic", lambda: float(next(now)))
+    file = FlushedFile()
+    seen = []
+    for item in track(range(6), 6, "layers", Console(file=file)):
+        seen.append((item, file.flushed.splitlines()[-1]))
+    begin, later = "layers: 6", "layers: 4 of 6, 12 s"
+    assert seen == [(0, begin), (1, begin), (2, begin), (3, begin), (4, later), (5, later)]
+    assert file.flushed.endswith("layers: 6 of 6, 18 s\n")
+
+
+class FlushedFile(io.StringIO):
+    """Knows what a reader of the file would see."""
+
+    flushed = ""
+
+    def flush(self) -> None:
+        self.flushed = self.getvalue()
+
+
 # Right or wrong
 
 
@@ -232,12 +254,11 @@ def test_a_peer_that_is_wrong_is_reported_and_fails_nothing(monkeypatch: pytest.
     """Torch's bf16 is off by 1.4e-2 on CPUs without AVX-512, which is beyond the bound that holds for us."""
     inexact_convolutions(monkeypatch, 0.05)
     monkeypatch.setattr("tritonconv.bench.session.Worker", Here)
-    monkeypatch.setattr("tritonconv.bench.run.dry_records", lambda *_: [])
-    jobs = [job for job in small_jobs() if job.identity["id"] == "3x3 of 128" and job.identity["pass"] == "fprop"]
-    monkeypatch.setattr("tritonconv.bench.run.small_jobs", lambda: jobs)
+    jobs = [job for job in small_jobs("3x3 of 128") if job.identity["pass"] == "fprop"]
+    assert {job.identity["id"] for job in jobs} == {"3x3 of 128"}
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        assert dry_run([], "H200", tmp_path, console=QUIET) == 0
+        assert dry_run([], jobs, "H200", tmp_path, console=QUIET) == 0
     records = list(read_records(tmp_path / "results.jsonl"))
     assert {r["column"]: r["status"] for r in records} == {"cudnn channels_last": "wrong", "tritonconv": "ok"}
     assert "1 small layers in Triton's interpreter, not timed: 1 right, 0 wrong" in output.getvalue()
@@ -250,10 +271,8 @@ def test_a_layer_of_ours_that_is_wrong_fails_a_dry_run(monkeypatch: pytest.Monke
         return Job(identity, lambda: dict(status=status), ())
 
     monkeypatch.setattr("tritonconv.bench.session.Worker", Here)
-    monkeypatch.setattr("tritonconv.bench.run.dry_records", lambda *_: [])
     jobs = [small(layers.OURS, "wrong"), small(layers.HOPPER, "failed"), small("compile", "wrong"), small("x", "failed")]
-    monkeypatch.setattr("tritonconv.bench.run.small_jobs", lambda: jobs)
-    assert dry_run([], "H200", tmp_path, console=QUIET) == 2
+    assert dry_run([], jobs, "H200", tmp_path, console=QUIET) == 2
 
 
 @interpreted

@@ -17,11 +17,14 @@ import torch
 from click.testing import CliRunner, Result
 
 import tritonconv
-from tritonconv.bench.cases import Case
+from tritonconv.bench.cases import Case, load_cases
+from tritonconv.bench.layers import COLUMNS
 from tritonconv.bench.registry import operations
-from tritonconv.cli import main
+from tritonconv.bench.run import STAGES, columns_of
+from tritonconv.bench.session import Job
 from tritonconv.doctor import Finding, first_checks, in_range
 from tritonconv.tuning import device_named
+from tritonconv_cli import PEERS, SUITES, main
 
 MODEL = """
     import torch
@@ -99,6 +102,13 @@ def test_explain_in_training_mode_says_so() -> None:
     result = invoke("explain", "user_model.py:make_model", "--input", "2,3,8,8", "--json", "--train")
     rows = {row["name"]: row for row in json.loads(result.stdout)["layers"]}
     assert rows["0"]["fused"] == ["1", "2"] and "in training" in rows["0"]["reason"]
+
+
+def test_explain_looks_for_matplotlib_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "user_model.py").write_text("raise AssertionError('the model was loaded')")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = invoke("explain", "user_model.py:make_model", "--input", "2,3,8,8", "--plot", "report.png")
+    assert result.exit_code == 1 and "pip install 'tritonconv[plot]'" in result.stderr
 
 
 def test_explain_prints_a_table_and_draws(folder: Path) -> None:
@@ -188,12 +198,78 @@ def test_command_line_from_a_shell() -> None:
     assert tritonconv.__version__ in done.stdout
 
 
+CPU_SECONDS = """
+import resource, sys
+sys.argv = ["tritonconv", *sys.argv[1:]]
+from importlib.metadata import entry_points
+(entry,) = entry_points(group="console_scripts", name="tritonconv")
+try:
+    entry.load()()
+finally:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(used.ru_utime + used.ru_stime, "torch" in sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"], ["explain", "--no-such-option"]], ids=" ".join)
+def test_the_command_line_is_parsed_before_torch_is_imported(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", CPU_SECONDS, *arguments], capture_output=True, text=True, timeout=60)
+    seconds, torch_imported = done.stderr.splitlines()[-1].split()
+    assert "Usage: tritonconv" in done.stdout + done.stderr
+    assert torch_imported == "False" and float(seconds) < 0.5
+
+
+def test_the_command_line_has_the_words_of_the_benchmarks() -> None:
+    assert SUITES == STAGES
+    assert {column for peer in PEERS for column in columns_of([peer])} == set(COLUMNS)
+
+
+class SeenError(Exception):
+    """What a dry run was given."""
+
+
+@pytest.mark.parametrize(
+    "arguments, layers, checks",
+    [
+        ([], True, True),
+        (["--suite", "layers"], True, False),
+        (["--suite", "check"], False, True),
+        (["--suite", "check", "--suite", "layers"], True, True),
+    ],
+    ids=["all", "layers", "check", "both"],
+)
+def test_a_dry_run_walks_the_suites_that_were_named(
+    arguments: list[str], layers: bool, checks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dry_run(cases: list[Case], small: list[Job], *_: Any, **__: Any) -> int:
+        raise SeenError(cases, small)
+
+    monkeypatch.setattr("tritonconv.bench.run.dry_run", dry_run)
+    result = invoke("bench", "--dry-run", *arguments)
+    assert isinstance(result.exception, SeenError)
+    cases, small = result.exception.args
+    assert (len(cases) == len(load_cases())) is layers and bool(cases) is layers and bool(small) is checks
+    # By name, in both.
+    (cases, small) = invoke("bench", "--dry-run", *arguments, "--only", "3x3").exception.args  # type: ignore[union-attr]
+    assert all("3x3" in case.id or "3x3" in case.family for case in cases) and bool(cases) is layers
+    assert all("3x3" in job.identity["id"] for job in small) and bool(small) is checks
+    # And no peers but those.
+    for peer, columns in (("cudnn", {"cudnn channels_last", "tritonconv"}), ("compile", {"tritonconv"})):
+        (_, small) = invoke("bench", "--dry-run", *arguments, "--peer", peer).exception.args  # type: ignore[union-attr]
+        assert {job.identity["column"] for job in small} == (columns if checks else set())
+
+
 def test_bench_says_what_it_needs() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     result = invoke("bench")
     assert result.exit_code == 1 and "torch sees no GPU" in result.output and "--dry-run" in result.output
     assert invoke("bench", "--only", "no such layer").exit_code == 2
+    for dry in ([], ["--dry-run"]):
+        result = invoke("bench", *dry, "--peer", "foo")
+        assert result.exit_code == 2 and "'cudnn', 'compile', 'max-autotune'" in result.output
+    result = invoke("bench", "--dry-run", "--suite", "check", "--suite", "models")
+    assert result.exit_code == 2 and "a dry run has no models" in " ".join(result.output.split())
     result = invoke("bench", "--dry-run", "--target", "GTX 285")
     assert result.exit_code == 1 and "names no described GPU" in result.output
 
@@ -204,3 +280,8 @@ def test_tune_says_what_it_needs() -> None:
         pytest.skip("there is a GPU")
     result = invoke("tune", "user_model.py:make_model", "--input", "1,3,8,8")
     assert result.exit_code == 1 and "tune measures on a GPU, and torch sees none" in result.output
+    # A word on the file comes first.
+    result = invoke("tune", "absent.py:make_model", "--input", "1,3,8,8")
+    assert result.exit_code == 1 and "there is no file absent.py" in result.output
+    result = invoke("tune", "broken.py:model", "--input", "1,3,8,8")
+    assert result.exit_code == 1 and "ValueError: no weights here" in result.output

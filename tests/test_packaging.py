@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tritonconv
-from tritonconv.doctor import SUPPORTED
+from tritonconv.doctor import SUPPORTED, in_range
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,6 +20,16 @@ def test_doctor_knows_the_versions_that_the_package_asks_for() -> None:
     for name, (least, below) in SUPPORTED.items():
         limits = ",".join([f"<{below}"] * (below is not None) + [f">={least}"])
         assert f"{name}{limits}" in wanted
+
+
+def test_the_makefile_tests_the_oldest_and_the_newest_triton() -> None:
+    (line,) = (line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("OTHER_TRITONS := "))
+    oldest, newest = line.split()[2:]
+    least, below = SUPPORTED["triton"]
+    assert oldest == f"{least}.0" and in_range(newest, least, below)
+    major, minor = map(int, newest.split(".")[:2])
+    assert not in_range(f"{major}.{minor + 1}", least, below)
+    assert "compat-quick" in (ROOT / ".ci/run").read_text()
 
 
 def test_version_is_the_packages() -> None:

@@ -245,6 +245,27 @@ def test_nothing_to_tune_writes_nothing(folder: Path) -> None:
     assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    "layer, op, elements",
+    [
+        (tritonconv.nn.MaxPool2d(2), "max_pool2d", True),
+        (tritonconv.nn.AdaptiveAvgPool2d(1), "adaptive_avg_pool2d", True),
+        (tritonconv.nn.Upsample(scale_factor=2), "interpolate", True),
+        (tritonconv.nn.BatchNorm2d(3).eval(), "batch_norm", True),
+        (tritonconv.nn.CausalConv1d(3, 3, 4, groups=3), "causal_conv1d of conv1d", True),
+        (tritonconv.nn.Conv2d(3, 3, 3), "conv2d of conv2d", False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else None,
+)
+@pytest.mark.usefixtures("folder")
+def test_what_cannot_be_tuned_is_called_by_its_name(layer: torch.nn.Module, op: str, elements: bool) -> None:
+    x = torch.randn(2, 3, 8) if op.startswith("causal") else torch.randn(2 if elements else 0, 3, 8, 8)
+    with forced(device=H200):
+        (skipped,) = tritonconv.tune(layer, x).skipped
+    assert skipped.startswith(op) and "None" not in skipped
+    assert skipped.endswith("a rule chooses its config, and no measurement would change it" if elements else "no elements")
+
+
 @pytest.mark.filterwarnings("ignore:tritonconv")
 def test_gradients_go_their_way_whatever_was_measured(clock: Callable[..., None]) -> None:
     clock({}, torch_ms=0.001)

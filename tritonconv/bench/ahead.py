@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import operations
-from tritonconv.bench.session import LEAST_SECONDS, bar
+from tritonconv.bench.session import LEAST_SECONDS, track
 from tritonconv.bench.worker import hidden_main
 from tritonconv.ops.launch import Launch
 from tritonconv.tuning import Device
@@ -43,18 +43,17 @@ def compile_ahead(
     # Processes to compile in take seconds to start.
     if not tasks or seconds < LEAST_SECONDS:
         return failures
-    with pool() as processes, bar(console) as progress:
-        shown = progress.add_task("compiling", total=len(tasks))
+    with pool() as processes:
         # They start with the first task, and need nothing of the script that this is called from.
         with hidden_main():
             waiting = {processes.submit(compile_all, launches, device): what for what, launches in tasks}
         try:
-            for done in as_completed(waiting, timeout=None if seconds == float("inf") else max(0.0, seconds)):
+            finished = as_completed(waiting, timeout=None if seconds == float("inf") else max(0.0, seconds))
+            for done in track(finished, len(tasks), "compiling", console):
                 error = done.exception()
                 # A compiler that dies takes the pool with it; the launch that it died of dies in a worker again.
                 if error is not None and not isinstance(error, BrokenProcessPool):
                     failures[waiting[done]] = f"{type(error).__name__}: {error}"
-                progress.advance(shown)
         except TimeoutError:
             processes.shutdown(wait=False, cancel_futures=True)
     return failures

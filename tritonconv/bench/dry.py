@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tritonconv.bench.ahead import pool
 from tritonconv.bench.cases import Case
-from tritonconv.bench.layers import OURS, seconds_at_least
+from tritonconv.bench.layers import COLUMNS, OURS, seconds_at_least
 from tritonconv.bench.registry import operation_for, operations
-from tritonconv.bench.session import Job, bar
-from tritonconv.bench.suites import layer_jobs
+from tritonconv.bench.session import Job, track
+from tritonconv.bench.suites import is_selected, layer_jobs
 from tritonconv.ops.launch import Launch
 from tritonconv.tuning import Device, device_named
 from tritonconv.tuning.configs import name_of
@@ -70,15 +70,21 @@ def predicted(launch: Launch, device: Device) -> Prediction:
 
 def dry_records(cases: Sequence[Case], target: str, console: Console) -> list[dict[str, Any]]:
     """`predict_layer` of all cases, in parallel processes."""
-    with pool() as processes, bar(console) as progress:
+    with pool() as processes:
         found = processes.map(predict_layer, cases, [target] * len(cases))
-        return list(progress.track(found, total=len(cases), description="compiling"))
+        return list(track(found, len(cases), "compiling", console))
 
 
-def small_jobs() -> list[Job]:
-    """The measuring jobs of small layers, as they would run on a GPU; for the interpreter, where nothing is timed."""
+def small_jobs(only: str | None = None, columns: Sequence[str] = COLUMNS) -> list[Job]:
+    """The measuring jobs of small layers, as they would run on a GPU; for the interpreter, where nothing is timed.
+
+    Args:
+        only: layers whose name or family has this text, as `suites.selected` has it: "small" is the family of all.
+        columns: ways to compute them, of which the interpreter runs cuDNN's channels-last one and ours.
+    """
     small = [replace(case, family="small") for operation in operations().values() for case in operation.checks()]
-    return layer_jobs(small, columns=("cudnn channels_last", OURS))
+    chosen = [case for case in small if is_selected(case, only)]
+    return layer_jobs(chosen, [column for column in ("cudnn channels_last", OURS) if column in columns])
 
 
 def prediction_table(records: Sequence[dict[str, Any]], target: str) -> Table:

@@ -16,7 +16,7 @@ from rich.table import Table
 from tritonconv.bench.ahead import compile_ahead
 from tritonconv.bench.cases import Case
 from tritonconv.bench.clock import can_time
-from tritonconv.bench.dry import dry_records, prediction_table, small_jobs, verdict
+from tritonconv.bench.dry import dry_records, prediction_table, verdict
 from tritonconv.bench.layers import COLUMNS, HOPPER, OURS, Ceilings, measure_ceilings
 from tritonconv.bench.registry import operations
 from tritonconv.bench.results import Results, is_bad, is_peer, read_records
@@ -176,9 +176,13 @@ def columns_of(peers: Sequence[str]) -> tuple[str, ...]:
 
 
 def dry_run(
-    cases: Sequence[Case], target: str, out: Path | None, *, resume: bool = False, console: Console | None = None
-) -> int:
-    """Geometry, offline compilation and predictions of all cases, and the measuring code itself in the interpreter.
+    cases: Sequence[Case], small: Sequence[Job], target: str, out: Path | None, *, resume: bool = False,
+    console: Console | None = None,
+) -> int:  # fmt: skip
+    """Geometry, offline compilation and predictions of the cases, and the measuring code itself in the interpreter.
+
+    Args:
+        small: jobs that the interpreter can do: `dry.small_jobs`.
 
     Returns:
         How many cases failed, and how many small layers of ours are wrong.
@@ -189,15 +193,16 @@ def dry_run(
         # Without a place to keep them results go the same way, and are gone with it.
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         results = Results.open(folder / "results.jsonl", resume=resume)
-        records = dry_records(cases, target, console)
+        records = dry_records(cases, target, console) if cases else []
         for record in records:
             results.add(record)
         with Session(results, console, environment={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}) as session:
-            small = session.run("small layers in the interpreter", small_jobs())
-    shown = Console(width=160) if not Console().is_terminal else Console()
-    shown.print(prediction_table(records, target))
-    wrong = print_small([r for r in small if not is_peer(r)], "small layers in Triton's interpreter, not timed")
-    if peers := [r for r in small if is_peer(r)]:
+            done = session.run("small layers in the interpreter", small)
+    if cases:
+        shown = Console(width=160) if not Console().is_terminal else Console()
+        shown.print(prediction_table(records, target))
+    wrong = print_small([r for r in done if not is_peer(r)], "small layers in Triton's interpreter, not timed")
+    if peers := [r for r in done if is_peer(r)]:
         print_small(peers, "of them computed by torch too, whose errors fail nothing")
     for record in records:
         if record["status"] == "failed":

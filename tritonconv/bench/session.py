@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,7 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tritonconv.bench.results import Results, key_of
 from tritonconv.bench.worker import Worker, WorkerError
 
-__all__ = ["Job", "Session", "bar"]
+__all__ = ["Job", "Session", "track"]
+
+T = TypeVar("T")
+# Seconds between two lines of progress where no bar can be drawn.
+EVERY = 10.0
 
 # A job that could not end before the budget does is not begun.
 LEAST_SECONDS = 2.0
@@ -30,8 +34,24 @@ class Job:
     timeout: float = 120.0
 
 
+def track(items: Iterable[T], total: int, what: str, console: Console) -> Iterator[T]:
+    """The items, with a progress bar and the time that is left; redirected, with a line now and then."""
+    if console.is_terminal:
+        with bar(console) as progress:
+            yield from progress.track(items, total=total, description=what)
+        return
+    begin = shown = time.monotonic()
+    # rich flushes what it prints.
+    console.print(f"{what}: {total}", highlight=False)
+    for number, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - shown >= EVERY or number == total:
+            console.print(f"{what}: {number} of {total}, {now - begin:.0f} s", highlight=False)
+            shown = now
+
+
 def bar(console: Console) -> Progress:
-    """A progress bar with the time that is left."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
@@ -73,15 +93,14 @@ class Session:
         """Do the jobs that are not done yet, until this share of the budget is over; returns their records."""
         waiting = self.waiting(jobs)
         records = []
-        with bar(self.console) as progress:
-            for job in progress.track(waiting, description=title):
-                left = self.left(share)
-                if left < LEAST_SECONDS:
-                    self.left_out += 1
-                    continue
-                record = self._do(job, left)
-                records.append(record)
-                self.results.add(record)
+        for job in track(waiting, len(waiting), title, self.console):
+            left = self.left(share)
+            if left < LEAST_SECONDS:
+                self.left_out += 1
+                continue
+            record = self._do(job, left)
+            records.append(record)
+            self.results.add(record)
         return records
 
     def _do(self, job: Job, left: float) -> dict[str, Any]:

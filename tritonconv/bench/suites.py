@@ -20,8 +20,8 @@ from tritonconv.tuning import Device
 from tritonconv.tuning.configs import name_of
 
 __all__ = [
-    "check_compilations", "check_jobs", "check_layers", "layer_compilations", "layer_jobs", "module_jobs",
-    "not_built", "selected",
+    "check_compilations", "check_jobs", "check_layers", "is_selected", "layer_compilations", "layer_jobs",
+    "module_jobs", "not_built", "selected",
 ]  # fmt: skip
 
 # torch.compile searches long, and its searches must not take the whole budget.
@@ -131,4 +131,9 @@ def module_jobs(suite: Any, columns: Sequence[str] = COLUMNS, seconds: float = 0
 
 def selected(only: str | None) -> list[Case]:
     """Rows of cases.csv whose id or family has this text."""
-    return [case for case in load_cases() if only is None or only in case.id or only in case.family]
+    return [case for case in load_cases() if is_selected(case, only)]
+
+
+def is_selected(case: Case, only: str | None) -> bool:
+    """Whether its id or family has this text."""
+    return only is None or only in case.id or only in case.family

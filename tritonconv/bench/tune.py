@@ -21,14 +21,14 @@ from tritonconv.bench.check import compare
 from tritonconv.bench.clock import copies_for_cold_cache, time_calls
 from tritonconv.bench.layers import ready, set_tf32, without_search
 from tritonconv.bench.registry import dtype_of, operations
-from tritonconv.bench.session import bar
+from tritonconv.bench.session import track
 from tritonconv.convert.explain import restored
 from tritonconv.ops.backend import interpreting, set_backend
 from tritonconv.ops.calls import clear_caches
 from tritonconv.ops.dispatch import on_torch, run
 from tritonconv.ops.example import Example
 from tritonconv.ops.launch import Launch, captured, device_of, forced
-from tritonconv.ops.watch import Call, Decision, observe
+from tritonconv.ops.watch import Call, observe
 from tritonconv.tuning import Device, Problem, candidates, choose
 from tritonconv.tuning.cache import cache_path, remember, triton_version, write
 from tritonconv.tuning.configs import config_name
@@ -137,16 +137,15 @@ def tune(
     failed: list[str] = []
     if torch.cuda.is_available():
         compile_ahead([task for call in found for task in compilations(call, device)], device, console)
-    with bar(console) as progress:
-        for call in progress.track(found, description="tuning"):
-            assert call.example is not None
-            try:
-                layers.append(tune_example(str(call.geometry), call, seconds))
-            # Out of memory, most likely: what was found of other layers is kept.
-            except RuntimeError as error:
-                if "no GPU" in str(error):
-                    raise
-                failed.append(f"{call.op} of {call.geometry}: {type(error).__name__}: {error}")
+    for call in track(found, len(found), "tuning", console):
+        assert call.example is not None
+        try:
+            layers.append(tune_example(str(call.geometry), call, seconds))
+        # Out of memory, most likely: what was found of other layers is kept.
+        except RuntimeError as error:
+            if "no GPU" in str(error):
+                raise
+            failed.append(f"{described(call)}: {type(error).__name__}: {error}")
     entries = [row.entry for row in layers if row.entry is not None]
     if entries:
         remember(device.name, entries)
@@ -156,12 +155,21 @@ def tune(
         table = TuningTable(device.name, triton_version())
         table.merge(entries)
         write(Path(export), table)
-    skipped = failed + [f"{c.op} of {c.geometry}: {_why_not(c.decision)}" for c in calls if c.example is None]
+    skipped = failed + [f"{described(call)}: {why_not(call)}" for call in calls if call.example is None]
     return TuneReport(device.name, layers, path, list(dict.fromkeys(skipped)))
 
 
-def _why_not(decision: Decision) -> str:
-    return decision.reason if decision.backend == "torch" else "it has no elements"
+def described(call: Call) -> str:
+    return call.op if call.geometry is None else f"{call.op} of {call.geometry}"
+
+
+def why_not(call: Call) -> str:
+    """Why a call without an example was not tuned."""
+    if call.decision.backend == "torch":
+        return call.decision.reason
+    if call.bytes == 0 or (call.geometry is not None and call.macs == 0):
+        return "it has no elements"
+    return "a rule chooses its config, and no measurement would change it"
 
 
 def distinct(calls: Sequence[Call]) -> list[Call]:

@@ -119,12 +119,8 @@ class Report:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Report.plot needs matplotlib: pip install 'tritonconv[plot]'") from error
         colors = {"triton": "tab:green", "torch": "tab:gray"}
-        figure = Figure(figsize=(8, 1.5 + 0.22 * len(self.layers)), layout="constrained")
+        figure = figure_class()(figsize=(8, 1.5 + 0.22 * len(self.layers)), layout="constrained")
         axes = figure.subplots()
         for backend, color in colors.items():
             at = [i for i, row in enumerate(self.layers) if row.backend == backend]
@@ -137,6 +133,15 @@ class Report:
         axes.legend()
         figure.supxlabel(ASSUMPTION, fontsize=6)
         figure.savefig(path)
+
+
+def figure_class() -> Any:
+    """matplotlib's Figure; raises ImportError, with a word on how to install it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Report.plot needs matplotlib: pip install 'tritonconv[plot]'") from error
+    return Figure
 
 
 def _count(n: int) -> str:

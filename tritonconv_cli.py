@@ -1,4 +1,8 @@
-"""The command line: tritonconv demo, explain, bench, tune and doctor."""
+"""The command line: tritonconv demo, explain, bench, tune and doctor.
+
+A module of its own, since importing anything of the package imports torch, which takes seconds: the command line is parsed
+first.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,32 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-import tritonconv
-from tritonconv.ops.backend import HAS_TRITON
+if TYPE_CHECKING:
+    import torch
 
-__all__ = ["load_model", "main", "parse_shape"]
+__all__ = ["bench", "load_model", "main", "parse_shape"]
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = ("float16", "bfloat16", "float32")
+SUITES = ("check", "layers", "tune", "blocks", "models")
+PEERS = ("cudnn", "compile", "max-autotune")
+
+
+def print_version(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
+    if asked:
+        import tritonconv
+
+        click.echo(f"tritonconv, version {tritonconv.__version__}")
+        context.exit()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(tritonconv.__version__, prog_name="tritonconv")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Show the version and exit."
+)
 def main() -> None:
     """Fused convolution kernels in Triton behind torch's own modules and functions."""
 
@@ -38,10 +53,9 @@ def demo(picture: Path, epochs: int) -> None:
 
     Runs on the GPU if there is one, else the kernels run in Triton's interpreter. Exits with 1 if a prediction differs.
     """
-    if not HAS_TRITON:
-        raise click.ClickException("the demo runs Triton kernels, but triton is not installed (it is for Linux)")
+    check_triton("the demo runs")
     check_folder(picture)
-    run_kernels_somewhere("cuda" if torch.cuda.is_available() else "cpu")
+    run_kernels_somewhere(default_device())
     try:
         from tritonconv.demo import run
     except ModuleNotFoundError as error:
@@ -55,7 +69,7 @@ def demo(picture: Path, epochs: int) -> None:
     "--input", "sizes", multiple=True, required=True, help="Sizes of an input, such as 1,3,64,64; once for each input."
 )
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the model and its inputs."
+    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the model and its inputs."
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU.")
 @click.option("--train", is_flag=True, help="In training mode: batch norms use the batch's statistics.")
@@ -77,12 +91,17 @@ def explain(
     shapes = [parse_shape(text) for text in sizes]
     if plot is not None:
         check_folder(plot)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_matplotlib()
+    import torch
+
+    import tritonconv
+
+    device = device or default_device()
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("--device cuda: torch sees no GPU (tritonconv doctor tells more)")
     run_kernels_somewhere(device)
-    module = load_model(model).to(device, DTYPES[dtype]).train(train)
-    inputs = [torch.randn(shape, device=device, dtype=DTYPES[dtype]) for shape in shapes]
+    module = load_model(model).to(device, getattr(torch, dtype)).train(train)
+    inputs = [torch.randn(shape, device=device, dtype=getattr(torch, dtype)) for shape in shapes]
     try:
         with torch.no_grad():
             module(*inputs)
@@ -95,10 +114,7 @@ def explain(
     else:
         print(report)
     if plot is not None:
-        try:
-            report.plot(plot)
-        except ImportError as error:
-            raise click.ClickException(str(error)) from error
+        report.plot(plot)
 
 
 @main.command()
@@ -106,11 +122,13 @@ def explain(
     "--suite",
     "suites",
     multiple=True,
-    type=click.Choice(["check", "layers", "tune", "blocks", "models"]),
-    help="What to measure; all of them by default, in this order.",
+    type=click.Choice(SUITES),
+    help="What to measure; all of them by default, in this order. Of a dry run: layers are predicted, checks interpreted.",
 )
 @click.option("--only", help="Layers whose name or family has this text.")
-@click.option("--peer", "peers", multiple=True, help="Ways to compare with: cudnn, compile, max-autotune; all by default.")
+@click.option(
+    "--peer", "peers", multiple=True, type=click.Choice(PEERS), help="Ways to compare with; all of them by default."
+)
 @click.option("--budget", type=click.FloatRange(min=1), help="Seconds in all.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results.jsonl and table.json.")
 @click.option("--resume", is_flag=True, help="Continue the results in that folder.")
@@ -126,19 +144,23 @@ def bench(
 
     Results go into a file line by line, so that a run that was stopped continues with --resume. A dry run needs no GPU: it
     counts, compiles and predicts all layers for the target, and runs small ones in Triton's interpreter. Exits with 1 if
-    something is wrong or fails.
+    something of ours is wrong or fails.
     """
-    if not HAS_TRITON:
-        raise click.ClickException("bench measures Triton kernels, but triton is not installed (it is for Linux)")
-    from tritonconv.bench import run
+    if dry_run and (other := [suite for suite in suites if suite not in ("check", "layers")]):
+        raise click.BadParameter(f"a dry run has no {other[0]}, only check and layers", param_hint="--suite")
+    check_triton("bench measures")
+    from tritonconv.bench import dry, run
     from tritonconv.bench.suites import selected
 
     cases = selected(only)
-    if not cases:
+    small = dry.small_jobs(only, run.columns_of(peers)) if dry_run else []
+    if not cases and not small:
         raise click.BadParameter(f"no layer has {only!r} in its name or family", param_hint="--only")
     try:
         if dry_run:
-            sys.exit(1 if run.dry_run(cases, target, out, resume=resume) else 0)
+            cases = cases if "layers" in (suites or SUITES) else []
+            small = small if "check" in (suites or SUITES) else []
+            sys.exit(1 if run.dry_run(cases, small, target, out, resume=resume) else 0)
         wrong = run.measure(
             cases, out or Path("tritonconv-bench"), stages=suites or run.STAGES, columns=run.columns_of(peers),
             budget=budget, resume=resume,
@@ -153,7 +175,7 @@ def bench(
 @click.option(
     "--input", "sizes", multiple=True, required=True, help="Sizes of an input, such as 8,3,224,224; once for each input."
 )
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float16", show_default=True, help="Of model and inputs.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float16", show_default=True, help="Of model and inputs.")
 @click.option("--channels-last/--contiguous", default=True, show_default=True, help="Layout of inputs of 4 or 5 sizes.")
 @click.option("--no-fuse", is_flag=True, help="Convert each layer on its own.")
 @click.option("--export", type=click.Path(dir_okay=False, path_type=Path), help="Write a table of what was found too.")
@@ -165,16 +187,19 @@ def tune(model: str, sizes: tuple[str, ...], dtype: str, channels_last: bool, no
     shapes = [parse_shape(text) for text in sizes]
     if export is not None:
         check_folder(export)
+    module = load_model(model)
+    import torch
+
+    import tritonconv
+
     if not torch.cuda.is_available():
         raise click.ClickException("tune measures on a GPU, and torch sees none (tritonconv doctor tells more)")
-    from tritonconv.bench.tune import tune as measure
-
-    module = load_model(model).to("cuda", DTYPES[dtype]).eval()
-    inputs = [torch.randn(shape, device="cuda", dtype=DTYPES[dtype]) for shape in shapes]
+    module = module.to("cuda", getattr(torch, dtype)).eval()
+    inputs = [torch.randn(shape, device="cuda", dtype=getattr(torch, dtype)) for shape in shapes]
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if channels_last:
         inputs = [x.to(memory_format=formats.get(x.dim(), torch.preserve_format)) for x in inputs]
-    click.echo(measure(tritonconv.convert(module, fuse=not no_fuse), *inputs, export=export))
+    click.echo(tritonconv.tune(tritonconv.convert(module, fuse=not no_fuse), *inputs, export=export))
 
 
 @main.command()
@@ -185,11 +210,36 @@ def doctor() -> None:
     sys.exit(0 if report() else 1)
 
 
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_triton(who: str) -> None:
+    from tritonconv.ops.backend import HAS_TRITON
+
+    if not HAS_TRITON:
+        raise click.ClickException(f"{who} Triton kernels, but triton is not installed (it is for Linux)")
+
+
+def check_matplotlib() -> None:
+    """Fail before the work, not behind it."""
+    from tritonconv.convert.report import figure_class
+
+    try:
+        figure_class()
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
+
+
 def run_kernels_somewhere(device: str) -> None:
     """Start this command anew in Triton's interpreter if the device is the CPU.
 
     TRITON_INTERPRET counts when triton is imported, and torch has imported it by now.
     """
+    from tritonconv.ops.backend import HAS_TRITON
+
     if device == "cpu" and HAS_TRITON and "TRITON_INTERPRET" not in os.environ:
         os.execve(
             sys.executable, [sys.executable, "-m", "tritonconv", *sys.argv[1:]], {**os.environ, "TRITON_INTERPRET": "1"}
@@ -223,6 +273,8 @@ def load_model(target: str) -> torch.nn.Module:
             f"{target!r} has no name: expected FILE.py:NAME or package.module:NAME", param_hint="MODEL"
         )
     value: Any = import_source(source)
+    import torch
+
     for part in name.split("."):
         if not hasattr(value, part):
             names = sorted(
