@@ -26,14 +26,13 @@ KINKED = ("relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh")
 
 
 def activation_of(d: Draw) -> Any:
-    name = d.one((None, None, *SMOOTH, *(() if d.half else KINKED)))
+    # torch's hardsigmoid has a sixth in fp32 in its gradient, whatever the type.
+    precise = (name for name in KINKED if name != "hardsigmoid" or d.dtype == torch.float32)
+    name = d.one((None, None, *SMOOTH, *(() if d.half else precise)))
     return ("leaky_relu", 0.2) if name == "leaky_relu" else ("softplus", 2.0, 20.0) if name == "softplus" else name
 
 
 def activated(x: Tensor, activation: Any) -> Tensor:
-    if activation == "hardsigmoid":
-        # torch's gradient has a sixth in fp32, whatever the type.
-        return F.relu6(x + 3) / 6
     spec = parse_activation(activation)
     return x if spec is None else spec.torch(x)
 
@@ -46,11 +45,12 @@ def layer(d: Draw, nd: int, transposed: bool) -> tuple[Input, Input, int, tuple[
         # Depthwise, with or without a multiplier.
         groups = c
         k = c * d.one((1, 1, 2))
-    kernel, stride, dilation = d.each(nd, (1, 2, 3, 3)), d.each(nd, (1, 1, 2, 3)), d.each(nd, (1, 1, 2))
+    kernel = d.each(nd, (1, 1, 2, 3) if nd == 3 else (1, 2, 3, 3))
+    stride, dilation = d.each(nd, (1, 1, 2, 3)), d.each(nd, (1, 1, 2))
     padding = tuple(d.one(range(n + 1)) for n in kernel)
     spread = [(n - 1) * step + 1 for n, step in zip(kernel, dilation, strict=True)]
     least = [max(1, s - 2 * p) for s, p in zip(spread, padding, strict=True)]
-    spatial = tuple(n + d.one(range(3 if nd == 3 else 6)) for n in least)
+    spatial = tuple(n + d.one(range(2 if nd == 3 else 5)) for n in least)
     arguments: dict[str, Any] = dict(groups=groups)
     if transposed:
         padding = tuple(
@@ -157,10 +157,10 @@ def deform(d: Draw) -> Call:
     parts = d.one((1, 1, 2))
     c, k = 2 * groups * parts // d.one((1, 2) if groups * parts % 2 == 0 else (1,)), groups * d.one((1, 2, 3))
     c = groups * parts * max(1, c // (groups * parts))
-    kernel, stride, dilation = d.each(2, (1, 2, 3)), d.each(2, (1, 1, 2)), d.each(2, (1, 1, 2))
+    kernel, stride, dilation = d.each(2, (1, 2, 2, 3)), d.each(2, (1, 1, 2)), d.each(2, (1, 1, 2))
     padding = d.each(2, (0, 1))
     spread = [(n - 1) * step + 1 for n, step in zip(kernel, dilation, strict=True)]
-    spatial = tuple(max(1, s - 2 * p) + d.one(range(4)) for s, p in zip(spread, padding, strict=True))
+    spatial = tuple(max(1, s - 2 * p) + d.one(range(3)) for s, p in zip(spread, padding, strict=True))
     p, q = ((n + 2 * pad - w) // s + 1 for n, pad, w, s in zip(spatial, padding, spread, stride, strict=True))
     n, taps = d.one((1, 2)), kernel[0] * kernel[1]
     places = torch.float32 if d.half and d.chance(0.5) else d.dtype

@@ -56,8 +56,8 @@ class Draw:
             n = 0
         return self.input((n, channels, *spatial), **how)
 
-    def spatial(self, nd: int, most: int = 9) -> tuple[int, ...]:
-        most = {1: 3 * most, 2: most, 3: max(3, most // 2)}[nd]
+    def spatial(self, nd: int, most: int = 8) -> tuple[int, ...]:
+        most = {1: 3 * most, 2: most, 3: 3}[nd]
         return tuple(1 if self.chance(0.1) else self.r.randint(2, most) for _ in range(nd))
 
     def channels(self) -> int:

@@ -30,7 +30,7 @@ def windows(d: Draw, nd: int, dilated: bool) -> tuple[tuple[int, ...], dict[str,
     dilation = d.each(nd, (1, 1, 1, 2, 3) if nd < 3 else (1, 1, 2)) if dilated else (1,) * nd
     padding = tuple(d.one(range(k // 2 + 1)) for k in kernel)
     spread = [(k - 1) * s + 1 for k, s in zip(kernel, dilation, strict=True)]
-    most = {1: 12, 2: 6, 3: 3}[nd]
+    most = {1: 12, 2: 5, 3: 2}[nd]
     spatial = tuple(max(1, w - 2 * p) + d.one(range(most)) for w, p in zip(spread, padding, strict=True))
     arguments: dict[str, Any] = dict(kernel_size=d.spelled(kernel), ceil_mode=d.chance(0.4))
     if d.chance(0.8):
@@ -111,7 +111,8 @@ def powers(d: Draw, nd: int) -> Call:
 
 def adaptive(d: Draw, kind: str, nd: int, indices: bool) -> Call:
     spatial = d.spatial(nd)
-    output = tuple(d.one((1, 1, 2, 3, n, n + 2)) for n in spatial)
+    # The interpreter's time goes by bins.
+    output = tuple(d.one((1, 1, 2, n) if nd == 3 else (1, 1, 2, 3, n, n + 2)) for n in spatial)
     size: Any = d.spelled(output)
     if nd > 1 and d.chance(0.2):
         size = tuple(None if d.chance(0.5) else n for n in output)

@@ -19,7 +19,7 @@ from tritonconv.ops.calls import Prepared, find, remember, signature
 from tritonconv.ops.convolution import check_convolution, output_format
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.launch import Kind
-from tritonconv.ops.layout import dense_strides, suggests_channels_last
+from tritonconv.ops.layout import empty_output, suggests_channels_last
 from tritonconv.ops.prepare import data_gradient, prepare_call, weight_gradient
 from tritonconv.ops.training import bias_gradient
 
@@ -128,8 +128,7 @@ def _(
     dilation: Sequence[int], groups: int, **_numbers: Any,
 ) -> Tensor:  # fmt: skip
     geometry = conv_geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
-    strides = dense_strides(geometry.output_shape, output_format(x, weight))
-    return x.new_empty_strided(geometry.output_shape, strides)
+    return empty_output(x, geometry.output_shape, output_format(x, weight), x.dtype)
 
 
 @torch.library.custom_op("tritonconv::conv_dgrad", mutates_args=())
@@ -144,7 +143,7 @@ def dgrad(
 
 @dgrad.register_fake
 def _(dy: Tensor, weight: Tensor, *, input_shape: Sequence[int], channels_last: bool, **_numbers: Any) -> Tensor:  # noqa: ARG001
-    return dy.new_empty_strided(input_shape, dense_strides(tuple(input_shape), channels_last))
+    return empty_output(dy, tuple(input_shape), channels_last, dy.dtype)
 
 
 @torch.library.custom_op("tritonconv::conv_wgrad", mutates_args=())
@@ -162,7 +161,7 @@ def wgrad(
 def _(
     dy: Tensor, x: Tensor, *, weight_shape: Sequence[int], channels_last: bool, bias: bool, **_numbers: Any  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dw = dy.new_empty_strided(weight_shape, dense_strides(tuple(weight_shape), channels_last))
+    dw = empty_output(dy, tuple(weight_shape), channels_last, dy.dtype)
     return dw, dy.new_empty(weight_shape[0] if bias else 0)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritonconv.ops.activation import ActivationSpec, from_numbers
 from tritonconv.ops.batch_norm import check_sizes, input_gradient, normalize, statistics, update_running
-from tritonconv.ops.layout import as_format, dense_strides, pitch_of, suggests_channels_last, wide
+from tritonconv.ops.layout import as_format, empty_output, pitch_of, suggests_channels_last, wide
 from tritonconv.ops.training import Norm, combined, norm_gradient
 
 __all__ = [
@@ -43,7 +43,7 @@ def batch_statistics(x: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    return x.new_empty_strided(x.shape, dense_strides(tuple(x.shape), suggests_channels_last(x)))
+    return empty_output(x, tuple(x.shape), suggests_channels_last(x), x.dtype)
 
 
 @torch.library.custom_op("tritonconv::batch_norm_train", mutates_args=())

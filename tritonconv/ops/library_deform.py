@@ -21,7 +21,7 @@ from tritonconv.ops.deform_gradients import Wanted, current_scatter, deform_dgra
 from tritonconv.ops.deform_torch import deform_on_torch
 from tritonconv.ops.dispatch import autocast
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.layout import dense_strides, suggests_channels_last
+from tritonconv.ops.layout import empty_output, suggests_channels_last
 from tritonconv.ops.library import ints, not_built, put_together, register_autocast, taken_apart
 from tritonconv.ops.registered import is_traced
 from tritonconv.ops.training import bias_gradient
@@ -124,7 +124,7 @@ def _(
     offset, mask = tensors[5], tensors[6]
     geometry = _geometry(x, offset, mask, weight, list(stride), list(padding), list(dilation))
     shape = geometry.conv.output_shape
-    return x.new_empty_strided(shape, dense_strides(shape, suggests_channels_last(x) or suggests_channels_last(weight)))
+    return empty_output(x, shape, suggests_channels_last(x) or suggests_channels_last(weight), x.dtype)
 
 
 @torch.library.custom_op("tritonconv::deform_conv2d_backward", mutates_args=())
@@ -159,7 +159,7 @@ def _(
     def like(t: Tensor | None, need: bool) -> Tensor:
         if t is None or not need:
             return dy.new_empty(0)
-        return t.new_empty_strided(t.shape, dense_strides(tuple(t.shape), suggests_channels_last(t)))
+        return empty_output(t, tuple(t.shape), suggests_channels_last(t), t.dtype)
 
     db = dy.new_empty(weight.shape[0] if needs[2] else 0)
     return like(x, needs[0]), like(weight, needs[1]), db, like(offset, needs[3]), like(mask, needs[4])

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.layout import dense_strides, suggests_channels_last
+from tritonconv.ops.layout import empty_output, suggests_channels_last
 from tritonconv.ops.library import conv_geometry, ints, padding_numbers, put_together, taken_apart
 from tritonconv.ops.separable import one_by_one, pointwise_geometry, separable, takes
 
@@ -66,7 +66,7 @@ def _(
     weight = tensors[5]
     shape = pointwise_geometry(g, weight.shape[0]).output_shape
     channels_last = output_format(x, first_weight) or suggests_channels_last(weight)
-    return x.new_empty_strided(shape, dense_strides(shape, channels_last))
+    return empty_output(x, shape, channels_last, x.dtype)
 
 
 @register_flop_formula(torch.ops.tritonconv.separable)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tritonconv.ops.activation import ActivationSpec
 from tritonconv.ops.backend import Backend, current_backend, decide, needs_gradients, unsupported
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.layout import dense_strides, suggests_channels_last
+from tritonconv.ops.layout import empty_output, suggests_channels_last
 from tritonconv.ops.registered import is_traced
 from tritonconv.ops.squeeze_excite import MOST_HIDDEN, excite, scale, scale_gradients
 from tritonconv.ops.watch import Call, Decision, notify, wants_parts
@@ -97,7 +97,7 @@ def _is_plain(x: Tensor, gate: Tensor, residual: Tensor | None) -> bool:
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    return x.new_empty_strided(x.shape, dense_strides(tuple(x.shape), suggests_channels_last(x)))
+    return empty_output(x, tuple(x.shape), suggests_channels_last(x), x.dtype)
 
 
 def _check(x: Tensor, gate: Tensor) -> None:

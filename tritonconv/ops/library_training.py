@@ -17,7 +17,7 @@ from tritonconv.ops.activation import from_numbers, to_numbers
 from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.launch import Kind
-from tritonconv.ops.layout import dense_strides, suggests_channels_last, wide
+from tritonconv.ops.layout import empty_output, suggests_channels_last, wide
 from tritonconv.ops.library import conv_geometry, ints, padding_numbers, register_autocast, register_gradient, resolved
 from tritonconv.ops.training import Needs, Norm, backward, forward
 
@@ -87,10 +87,10 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     del bias
     g = conv_geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups, transposed, output_padding)
-    strides = dense_strides(g.output_shape, output_format(x, weight))
+    y, z = (empty_output(x, g.output_shape, output_format(x, weight), x.dtype) for _ in range(2))
     size = g.out_channels if fixed_mean is None else 0
     mean, var, count = (x.new_empty(n, dtype=wide(x.dtype)) for n in (size, size, 1 if fixed_mean is None else 0))
-    return x.new_empty_strided(g.output_shape, strides), x.new_empty_strided(g.output_shape, strides), mean, var, count
+    return y, z, mean, var, count
 
 
 @torch.library.custom_op("tritonconv::conv_batch_norm_backward", mutates_args=())
@@ -124,7 +124,7 @@ def _(
     wanted = Needs(*needs)
 
     def dense(shape: Sequence[int], channels_last: bool) -> Tensor:
-        return z.new_empty_strided(shape, dense_strides(tuple(shape), channels_last))
+        return empty_output(z, tuple(shape), channels_last, z.dtype)
 
     channels = z.shape[1]
     return (

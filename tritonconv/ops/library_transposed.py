@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tritonconv.ops.convolution import output_format
 from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.layout import dense_strides, suggests_channels_last
+from tritonconv.ops.layout import empty_output, suggests_channels_last
 from tritonconv.ops.library import (
     conv_geometry,
     ints,
@@ -61,8 +61,7 @@ def _(
     output_padding: Sequence[int], groups: int, dilation: Sequence[int], **_numbers: Any,
 ) -> Tensor:  # fmt: skip
     geometry = conv_geometry(x.shape, weight.shape, stride, padding, "", dilation, groups, True, output_padding)
-    strides = dense_strides(geometry.output_shape, output_format(x, weight))
-    return x.new_empty_strided(geometry.output_shape, strides)
+    return empty_output(x, geometry.output_shape, output_format(x, weight), x.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:  # noqa: ARG001
