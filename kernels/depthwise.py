@@ -203,13 +203,14 @@ def keep_moments(
     count = tl.zeros((), dtype)
     total = tl.zeros((results[0].shape[1],), dtype)
     for k in tl.static_range(PATCH_P * PATCH_Q):
-        mask = only_if(p0 + k // PATCH_Q < P, there & (q0 + k % PATCH_Q < Q))
+        # As when results are stored: the first of a transposed patch may lie before the image.
+        mask = only_if((p0 + k // PATCH_Q).to(tl.uint32) < P, there & ((q0 + k % PATCH_Q).to(tl.uint32) < Q))
         count += tl.sum(mask.to(dtype))
         total += tl.sum(tl.where(mask[:, None], results[k], 0.0), 0)
     mean = total / count
     squares = tl.zeros((results[0].shape[1],), dtype)
     for k in tl.static_range(PATCH_P * PATCH_Q):
-        mask = only_if(p0 + k // PATCH_Q < P, there & (q0 + k % PATCH_Q < Q))
+        mask = only_if((p0 + k // PATCH_Q).to(tl.uint32) < P, there & ((q0 + k % PATCH_Q).to(tl.uint32) < Q))
         deviation = tl.where(mask[:, None], results[k] - mean[None, :], 0.0)
         squares += tl.sum(deviation * deviation, 0)
     row = slot.to(tl.int64)

@@ -53,6 +53,27 @@ def test_an_output_size_that_cannot_be_raises_torchs_error(size: list[int]) -> N
     assert str(ours.value) == str(theirs.value)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4], ids=["dense", "grouped", "depthwise"])
+@pytest.mark.parametrize("nd", [1, 2, 3])
+def test_statistics_are_those_of_the_result(nd: int, groups: int) -> None:
+    """With padding a stride's first pixels lie before the image, and count for nothing."""
+    for kernel, stride, padding in ((3, 2, 1), (4, 2, 1), (2, 2, 0), (3, 3, 1), (3, 2, 0)):
+        x, w = torch.randn(2, 4, *(5,) * nd), torch.randn(4, 4 // groups, *(kernel,) * nd)
+        numbers = dict(stride=stride, padding=padding, groups=groups)
+        found = []
+        for kind in (torch.float32, torch.float64):
+            mean, var = torch.zeros(4, dtype=kind), torch.ones(4, dtype=kind)
+            if kind == torch.float32:
+                function = getattr(TF, f"conv_transpose{nd}d_bn_act")
+                y = function(x, w, None, mean, var, None, None, training=True, **numbers)
+            else:
+                z = getattr(torch.nn.functional, f"conv_transpose{nd}d")(x.double(), w.double(), **numbers)
+                y = torch.nn.functional.batch_norm(z, mean, var, training=True)
+            found.append((y, mean, var))
+        for out, ref in zip(*found, strict=True):
+            torch.testing.assert_close(out.double(), ref, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_of_the_batch_norm_alone() -> None:
     """Of all that comes before it no gradient is needed."""
     x, w = torch.randn(2, 4, 5, 5), torch.randn(4, 6, 3, 3)

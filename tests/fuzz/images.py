@@ -44,10 +44,18 @@ def windows(d: Draw, nd: int, dilated: bool) -> tuple[tuple[int, ...], dict[str,
     return spatial, arguments
 
 
+def in_padding_alone(nd: int, spatial: tuple[int, ...], arguments: dict[str, Any]) -> bool:
+    """Whether a window sees no element: torch's CPU code sends its gradient to a place that may lie in no image."""
+    ones = torch.ones(1, 1, *spatial)
+    return bool(torch.isinf(getattr(F, f"max_pool{nd}d")(ones, **arguments)).any())
+
+
 def maximum(d: Draw, nd: int, indices: bool) -> Call:
     spatial, arguments = windows(d, nd, dilated=True)
     name = f"max_pool{nd}d" + ("_with_indices" if indices else "")
-    inputs = dict(input=d.image(d.channels(), spatial, values=d.one(("normal", "integers"))))
+    empty = in_padding_alone(nd, spatial, arguments)
+    values = d.one(("normal", "integers"))
+    inputs = dict(input=d.image(d.channels(), spatial, values=values, differentiable=not empty))
     return Call(getattr(TF, name), getattr(F, name), inputs, arguments, nd)
 
 
@@ -58,7 +66,8 @@ def negated(nd: int, input: Tensor, return_indices: bool, **numbers: Any) -> Any
 
 def minimum(d: Draw, nd: int) -> Call:
     spatial, arguments = windows(d, nd, dilated=True)
-    inputs = dict(input=d.image(d.channels(), spatial))
+    empty = in_padding_alone(nd, spatial, arguments)
+    inputs = dict(input=d.image(d.channels(), spatial, differentiable=not empty))
     arguments |= dict(return_indices=d.chance(0.3))
     return Call(getattr(TF, f"min_pool{nd}d"), partial(negated, nd), inputs, arguments, nd)
 

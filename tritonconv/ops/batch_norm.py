@@ -17,7 +17,7 @@ from tritonconv.geometry import power, power_of_two_divisor
 from tritonconv.ops.activation import ActivationSpec, table
 from tritonconv.ops.epilogue import Epilogue
 from tritonconv.ops.launch import Launch, device_of, epilogue_constants, forced_config, launch
-from tritonconv.ops.layout import as_format, empty_output, is_dense, pitch_of, suggests_channels_last, wide
+from tritonconv.ops.layout import as_format, empty_output, is_dense, keeps_channels_last, pitch_of, wide
 from tritonconv.tuning import INTERPRETER, Device
 
 __all__ = [
@@ -335,7 +335,7 @@ def _new(like: Tensor, *shape: int) -> Tensor:
 
 
 def _like(z: Tensor) -> Tensor:
-    return empty_output(z, tuple(z.shape), suggests_channels_last(z), z.dtype)
+    return empty_output(z, tuple(z.shape), keeps_channels_last(z), z.dtype)
 
 
 def _as(t: Tensor | None, view: View) -> Tensor | None:

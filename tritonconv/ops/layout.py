@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "as_format", "dense_strides", "empty_output", "is_dense", "pitch_of", "readable", "reads_in_place", "same_elements",
-    "suggests_channels_last", "wide",
+    "as_format", "dense_strides", "empty_output", "is_dense", "keeps_channels_last", "pitch_of", "readable",
+    "reads_in_place", "same_elements", "suggests_channels_last", "wide",
 ]  # fmt: skip
 
 
@@ -74,6 +74,14 @@ def reads_in_place(x: Tensor, channels_last: bool) -> bool:
 def readable(x: Tensor, channels_last: bool) -> Tensor:
     """`x` itself where kernels of that format read it in place, else a copy that is dense in it."""
     return x if reads_in_place(x, channels_last) else as_format(x, channels_last)
+
+
+def keeps_channels_last(x: Tensor) -> bool:
+    """Whether torch would give a result that lies as `x` channels-last strides.
+
+    Also where strides of unit sizes, which mean nothing, keep `suggests_channels_last` from saying so.
+    """
+    return suggests_channels_last(x) or (is_dense(x, True) and not is_dense(x, False))
 
 
 def empty_output(x: Tensor, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> Tensor:

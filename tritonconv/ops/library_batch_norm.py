@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritonconv.ops.activation import ActivationSpec, from_numbers
 from tritonconv.ops.batch_norm import check_sizes, input_gradient, normalize, statistics, update_running
-from tritonconv.ops.layout import as_format, empty_output, pitch_of, suggests_channels_last, wide
+from tritonconv.ops.layout import as_format, empty_output, keeps_channels_last, pitch_of, wide
 from tritonconv.ops.training import Norm, combined, norm_gradient
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 
 def as_dense(x: Tensor) -> Tensor:
     """`x`, or a dense copy in the format that torch would give a result of it."""
-    return as_format(x, suggests_channels_last(x))
+    return as_format(x, keeps_channels_last(x))
 
 
 def as_readable(x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def batch_statistics(x: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    return empty_output(x, tuple(x.shape), suggests_channels_last(x), x.dtype)
+    return empty_output(x, tuple(x.shape), keeps_channels_last(x), x.dtype)
 
 
 @torch.library.custom_op("tritonconv::batch_norm_train", mutates_args=())
