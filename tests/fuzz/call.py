@@ -47,6 +47,8 @@ class Call:
     """Drawn by `check`."""
     slack: float = 1.0
     """How many times the bound an error may be, where intermediate results are rounded to the call's type."""
+    cancels: float = 1.0
+    """How many times more an error of a gradient may be, whose terms take each other away but for a small rest."""
     rounding: tuple[str, ...] = ()
     """Inputs whose gradient is zero but for rounding errors."""
 
@@ -202,20 +204,21 @@ def _compare_gradient(call: Call, name: str, out: Tensor, ref: Tensor, depth: in
         if not torch.isfinite(out).all():
             raise WrongError(f"gradient of {name} is not finite")
         return
-    _close(f"gradient of {name}", out, ref, depth, call, dtype)
+    _close(f"gradient of {name}", out, ref, depth, call, dtype, call.cancels)
 
 
-def _close(what: str, out: Tensor, ref: Tensor, depth: int, call: Call, dtype: torch.dtype) -> None:
+def _close(what: str, out: Tensor, ref: Tensor, depth: int, call: Call, dtype: torch.dtype, more: float = 1.0) -> None:
     if not ref.is_floating_point():
         if out.dtype != ref.dtype or not torch.equal(out, ref):
             raise WrongError(f"{what}: {out.flatten()[:8].tolist()}, expected {ref.flatten()[:8].tolist()}")
         return
-    if call.slack != 1 and out.shape == ref.shape and torch.isfinite(ref).all() and torch.isfinite(out).all():
-        out = (ref + (out.double() - ref) / call.slack).to(dtype)
+    slack = call.slack * more
+    if slack != 1 and out.shape == ref.shape and torch.isfinite(ref).all() and torch.isfinite(out).all():
+        out = (ref + (out.double() - ref) / slack).to(dtype)
     if ref.numel() and ref.abs().amax() < 1e-12:
         # Nothing but rounding errors: a sum that cancels.
         ref = torch.zeros_like(ref)
-        out = torch.where(out.abs() <= 16 * call.slack * EPS[dtype], 0, out)
+        out = torch.where(out.abs() <= 16 * slack * EPS[dtype], 0, out)
     complaint = compare(out, ref, depth=depth).complaint
     if complaint is not None:
         raise WrongError(f"{what}: {complaint}")

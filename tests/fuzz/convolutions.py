@@ -122,7 +122,7 @@ def fused(d: Draw, nd: int, transposed: bool) -> Call:
     rounding = (("bias", "weight") if single else ("bias",)) if training else ()
     return Call(
         getattr(TF, f"{name}_bn_act"), partial(fused_reference, name), inputs, arguments, exact=False,
-        slack=(8.0 if d.half else 64.0) if normed else 4.0, rounding=rounding,
+        slack=8.0 if normed else 4.0, cancels=1.0 if d.half or not training else 512.0, rounding=rounding,
     )  # fmt: skip
 
 
