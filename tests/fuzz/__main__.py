@@ -13,7 +13,7 @@ from typing import Any
 
 from .runner import run, run_one
 
-PARTS = {"operators": 10_000, "networks": 500}
+PARTS = {"operators": 200 * 53, "networks": 500}
 """How many calls of each there are in a whole run."""
 
 

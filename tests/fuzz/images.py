@@ -69,7 +69,8 @@ def minimum(d: Draw, nd: int) -> Call:
     empty = in_padding_alone(nd, spatial, arguments)
     inputs = dict(input=d.image(d.channels(), spatial, differentiable=not empty))
     arguments |= dict(return_indices=d.chance(0.3))
-    return Call(getattr(TF, f"min_pool{nd}d"), partial(negated, nd), inputs, arguments, nd)
+    # Not exact: the negative of a view lies otherwise than the view.
+    return Call(getattr(TF, f"min_pool{nd}d"), partial(negated, nd), inputs, arguments, nd, exact=False)
 
 
 def average(d: Draw, nd: int) -> Call:
