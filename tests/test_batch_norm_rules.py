@@ -302,3 +302,36 @@ def test_what_is_saved_is_what_torch_saves(device: str) -> None:
     for training in (True, False):
         # One number more is the count.
         assert saved(TF, training) <= saved(F, training) + 8 + 1
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_unit_sizes_do_not_hide_a_channels_last_input(training: bool, device: str) -> None:
+    x = torch.randn(8, 4, 12, device=device).permute(0, 2, 1).unsqueeze(-1)
+    mean, var = torch.zeros(12, device=device), torch.ones(12, device=device)
+    for given in (x, x.detach().requires_grad_()):
+        ours, theirs = (on.batch_norm(given, mean.clone(), var.clone(), training=training) for on in (TF, F))
+        assert ours.stride()[:3] == theirs.stride()[:3] == (48, 1, 12)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_converted_model_with_vectors_in_columns(device: str) -> None:
+    def columns(t: torch.Tensor) -> torch.Tensor:
+        return torch.stack((t, t + 9), 1)[:, 0]
+
+    layers = torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5), torch.nn.ReLU()
+    model = torch.nn.Sequential(*layers).to(device)
+    norm = model[1]
+    for t in (norm.weight, norm.bias):
+        torch.nn.init.uniform_(t, 0.5, 1.5)
+    wide = copy.deepcopy(model).double()
+    norm.weight.data, norm.bias.data = columns(norm.weight.data), columns(norm.bias.data)
+    norm.running_mean, norm.running_var = columns(norm.running_mean), columns(norm.running_var)
+    image = torch.randn(2, 3, 8, 8, device=device)
+    found = []
+    for each in (tritonconv.convert(model), wide):
+        x = image.to(each[0].weight.dtype, copy=True).requires_grad_()
+        each(x).pow(2).sum().backward()
+        parameters = [p.grad for p in each.parameters() if p is not each[0].bias]
+        found.append([x.grad, *parameters, each[1].running_mean, each[1].running_var])
+    for out, ref in zip(*found, strict=True):
+        torch.testing.assert_close(out.double(), ref, rtol=1e-4, atol=1e-4)
