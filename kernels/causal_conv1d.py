@@ -37,7 +37,7 @@ from .causal_steps import (
     taps_of,
     walks,
 )
-from .masks import only_if
+from .masks import both
 
 __all__ = [
     "LONGEST", "causal_backward_kernel", "causal_forward_kernel", "causal_update_kernel", "configs", "fitting",
@@ -372,8 +372,8 @@ def causal_update_kernel(
         for j in tl.static_range(K):
             # Counted from the first of the new steps; before it lies the state's end.
             at = step + (j - (K - 1))
-            old = tl.load(state_ptrs + (L + at) * stride_st, mask=only_if(at < 0, mask), other=0.0).to(dtype)
-            new = tl.load(x_ptrs + at * stride_xt, mask=only_if(at >= 0, mask), other=0.0).to(dtype)
+            old = tl.load(state_ptrs + (L + at) * stride_st, mask=both(mask, at < 0), other=0.0).to(dtype)
+            new = tl.load(x_ptrs + at * stride_xt, mask=both(mask, at >= 0), other=0.0).to(dtype)
             z += (old + new) * tl.load(w + offs_c * K + j, mask=mask, other=0.0).to(dtype)
         y = ACT(z, ACT_A, ACT_B)
         tl.store(y_ptr + (b * D + offs_c) * STEPS + step, y.to(y_ptr.dtype.element_ty), mask=mask)

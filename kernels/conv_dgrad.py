@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .dot import matmul_acc, zero_tile
 from .epilogue import finish_rows
-from .masks import only_if
+from .masks import both
 from .statistics import input_gradient, load_table
 from .tiles import REMADE, grouped_tile, not_finite, taps_outside, tile
 
@@ -251,7 +251,7 @@ def conv_dgrad_kernel(
             gradient = input_gradient(a, z, table, SLOPED, ACT_GRADIENT, GRADIENT_A, GRADIENT_B)
             a = tl.where(mask_a, gradient, 0.0).to(a.dtype)
             if dz_ptr is not None:
-                tl.store(dz_ptr + (offs_y + offset), a, mask=only_if(pid_n == 0, mask_a))
+                tl.store(dz_ptr + (offs_y + offset), a, mask=both(mask_a, pid_n == 0))
         acc = matmul_acc(b.T, a.T, acc, PRECISION) if TURNED else matmul_acc(a, b, acc, PRECISION)
         if COUNTED:
             offset += BLOCK_K

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import apply_affine, load_affine
-from .masks import only_if
+from .masks import both
 from .patches import (
     exists,
     first_place,
@@ -139,7 +139,7 @@ def add_taps(
     ):
         row_ptrs = x_ptrs + h * stride_xh
         # Unsigned comparison: a negative coordinate is a large number.
-        row_inside = only_if((h0 + h).to(tl.uint32) < H, inside)
+        row_inside = both(inside, (h0 + h).to(tl.uint32) < H)
         for v in tl.static_range(
             first_place(COLUMNS, STRIDE_W, DIL_W, TRANSPOSED), last_place(PATCH_Q, COLUMNS, STRIDE_W, DIL_W, TRANSPOSED) + 1
         ):
@@ -204,13 +204,13 @@ def keep_moments(
     total = tl.zeros((results[0].shape[1],), dtype)
     for k in tl.static_range(PATCH_P * PATCH_Q):
         # As when results are stored: the first of a transposed patch may lie before the image.
-        mask = only_if((p0 + k // PATCH_Q).to(tl.uint32) < P, there & ((q0 + k % PATCH_Q).to(tl.uint32) < Q))
+        mask = both(there, (p0 + k // PATCH_Q).to(tl.uint32) < P) & ((q0 + k % PATCH_Q).to(tl.uint32) < Q)
         count += tl.sum(mask.to(dtype))
         total += tl.sum(tl.where(mask[:, None], results[k], 0.0), 0)
     mean = total / count
     squares = tl.zeros((results[0].shape[1],), dtype)
     for k in tl.static_range(PATCH_P * PATCH_Q):
-        mask = only_if((p0 + k // PATCH_Q).to(tl.uint32) < P, there & ((q0 + k % PATCH_Q).to(tl.uint32) < Q))
+        mask = both(there, (p0 + k // PATCH_Q).to(tl.uint32) < P) & ((q0 + k % PATCH_Q).to(tl.uint32) < Q)
         deviation = tl.where(mask[:, None], results[k] - mean[None, :], 0.0)
         squares += tl.sum(deviation * deviation, 0)
     row = slot.to(tl.int64)
@@ -288,12 +288,12 @@ def depthwise_kernel(
         for t in tl.range(T):
             if TRANSPOSED:
                 reached = o + PAD_D - t * DIL_D
-                inside = only_if(reached % STRIDE_D == 0, there)
+                inside = both(there, reached % STRIDE_D == 0)
                 d = reached // STRIDE_D
             else:
                 inside = there
                 d = o * STRIDE_D - PAD_D + t * DIL_D
-            inside = only_if(d.to(tl.uint32) < D, inside)
+            inside = both(inside, d.to(tl.uint32) < D)
             x_ptrs = x_ptr + ((offs_x + d.to(n.dtype) * stride_xd)[:, None] + (channels.to(n.dtype) * stride_xc)[None, :])
             for step in tl.range(R // STEP_R):
                 acc = add_rows(
@@ -327,7 +327,7 @@ def depthwise_kernel(
     for i in tl.static_range(PATCH_P):
         for j in tl.static_range(PATCH_Q):
             # The first results of a transposed patch may lie before the image.
-            mask = only_if((p0 + i).to(tl.uint32) < P, there & ((q0 + j).to(tl.uint32) < Q))[:, None]
+            mask = (both(there, (p0 + i).to(tl.uint32) < P) & ((q0 + j).to(tl.uint32) < Q))[:, None]
             if mask_c is not None:
                 mask = mask & mask_c[None, :]
             result = results[i * PATCH_Q + j]

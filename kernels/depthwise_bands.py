@@ -31,7 +31,7 @@ import triton.language as tl
 
 from .dot import matmul_acc
 from .epilogue import apply_affine, load_affine
-from .masks import only_if
+from .masks import both
 from .tiles import tile
 
 __all__ = ["Axis", "Bands", "configs", "depthwise_bands_kernel", "divide", "divide_axis", "fitting"]
@@ -394,7 +394,7 @@ def depthwise_bands_kernel(
         taps = offs_w + ahead * ADVANCE
         more = known & (taps.to(tl.uint32) < R * S)
         if FILTERS * T > 1:
-            more = only_if(plane < FILTERS * T, more)
+            more = both(more, plane < FILTERS * T)
         filter_tile = tl.load(w_ptr + (plane * (R * S) + taps), mask=more, other=0.0)
         acc = matmul_acc(a, band, acc, PRECISION)
 

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .depthwise_bands import Axis, divide_axis
 from .dot import matmul_acc
-from .masks import only_if
+from .masks import both
 from .tiles import tile
 
 __all__ = ["configs", "depthwise_bands_wgrad_kernel", "divide", "fitting"]
@@ -197,7 +197,7 @@ def depthwise_bands_wgrad_kernel(
             x_mask = x_mask & (n0 + image < N)[:, None]
         d = o * STRIDE_D + (t * DIL_D - PAD_D)
         if T > 1 or PAD_D > 0:
-            x_mask = only_if((d >= 0) & (d < D), x_mask)
+            x_mask = both(x_mask, (d >= 0) & (d < D))
         at_x = n0.to(n_type) * stride_xn + d.to(n_type) * stride_xd
         at_x += (p0 * STRIDE_H - PAD_H + r0 * DIL_H).to(n_type) * stride_xh + (q0 * STRIDE_W + FIRST_W)
         x = tl.load(x_ptr + at_x + offs_x, mask=x_mask, other=0.0)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .depthwise import patch
-from .masks import only_if
+from .masks import both
 from .patches import exists, last_place, locate, pair, patch_axis, reach, steps_of
 
 __all__ = ["configs", "depthwise_reduce_kernel", "depthwise_wgrad_kernel"]
@@ -92,7 +92,7 @@ def depthwise_wgrad_kernel(
         h0 += r0 * DIL_H
         w0 += s0 * DIL_W
         d = o * STRIDE_D - PAD_D + t * DIL_D
-        inside = only_if(d.to(tl.uint32) < D, there)
+        inside = both(there, d.to(tl.uint32) < D)
         if INDEX_64:
             n = n.to(tl.int64)
         offs_y = ((n * O + o) * P + p0) * Q + q0
@@ -104,7 +104,7 @@ def depthwise_wgrad_kernel(
         dy = ()
         for i in tl.static_range(PATCH_P):
             for j in tl.static_range(PATCH_Q):
-                mask = only_if(p0 + i < P, there & (q0 + j < Q))[:, None]
+                mask = (both(there, p0 + i < P) & (q0 + j < Q))[:, None]
                 if K % BLOCK_C > 0:
                     mask = mask & mask_k[None, :]
                 element = tl.load(dy_ptrs + (i * next_p + j * next_q), mask=mask, other=0.0).to(dtype)
@@ -116,7 +116,7 @@ def depthwise_wgrad_kernel(
         for h in tl.static_range(last_place(PATCH_P, ROWS, STRIDE_H, DIL_H, False) + 1):
             row_ptrs = x_ptrs + h * stride_xh
             # Unsigned comparison: a negative coordinate is a large number.
-            row_inside = only_if((h0 + h).to(tl.uint32) < H, inside)
+            row_inside = both(inside, (h0 + h).to(tl.uint32) < H)
             for v in tl.static_range(last_place(PATCH_Q, COLUMNS, STRIDE_W, DIL_W, False) + 1):
                 if pair(
                     exists(h, PATCH_P, ROWS, STRIDE_H, DIL_H, False), exists(v, PATCH_Q, COLUMNS, STRIDE_W, DIL_W, False)
@@ -139,11 +139,11 @@ def depthwise_wgrad_kernel(
     sums_ptrs = sums_ptr + slot.to(tl.int64) * ((TAPS + 1) * K) + offs_k
     for r in tl.static_range(ROWS):
         for s in tl.static_range(COLUMNS):
-            mask = only_if((r0 + r < R) & (s0 + s < S), mask_k)
+            mask = both(both(mask_k, r0 + r < R), s0 + s < S)
             tap = (t * R + r0 + r) * S + s0 + s
             tl.store(sums_ptrs + tap * K, tl.sum(acc[r * COLUMNS + s], 0), mask=mask)
     if BIAS:
-        tl.store(sums_ptrs + TAPS * K, tl.sum(bias, 0), mask=only_if(t + r0 + s0 == 0, mask_k))
+        tl.store(sums_ptrs + TAPS * K, tl.sum(bias, 0), mask=both(mask_k, t + r0 + s0 == 0))
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm import widened
-from .masks import only_if
+from .masks import both
 from .patches import exists, last_place, locate, reach
 
 __all__ = ["COLUMNS", "WHOLE", "configs", "patch", "pool_kernel", "raised", "window_size"]
@@ -163,13 +163,13 @@ def load_row(
         for k in tl.static_range(group_of(TAPS - 1, STRIDE, PAD, DIL) - group_of(0, STRIDE, PAD, DIL) + 1):
             if is_group(k + group_of(0, STRIDE, PAD, DIL), TAPS, STRIDE, PAD, DIL):
                 place = (k + group_of(0, STRIDE, PAD, DIL)) * STRIDE
-                mask = tl.expand_dims(only_if(row_inside, (w0 + place).to(tl.uint32) < W), 0) & mask_c
+                mask = tl.expand_dims(both(row_inside, (w0 + place).to(tl.uint32) < W), 0) & mask_c
                 values = values + phases(read(ptrs + place, mask, KIND, POWER), STRIDE)
     else:
         for v in tl.static_range(last_place(RESULTS, TAPS, STRIDE, DIL, False) + 1):
             if exists(v, RESULTS, TAPS, STRIDE, DIL, False):
                 # Unsigned comparison: a negative coordinate is a large number.
-                mask = tl.expand_dims(only_if(row_inside, (w0 + v).to(tl.uint32) < W), 1 - AXIS) & mask_c
+                mask = tl.expand_dims(both(row_inside, (w0 + v).to(tl.uint32) < W), 1 - AXIS) & mask_c
                 values = values + (read(ptrs + v * stride_w, mask, KIND, POWER),)
     return values
 
@@ -360,7 +360,7 @@ def pool_kernel(
     for k in tl.static_range(PATCH_P * PATCH_Q):
         p = p0 + k // PATCH_Q
         q = q0 + k % PATCH_Q
-        mask = tl.expand_dims(only_if(p < P, there & (q < Q)), 1 - AXIS) & mask_c
+        mask = tl.expand_dims(both(there, p < P) & (q < Q), 1 - AXIS) & mask_c
         if CHANNELS_LAST:
             pixel = (n * O + o) * (P * Q) + (p * Q + q)
             offs_y = (pixel * stride_y)[:, None] + offs_c[None, :]

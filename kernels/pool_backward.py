@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm import widened
-from .masks import only_if
+from .masks import both
 from .patches import locate
 from .pool import raised, window_size
 
@@ -131,7 +131,7 @@ def add_window(
         q = place * (PIXELS_W // STRIDE_W) + COLUMN
         # Unsigned comparison: a negative coordinate is a large number.
         # In a contiguous image `there` adds nothing, and would hide from the compiler that whole vectors are inside.
-        keep = only_if(inside & (p.to(tl.uint32) < P), q.to(tl.uint32) < Q)
+        keep = both(inside & (p.to(tl.uint32) < P), q.to(tl.uint32) < Q)
         if CHANNELS_LAST:
             keep = keep & there
         mask = tl.expand_dims(keep, 1 - AXIS) & mask_c
@@ -257,7 +257,7 @@ def pool_backward_kernel(
                     q = (w0 + PAD_W) // STRIDE_W - c
                     distance_w = (w0 + PAD_W) % STRIDE_W + c * STRIDE_W
                     s = distance_w // DIL_W
-                    keep = only_if(row_inside, there & (q.to(tl.uint32) < Q) & (s < S))
+                    keep = both(there, row_inside) & (q.to(tl.uint32) < Q) & (s < S)
                     if DIL_W > 1:
                         keep = keep & (distance_w % DIL_W == 0)
                     mask = tl.expand_dims(keep, 1 - AXIS) & mask_c
@@ -305,7 +305,7 @@ def pool_backward_kernel(
                 tiles = tiles + (acc[i * PIXELS_W + j],)
             # A block's pixels lie side by side.
             w = slot % tl.cdiv(across, BLOCK_T) * (BLOCK_T * PIXELS_W) + tl.arange(0, BLOCK_T * PIXELS_W)
-            mask = only_if(h < H, w < W)[None, :] & mask_c
+            mask = both(w < W, h < H)[None, :] & mask_c
             offs = (((n * C + offs_c) * D + d) * H + h)[:, None] * W + w[None, :]
             finish(woven(tiles, PIXELS_W), x_ptr, dx_ptr, offs, mask, KIND, POWER)
 

@@ -10,7 +10,7 @@ caches otherwise. There are no atomics: the same bits on every run.
 import triton
 import triton.language as tl
 
-from .masks import only_if
+from .masks import both
 from .resample import counter, source
 
 __all__ = ["configs", "resample_backward_kernel"]
@@ -92,7 +92,7 @@ def over_rows(
         row = od * COUNT + counter(oh)
         if INDEX_64:
             row = row.to(tl.int64)
-        dy = tl.load(dy_ptr + row * stride_row + place, mask=only_if(inside, mask), other=0.0).to(value.dtype)
+        dy = tl.load(dy_ptr + row * stride_row + place, mask=both(mask, inside), other=0.0).to(value.dtype)
         # All that is inside counts as it is, unless some axis has weights.
         value += (share_h * share) * dy if LINEAR else dy
     return value
@@ -192,7 +192,7 @@ def resample_backward_kernel(
                     in_d, share_d = part_of(d, counter(od), scale_d, D, RULE_D)
                     value = over_rows(
                         value, dy_ptr, counter(od), h, first_h, end_h, scale_h, H, OH, OW * pixel, place,
-                        share_d * share_w, only_if(in_d, here), RULE_H, LINEAR, INDEX_64,
+                        share_d * share_w, both(here, in_d), RULE_H, LINEAR, INDEX_64,
                     )  # fmt: skip
         store_row = h
         if INDEX_64:

@@ -14,7 +14,7 @@ every run. Channels-last, threads hold channels; contiguous, pixels.
 import triton
 import triton.language as tl
 
-from .masks import only_if
+from .masks import both
 
 __all__ = ["configs", "stochastic_backward_kernel", "stochastic_kernel"]
 
@@ -123,7 +123,7 @@ def stochastic_kernel(
     for tap in range(R * S):
         h = p * STRIDE_H - PAD_H + tap // S
         w = first_w + tap % S
-        mask = only_if((h >= 0) & (h < H), tl.expand_dims((w >= 0) & (w < W), 1 - axis) & inside_c)
+        mask = both(both(tl.expand_dims((w >= 0) & (w < W), 1 - axis) & inside_c, h >= 0), h < H)
         x = weight(tl.load(base + h * stride_h + inner + tl.expand_dims((pixels + tap % S) * stride_w, 1 - axis),
                            mask=mask, other=0.0).to(wide))  # fmt: skip
         total += x
@@ -143,7 +143,7 @@ def stochastic_kernel(
         for tap in range(R * S):
             h = p * STRIDE_H - PAD_H + tap // S
             w = first_w + tap % S
-            mask = only_if((h >= 0) & (h < H), tl.expand_dims((w >= 0) & (w < W), 1 - axis) & inside_c)
+            mask = both(both(tl.expand_dims((w >= 0) & (w < W), 1 - axis) & inside_c, h >= 0), h < H)
             x = weight(tl.load(base + h * stride_h + inner + tl.expand_dims((pixels + tap % S) * stride_w, 1 - axis),
                                mask=mask, other=0.0).to(wide))  # fmt: skip
             # Until the share is exceeded each element that weighs anything is a candidate, should rounding leave no other.
@@ -199,7 +199,7 @@ def stochastic_backward_kernel(
         for j in tl.static_range(COVER_W):
             q = last_q - j
             s = offs_w + PAD_W - q * STRIDE_W
-            known = only_if((p >= 0) & (p < P) & (r < R), (q >= 0) & (q < Q) & (s < S))
+            known = both((p >= 0) & (p < P) & (r < R), q >= 0) & (q < Q) & (s < S)
             mask = tl.expand_dims(known, 1 - axis) & masked(offs_w, offs_c, W, C, CHANNELS_LAST, vec)
             windows = places(image, p, q, offs_c, P, Q, C, CHANNELS_LAST, vec, INDEX_64)
             dy = tl.load(dy_ptr + windows, mask=mask, other=0.0).to(wide)

@@ -73,7 +73,7 @@ def boolean_masks() -> Iterator[None]:
             # Some versions give those of descriptors as plain arrays, which the interpreter itself has made.
             dtype = np.asarray(args[place].data).dtype if args[place] is not None else np.dtype(bool)
             if dtype != np.dtype(bool):
-                raise TypeError(f"mask of {dtype}: combine it with scalars by masks.only_if")
+                raise TypeError(f"mask of {dtype}: combine it with scalars by masks.both")
             return access(self, *args, **kwargs)
 
         return run

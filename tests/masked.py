@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from tritonconv.kernels.masks import only_if
+from tritonconv.kernels.masks import both
 
 __all__ = ["copy_kernel"]
 
@@ -11,5 +11,5 @@ __all__ = ["copy_kernel"]
 def copy_kernel(x_ptr, y_ptr, N, BOOLEAN: tl.constexpr):
     offs = tl.arange(0, 4)
     first = tl.program_id(0) == 0
-    mask = only_if(first, offs < N) if BOOLEAN else (offs < N) & first
+    mask = both(offs < N, first) if BOOLEAN else (offs < N) & first
     tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=mask), mask=mask)
