@@ -187,7 +187,7 @@ def test_a_view_sees_the_memory_that_torch_gives_it(kind: type[nn.Module], forma
         with pytest.raises(RuntimeError, match=str(error)[:20]):
             tritonconv.convert(model)(x)
         return
-    converted = compared(model, x)
+    converted = compared(model, x, training=format == torch.contiguous_format)
     assert all(suggests_channels_last(m.weight) for m in converted.modules() if isinstance(m, nn.Conv2d))
 
 
@@ -275,7 +275,8 @@ def test_results_have_the_strides_that_torch_gives(name: str, format: torch.memo
         with pytest.raises(RuntimeError):
             tritonconv.convert(model)(x)
         return
-    compared(model, x, training=name not in IN_PLACE | {"complex"})
+    # The rules are one mode's as the other's: training takes the format that costs copies.
+    compared(model, x, training=format == torch.contiguous_format and name not in IN_PLACE | {"complex"})
 
 
 @pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last], ids=["w C", "w CL"])
