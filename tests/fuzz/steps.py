@@ -73,7 +73,11 @@ def maximum(b: Builder, v: str) -> None:
     nd = _nd(b.values[v])
     # The interpreter's time goes by taps.
     kernel, dilation = (2, b.one(1, 2)) if nd == 3 else (b.one(2, 3, 3), b.one(1, 1, 2, 3))
-    numbers = f"{kernel}, {b.one(1, 2, 2, 3, 5, 6)}, {b.one(0, kernel // 2)}, {dilation}"
+    padding = b.one(0, kernel // 2)
+    if b.chance(0.3):
+        # Two taps, one on either side of the shortest axis.
+        kernel, padding, dilation = 2, 1, 1 + min(b.values[v].shape[-nd:])
+    numbers = f"{kernel}, {b.one(1, 2, 2, 3, 5, 6)}, {padding}, {dilation}"
     ceil = f"ceil_mode={b.chance(0.6)}"
     if b.chance(0.4):
         activation(b, v)
