@@ -6,7 +6,7 @@ table says. Rules hold for every triton version, to the letter for the pinned on
 same version.
 
 A row remembers what it was made from: the device code, every argument, the compiler's options. --check compiles what
-has changed since, and one row of sixteen of the rest, so that a table that another compiler made shows; --whole compiles
+has changed since, and one row of thirty-two of the rest, so that a table that another compiler made shows; --whole compiles
 all.
 """
 
@@ -50,7 +50,7 @@ TABLE = Path(__file__).with_name("codegen.json")
 RESOURCES = Path(tritonconv.tuning.__file__).with_name("resources.json")
 KEY = ("kernel", "case", "config", "target", "triton")
 # Of what has not changed one row in so many is compiled again.
-SAMPLED = 16
+SAMPLED = 32
 # How code is read is part of what a row says.
 READING = hashlib.sha256(Path(offline.__file__).read_bytes()).hexdigest()
 

@@ -254,8 +254,9 @@ def test_a_peer_that_is_wrong_is_reported_and_fails_nothing(monkeypatch: pytest.
     """Torch's bf16 is off by 1.4e-2 on CPUs without AVX-512, which is beyond the bound that holds for us."""
     inexact_convolutions(monkeypatch, 0.05)
     monkeypatch.setattr("tritonconv.bench.session.Worker", Here)
-    jobs = [job for job in small_jobs("3x3 of 128") if job.identity["pass"] == "fprop"]
-    assert {job.identity["id"] for job in jobs} == {"3x3 of 128"}
+    identity = dict(id="3x3 of 128") | {"pass": "fprop"}
+    jobs = [job for job in small_jobs("3x3 of 128") if job.identity.items() >= identity.items()]
+    assert jobs
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         assert dry_run([], jobs, "H200", tmp_path, console=QUIET) == 0
