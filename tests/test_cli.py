@@ -285,3 +285,9 @@ def test_tune_says_what_it_needs() -> None:
     assert result.exit_code == 1 and "there is no file absent.py" in result.output
     result = invoke("tune", "broken.py:model", "--input", "1,3,8,8")
     assert result.exit_code == 1 and "ValueError: no weights here" in result.output
+
+
+def test_the_package_has_it_too() -> None:
+    from tritonconv import cli
+
+    assert cli.main is main

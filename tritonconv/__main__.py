@@ -1,6 +1,6 @@
 """`python -m tritonconv` is the command line."""
 
-from tritonconv_cli import main
+from tritonconv.cli import main
 
 if __name__ == "__main__":
     main(prog_name="tritonconv")
