@@ -99,7 +99,7 @@ def fused(d: Draw, nd: int, transposed: bool) -> Call:
     training = d.chance(0.5)
     if training or len(x.shape) == nd + 1:
         # Of few pixels a variance is nothing but rounding errors; of an unbatched image the channels would be the batch.
-        shape = (d.one((4, 6)), *x.shape[-nd - 1 :]) if training else x.shape
+        shape = (d.one((4, 6)) * (4 if d.half else 1), *x.shape[-nd - 1 :]) if training else x.shape
         x = d.input(shape, values="normal")
         # Equal images have no variance: what is left is the rounding of their results, many times over.
         x.layout = "permute" if training and x.layout == "expand" else x.layout
@@ -190,7 +190,9 @@ def causal_reference(
     before = x.new_zeros(*x.shape[:2], steps) if initial_state is None else initial_state
     whole = torch.cat((before, x), 2)
     y = activated(F.conv1d(whole, weight, bias, groups=x.shape[1]), "silu" if activation == "swish" else activation)
-    return (y, whole[:, :, whole.shape[2] - steps :]) if return_final_state else y
+    # What is older than the sequence's last steps is forgotten.
+    last = x if x.shape[2] >= steps else whole
+    return (y, last[:, :, last.shape[2] - steps :]) if return_final_state else y
 
 
 def causal(d: Draw) -> Call:
