@@ -22,7 +22,7 @@ OPERATOR = "torchvision::deform_conv2d"
 KNOWN: dict[tuple[str, str, str], type[torch.nn.Module]] = {
     # torchvision 0.29.1
     ("torchvision", "DeformConv2d", "d59863c51d784a8a901a09872aa11b4d20e338a9e3abfd8d2152a341dea30e4c"): nn.DeformConv2d,
-    # mmcv 1.3 to 2.2
+    # mmcv at commits f127a737 (1.x, the first of the two) and 0093647e (2.x)
     ("mmcv", "ModulatedDeformConv2dPack", "4e799e6a8a65204bdd490a2c18bf28d2687ca6299fe38850a4ba26265fcc5176"):
         nn.DeformConv2dPack,
     ("mmcv", "DeformConv2dPack", "a0aba44c8e728a46491df67f52b4eff9d62bf55d27f86982942d2d89070f4541"): nn.DeformConv2dPack,
