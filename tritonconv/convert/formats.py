@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from tritonconv import nn
-from tritonconv.convert.calls import IN_PLACE_OPERATORS, in_place_target, module_of, overwrites, spec_of_call
+from tritonconv.convert.calls import IN_PLACE_OPERATORS, in_place_target, module_of, spec_of_call
 from tritonconv.convert.code import minds_strides
 from tritonconv.convert.functions import OURS
 from tritonconv.convert.memory import Memory
@@ -151,7 +151,7 @@ class _Formats:
             self._visit(node)
         gone = {value for values in self.leaving.values() for value in values}
         # Who writes into such a value must write into what everyone reads.
-        self.at_once = {value for value in gone if value not in self.parts and _is_written(value, graph, memory)}
+        self.at_once = {value for value in gone if value not in self.parts and self._is_written(value)}
 
     def _visit(self, node: fx.Node) -> None:
         sources = [n for n in node.all_input_nodes if n.op != "get_attr" and n.target is not Join]
@@ -163,7 +163,7 @@ class _Formats:
         moved = [n for n in sources if n in self.flags]
         is_part = _is_part(node)
         if not (_keeps_format(node, self.modules) or (is_part and node not in self.whole)):
-            if moved and not (_makes_rows(node, self.modules) and not _is_written(node, node.graph, self.memory)):
+            if moved and not (_makes_rows(node, self.modules) and not self._is_written(node)):
                 self.leaving[node] = moved
             return
         layers = self._layers(node)
@@ -181,6 +181,10 @@ class _Formats:
         target = in_place_target(node, self.modules)
         if is_part or (target is not None and target in self.parts):
             self.parts.add(node)
+
+    def _is_written(self, value: fx.Node) -> bool:
+        """Whether someone may write into the value's memory once it is computed."""
+        return self.memory.is_written_later(self.memory.origins(value), value)
 
     def _layers(self, node: fx.Node) -> list[torch.nn.Module]:
         members = [node.args[position] for position in LAYERS.get(node.target, ())]
@@ -241,14 +245,3 @@ def _makes_rows(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
         return (module.start_dim, module.end_dim) == (1, -1) and not carries_hook(module)
     flatten = node.target is torch.flatten or (node.op == "call_method" and node.target == "flatten")
     return flatten and node.args[1:] == (1,) and not node.kwargs
-
-
-def _is_written(value: fx.Node, graph: fx.Graph, memory: Memory) -> bool:
-    """Whether someone may write into the value's memory once it is computed."""
-    held = memory.origins(value)
-    for node in list(graph.nodes):
-        if node in memory.position and memory.position[node] > memory.position[value]:
-            targets, _ = overwrites(node, memory.modules)
-            if any(held & memory.origins(target) for target in targets):
-                return True
-    return False

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from tritonconv import nn
-from tritonconv.convert.calls import module_of, overwrites
+from tritonconv.convert.calls import module_of
 from tritonconv.convert.memory import Memory
 from tritonconv.convert.pools import pool_of
 from tritonconv.nn.fused import carries_hook, fused_call, fused_norm
@@ -120,16 +120,12 @@ def _channels(node: Any, modules: dict[str, torch.nn.Module]) -> int | fx.Node:
 
 def _is_written(nodes: list[fx.Node], whole: fx.Node, graph: fx.Graph, memory: Memory) -> bool:
     """Whether someone may write into any of these values once it is computed; callers may, but for the whole."""
-    first = min(memory.position[node] for node in nodes)
+    first = min(nodes, key=memory.position.__getitem__)
     given = {origin for result in graph.output_node().all_input_nodes for origin in (result, *memory.origins(result))}
     if given & {node for node in nodes if node is not whole}:
         return True
-    held = {origin for node in nodes for origin in (node, *memory.origins(node)) if origin is not None}
-    for node in list(graph.nodes)[first + 1 :]:
-        targets, _ = overwrites(node, memory.modules)
-        if any(held & memory.origins(target) for target in targets):
-            return True
-    return False
+    held = frozenset(origin for node in nodes for origin in (node, *memory.origins(node)) if origin is not None)
+    return memory.is_written_later(held, first)
 
 
 def _replace(

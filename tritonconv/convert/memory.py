@@ -69,6 +69,14 @@ class Memory:
                 return True
         return False
 
+    def is_written_later(self, held: frozenset[fx.Node | None], after: fx.Node) -> bool:
+        """Whether a node behind another may write into memory of these origins."""
+        for node in self._nodes[self.position[after] + 1 :]:
+            targets, _ = overwrites(node, self.modules)
+            if any(held & self.origins(target) for target in targets):
+                return True
+        return False
+
     def is_used(self, call: fx.Node, before: fx.Node) -> bool:
         """Whether the module that a node calls is called again before another node, or a buffer of it is read."""
         module = module_of(call, self.modules)
@@ -85,10 +93,8 @@ class Memory:
     def may_change(self, value: fx.Node, after: fx.Node) -> bool:
         """Whether the value may be written into behind a node although torch has saved it for no backward pass."""
         held = self.origins(value)
-        for node in self._nodes[self.position[after] + 1 :]:
-            targets, _ = overwrites(node, self.modules)
-            if any(held & self.origins(target) for target in targets):
-                return True
+        if self.is_written_later(held, after):
+            return True
         if saves_result(value, self.modules) or any(saves_arguments(user, self.modules) for user in value.users):
             return False
         return any(held & (self.origins(result) | {OUTSIDE}) for result in self._nodes[-1].all_input_nodes)
