@@ -217,7 +217,7 @@ def default_device() -> str:
 
 
 def check_triton(who: str) -> None:
-    from tritonconv.ops.backend import HAS_TRITON
+    from tritonconv.ops.core.backend import HAS_TRITON
 
     if not HAS_TRITON:
         raise click.ClickException(f"{who} Triton kernels, but triton is not installed (it is for Linux)")
@@ -238,7 +238,7 @@ def run_kernels_somewhere(device: str) -> None:
 
     TRITON_INTERPRET counts when triton is imported, and torch has imported it by now.
     """
-    from tritonconv.ops.backend import HAS_TRITON
+    from tritonconv.ops.core.backend import HAS_TRITON
 
     if device == "cpu" and HAS_TRITON and "TRITON_INTERPRET" not in os.environ:
         os.execve(

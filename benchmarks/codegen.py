@@ -33,10 +33,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 import tritonconv.tuning
-from tritonconv.bench import offline
-from tritonconv.bench.offline import TARGETS, inspect_launch
 from tritonconv.bench.registry import Operation, Specimen, configs_of, module_of, operations, specimens
-from tritonconv.ops.launch import Launch
+from tritonconv.measure import offline
+from tritonconv.measure.offline import TARGETS, inspect_launch
+from tritonconv.ops.core.launch import Launch
 from tritonconv.tuning import Problem, candidates
 from tritonconv.tuning.configs import name_of
 from tritonconv.tuning.cost import HOPPER_FLOP_PER_CLOCK, variant

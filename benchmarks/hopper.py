@@ -15,8 +15,8 @@ from benchmarks.markdown import number, table
 from tritonconv.bench.cases import Case, load_cases
 from tritonconv.bench.layers import seconds_at_least
 from tritonconv.bench.registry import dtype_of, operations
-from tritonconv.ops.backend import Backend, set_backend
-from tritonconv.ops.launch import Launch, captured
+from tritonconv.ops.core.backend import Backend, set_backend
+from tritonconv.ops.core.launch import Launch, captured
 from tritonconv.tuning import device_named
 from tritonconv.tuning.configs import name_of
 from tritonconv.tuning.cost import predict

@@ -34,10 +34,10 @@ from tritonconv.kernels.conv_fprop import conv_fprop_kernel
 
 import tritonconv
 import tritonconv.functional as ours
-from tritonconv.bench.offline import IdleDriver
-from tritonconv.nn.fused import fused_call
-from tritonconv.ops import backend, launch
-from tritonconv.ops.calls import clear_caches
+from tritonconv.fused.call import fused_call
+from tritonconv.measure.offline import IdleDriver
+from tritonconv.ops.core import backend, launch
+from tritonconv.ops.core.cache import clear_caches
 from tritonconv.tuning import Device
 from tritonconv.tuning.devices import device_named
 

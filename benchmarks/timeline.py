@@ -18,10 +18,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.activation import ActivationSpec
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.hopper import prepare_hopper
-from tritonconv.ops.launch import captured, forced
+from tritonconv.ops.conv.hopper import prepare_hopper
+from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import captured, forced
 from tritonconv.tuning import device_named
 
 __all__ = ["main"]

@@ -18,7 +18,7 @@ from benchmarks.markdown import table
 from tritonconv.bench.cases import Case, load_cases
 from tritonconv.bench.registry import dtype_of, operation_for
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.training import on_the_way
+from tritonconv.ops.conv.conv_norm import on_the_way
 from tritonconv.tuning import Problem, choose, device_named
 from tritonconv.tuning.configs import as_dict
 from tritonconv.tuning.ranges import ranges

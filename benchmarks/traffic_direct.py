@@ -19,7 +19,7 @@ from benchmarks.markdown import table
 from tritonconv.bench.cases import Case, load_cases
 from tritonconv.bench.operations.convolution import layer
 from tritonconv.bench.registry import Operation, dtype_of, operation_for
-from tritonconv.ops.launch import Launch
+from tritonconv.ops.core.launch import Launch
 from tritonconv.tuning import device_named
 from tritonconv.tuning.configs import name_of
 

@@ -2,7 +2,7 @@
 
 Float atomics add in whatever order they come, and round each time: other bits on every run. Integers do not round, so that
 their order is no matter: each value is scaled by a power of two and becomes a 64-bit integer, and the sum is scaled back.
-The scale is chosen on the device, from a bound of any sum (ops/deform_gradients.py: scale_of), so that none overflows. What
+The scale is chosen on the device, from a bound of any sum (ops/deform/gradients.py: scale_of), so that none overflows. What
 a value loses is at most half a unit, 2^-62 of that bound. For fp64 a second integer holds the next 36 bits.
 
 A bound that is infinite or NaN gives the scale 0, which stands for float atomics in fp64: then NaN and infinity arrive

@@ -36,7 +36,7 @@ def patch(p: int, q: int, warps: int) -> triton.Config:
 
 
 def configs() -> list[triton.Config]:
-    """Every candidate; each is right for every pooling, for patches are cut to what a thread can hold (ops/pool.py)."""
+    """Every candidate; each is right for every pooling, for patches are cut to what a thread can hold (ops/pool)."""
     return [
         # Windows that overlap share rows.
         patch(4, 2, 4),

@@ -31,7 +31,7 @@ def cells(h: int, w: int) -> triton.Config:
 
 
 def configs() -> list[triton.Config]:
-    """Every candidate; each is right for every pooling, for cells are cut to what a thread can hold (ops/pool.py)."""
+    """Every candidate; each is right for every pooling, for cells are cut to what a thread can hold (ops/pool)."""
     return [
         # Strides: a cell is some pixels already.
         cells(1, 1),

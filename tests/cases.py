@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.ops.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.layout import as_format
+from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.core.layout import as_format
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 

@@ -16,8 +16,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
-import tritonconv.ops.layout
-from tritonconv.ops.backend import HAS_TRITON
+import tritonconv.ops.core.layout
+from tritonconv.ops.core.backend import HAS_TRITON
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def poisoning() -> Iterator[None]:
         t = empty_strided(*args, **kwargs)
         return t.fill_(float("nan")) if t.is_floating_point() and t.device.type != "meta" else t
 
-    with mock.patch.object(tritonconv.ops.layout.torch, "empty_strided", poisoned):
+    with mock.patch.object(tritonconv.ops.core.layout.torch, "empty_strided", poisoned):
         yield
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.calls import Dense, Prepared
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.hopper import hopper_dgrad, hopper_wgrad, prepare_hopper
-from tritonconv.ops.launch import Launch, captured, forced
-from tritonconv.ops.sink import WHOLE, Sink
+from tritonconv.ops.conv.hopper import hopper_dgrad, hopper_wgrad, prepare_hopper
+from tritonconv.ops.conv.target import WHOLE, Sink
+from tritonconv.ops.core.cache import Dense, Prepared
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import Launch, captured, forced
 from tritonconv.tuning import device_named
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 from reference import assert_close
 
 import tritonconv.functional as TF
-from tritonconv.ops.layout import as_format
+from tritonconv.ops.core.layout import as_format
 
 F = torch.nn.functional
 FORWARD = ["batch_norm_statistics_kernel", "batch_norm_combine_kernel", "batch_norm_normalize_kernel"]

@@ -1,12 +1,12 @@
-"""References in fp64, and the comparison of bench/check.py as an assertion."""
+"""References in fp64, and the comparison of measure/check.py as an assertion."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tritonconv.bench.check import compare
-from tritonconv.ops.epilogue import Epilogue
+from tritonconv.measure.check import compare
+from tritonconv.ops.core.epilogue import Epilogue
 
 
 def conv_reference(x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, **arguments: object) -> Tensor:

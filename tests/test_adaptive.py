@@ -16,9 +16,9 @@ from tritonconv.kernels import adaptive_pool_backward as backward_kernels
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import AdaptiveGeometry
-from tritonconv.ops import adaptive as launches_of
-from tritonconv.ops.launch import forced, record_launches
-from tritonconv.ops.layout import as_format, is_dense, suggests_channels_last
+from tritonconv.ops.adaptive import launch as launches_of
+from tritonconv.ops.core.launch import forced, record_launches
+from tritonconv.ops.core.layout import as_format, is_dense, suggests_channels_last
 from tritonconv.tuning import device_named
 
 F = torch.nn.functional

@@ -10,11 +10,11 @@ import torch
 
 import tritonconv
 import tritonconv.functional as TF
-from tritonconv.ops import backend
-from tritonconv.ops.backend import current_backend
-from tritonconv.ops.launch import record_launches
-from tritonconv.ops.layout import is_dense
-from tritonconv.ops.watch import Call, observe
+from tritonconv.ops.core import backend
+from tritonconv.ops.core.backend import current_backend
+from tritonconv.ops.core.launch import record_launches
+from tritonconv.ops.core.layout import is_dense
+from tritonconv.ops.core.observe import Call, observe
 
 
 @pytest.fixture

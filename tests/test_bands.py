@@ -13,19 +13,19 @@ from tritonconv.kernels import depthwise_bands, depthwise_bands_wgrad
 from tritonconv.kernels.tiles import tile
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops import bands
-from tritonconv.ops.activation import make_spec
-from tritonconv.ops.bands import (
+from tritonconv.ops.conv import banded as bands
+from tritonconv.ops.conv.banded import (
     bands_dgrad,
     bands_wgrad,
     prefers_bands,
     prepare_bands,
     supports_bands,
 )  # fmt: skip
-from tritonconv.ops.depthwise import View, depthwise_dgrad, depthwise_wgrad, prepare_depthwise
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import forced, record_launches
-from tritonconv.ops.layout import as_format
+from tritonconv.ops.conv.depthwise import View, depthwise_dgrad, depthwise_wgrad, prepare_depthwise
+from tritonconv.ops.core.activation import make_spec
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import forced, record_launches
+from tritonconv.ops.core.layout import as_format
 from tritonconv.tuning import Problem, candidates, choose, device_named
 
 F = torch.nn.functional

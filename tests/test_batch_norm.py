@@ -10,12 +10,12 @@ from tritonconv.kernels import batch_norm as kernels
 
 import tritonconv
 import tritonconv.functional as TF
-from tritonconv.ops import batch_norm as launches_of
-from tritonconv.ops.activation import parse_activation
-from tritonconv.ops.batch_norm import Statistics, combine, statistics
-from tritonconv.ops.dispatch_batch_norm import norm_act
-from tritonconv.ops.launch import captured, device_of, forced, record_launches
-from tritonconv.ops.layout import as_format, is_dense, suggests_channels_last
+from tritonconv.ops.batch_norm import launch as launches_of
+from tritonconv.ops.batch_norm.dispatch import norm_act
+from tritonconv.ops.batch_norm.launch import Statistics, combine, statistics
+from tritonconv.ops.core.activation import parse_activation
+from tritonconv.ops.core.launch import captured, device_of, forced, record_launches
+from tritonconv.ops.core.layout import as_format, is_dense, suggests_channels_last
 from tritonconv.tuning import device_named
 
 F = torch.nn.functional

@@ -12,8 +12,8 @@ from reference import assert_close
 
 import tritonconv
 import tritonconv.functional as TF
-from tritonconv.ops.activation import parse_activation, table
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.activation import parse_activation, table
+from tritonconv.ops.core.launch import record_launches
 
 F = torch.nn.functional
 OPS = torch.ops.tritonconv

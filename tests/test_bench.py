@@ -21,18 +21,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from tritonconv.bench import check, clock, layers, networks, registry, suites
-from tritonconv.bench.ahead import compile_ahead
+from tritonconv.bench import layers, networks, registry, suites
 from tritonconv.bench.cases import Case, load_cases
-from tritonconv.bench.clock import Timing, copies_for_cold_cache
 from tritonconv.bench.dry import dry_records, small_jobs, verdict
 from tritonconv.bench.results import Results, is_peer, read_records
 from tritonconv.bench.run import columns_of, dry_run, measure, summary
 from tritonconv.bench.sanitize import sanitize_jobs
 from tritonconv.bench.session import Job, Session, track
-from tritonconv.bench.tune import case_compilations
-from tritonconv.bench.worker import Worker, WorkerError
-from tritonconv.ops.launch import forced, precision
+from tritonconv.measure import check, clock
+from tritonconv.measure.ahead import compile_ahead
+from tritonconv.measure.clock import Timing, copies_for_cold_cache
+from tritonconv.measure.tune import case_compilations
+from tritonconv.measure.worker import Worker, WorkerError
+from tritonconv.ops.core.launch import forced, precision
 from tritonconv.tuning import device_named
 from tritonconv.tuning.configs import as_dict, config_name
 from tritonconv.tuning.tables import Table
@@ -589,8 +590,8 @@ def stub_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.setattr(f"tritonconv.bench.{module}.ready", lambda: "cpu")
         monkeypatch.setattr(f"tritonconv.bench.{module}.peak_memory", lambda _: 1000)
         monkeypatch.setattr(f"tritonconv.bench.{module}.copies_for_cold_cache", lambda *_, **__: 2)
-    monkeypatch.setattr("tritonconv.bench.tune.ready", lambda: "cpu")
-    monkeypatch.setattr("tritonconv.bench.tune.copies_for_cold_cache", lambda *_: 1)
+    monkeypatch.setattr("tritonconv.measure.tune.ready", lambda: "cpu")
+    monkeypatch.setattr("tritonconv.measure.tune.copies_for_cold_cache", lambda *_: 1)
     monkeypatch.setattr("tritonconv.bench.run.can_time", lambda: True)
     monkeypatch.setattr("tritonconv.bench.run.this_device", lambda: H200)
     monkeypatch.setattr("tritonconv.bench.run.compile_ahead", lambda *_, **__: {})
@@ -679,11 +680,11 @@ import functools, sys
 from pathlib import Path
 import torch, triton
 from rich.console import Console
-from tritonconv.bench.ahead import case_launches, compile_ahead
-from tritonconv.bench.offline import IdleDriver
+from tritonconv.measure.ahead import case_launches, compile_ahead
+from tritonconv.measure.offline import IdleDriver
 from tritonconv.bench.registry import operations
-from tritonconv.ops.launch import captured, forced
-from tritonconv.ops.launch import forced
+from tritonconv.ops.core.launch import captured, forced
+from tritonconv.ops.core.launch import forced
 from tritonconv.tuning import device_named
 from tritonconv.tuning.tables import Table
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
 from tritonconv.nn import CausalConv1d
-from tritonconv.ops.activation import parse_activation
-from tritonconv.ops.causal import LONGEST, Walk, causal_backward, causal_forward, needs_copy
-from tritonconv.ops.launch import forced, record_launches
-from tritonconv.ops.layout import is_dense
-from tritonconv.ops.watch import observe
+from tritonconv.ops.causal.launch import LONGEST, Walk, causal_backward, causal_forward, needs_copy
+from tritonconv.ops.core.activation import parse_activation
+from tritonconv.ops.core.launch import forced, record_launches
+from tritonconv.ops.core.layout import is_dense
+from tritonconv.ops.core.observe import observe
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 FORWARD, STEP = ["causal_forward_kernel"], ["causal_update_kernel"]

@@ -18,7 +18,7 @@ from tritonconv import kernels
 from tritonconv.bench import layers
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import operations
-from tritonconv.ops.launch import device_of, forced, record_launches
+from tritonconv.ops.core.launch import device_of, forced, record_launches
 from tritonconv.tuning import device_named
 
 H200 = device_named("H200")

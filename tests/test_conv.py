@@ -13,12 +13,12 @@ from tritonconv.kernels.tiles import fitting
 
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.activation import make_spec
-from tritonconv.ops.calls import clear_caches
-from tritonconv.ops.convolution import output_format
-from tritonconv.ops.dispatch import convolution
-from tritonconv.ops.launch import forced, record_launches
-from tritonconv.ops.layout import dense_strides, is_dense
+from tritonconv.ops.conv.dense import output_format
+from tritonconv.ops.conv.dispatch import convolution
+from tritonconv.ops.core.activation import make_spec
+from tritonconv.ops.core.cache import clear_caches
+from tritonconv.ops.core.launch import forced, record_launches
+from tritonconv.ops.core.layout import dense_strides, is_dense
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 
@@ -89,7 +89,7 @@ def test_every_candidate_config(case: ConvCase, config: object, dtype: torch.dty
 
 
 def fits(config: object, dtype: torch.dtype) -> bool:
-    from tritonconv.ops.launch import device_of
+    from tritonconv.ops.core.launch import device_of
 
     size = torch.empty(0, dtype=dtype).element_size()
     shared = device_of(torch.device("cuda")).shared_memory

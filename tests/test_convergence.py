@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonconv
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 STEPS = 20
 

@@ -13,8 +13,8 @@ from models import CASES, BasicBlock, Case, Functional, Grouped, LeNet, ResNet, 
 from torch import Tensor, nn
 
 import tritonconv
-from tritonconv.ops.launch import record_launches
-from tritonconv.ops.layout import is_dense, suggests_channels_last
+from tritonconv.ops.core.launch import record_launches
+from tritonconv.ops.core.layout import is_dense, suggests_channels_last
 
 RESNET = CASES[0]
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonconv
 from tritonconv.convert.fuse import FusedForward
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 Values = dict[str, Tensor]
 

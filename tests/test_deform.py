@@ -18,12 +18,12 @@ from torch import Tensor
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import DeformGeometry
-from tritonconv.ops.deform import deform_forward
-from tritonconv.ops.deform_gradients import Wanted, deform_dgrad, deform_wgrad
-from tritonconv.ops.deform_torch import deform_on_torch
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import forced, record_launches
-from tritonconv.ops.layout import is_dense
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import forced, record_launches
+from tritonconv.ops.core.layout import is_dense
+from tritonconv.ops.deform.gradients import Wanted, deform_dgrad, deform_wgrad
+from tritonconv.ops.deform.launch import deform_forward
+from tritonconv.ops.deform.torch_form import deform_on_torch
 from tritonconv.tuning import Problem, device_named
 from tritonconv.tuning.candidates import candidates, possible
 from tritonconv.tuning.devices import known_devices

@@ -15,8 +15,8 @@ import tritonconv
 from tritonconv.convert.deform import KNOWN, digest_of_forward
 from tritonconv.convert.functions import replace_functions
 from tritonconv.nn import DeformConv2d, DeformConv2dPack
-from tritonconv.ops.launch import record_launches
-from tritonconv.ops.layout import is_dense
+from tritonconv.ops.core.launch import record_launches
+from tritonconv.ops.core.layout import is_dense
 
 
 class Packed(torch.nn.Module):

@@ -18,13 +18,13 @@ import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import DeformGeometry
 from tritonconv.nn import DeformConv2d, DeformConv2dPack
-from tritonconv.ops.activation import parse_activation
-from tritonconv.ops.deform_gradients import current_scatter, scale_of
-from tritonconv.ops.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.launch import record_launches
-from tritonconv.ops.layout import is_dense
-from tritonconv.ops.library_deform import deform_convolution
-from tritonconv.ops.watch import observe
+from tritonconv.ops.core.activation import parse_activation
+from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.core.launch import record_launches
+from tritonconv.ops.core.layout import is_dense
+from tritonconv.ops.core.observe import observe
+from tritonconv.ops.deform.gradients import current_scatter, scale_of
+from tritonconv.ops.deform.operator import deform_convolution
 
 FORWARD = ["deform_conv_kernel"]
 

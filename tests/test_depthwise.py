@@ -14,12 +14,12 @@ from tritonconv.kernels import depthwise, depthwise_wgrad
 import tritonconv.functional as TF
 from tritonconv.bench.registry import operations
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.activation import make_spec
-from tritonconv.ops.depthwise import depthwise_dgrad, is_depthwise
-from tritonconv.ops.depthwise import depthwise_wgrad as launch_wgrad
-from tritonconv.ops.dispatch import convolution
-from tritonconv.ops.launch import captured, device_of, forced, record_launches
-from tritonconv.ops.layout import as_format, is_dense
+from tritonconv.ops.conv.depthwise import depthwise_dgrad, is_depthwise
+from tritonconv.ops.conv.depthwise import depthwise_wgrad as launch_wgrad
+from tritonconv.ops.conv.dispatch import convolution
+from tritonconv.ops.core.activation import make_spec
+from tritonconv.ops.core.launch import captured, device_of, forced, record_launches
+from tritonconv.ops.core.layout import as_format, is_dense
 from tritonconv.tuning import Problem, candidates, device_named
 from tritonconv.tuning.candidates import possible
 
@@ -227,7 +227,7 @@ def test_offsets_of_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
             strided = torch.empty_strided(x.shape, (batch_stride, 1, 32, 8), device="meta")
             TF.conv2d(strided, w.to("meta"), padding=1, groups=8)
     assert [launch.arguments["INDEX_64"] for launch in launches] == [False, True]
-    monkeypatch.setattr("tritonconv.ops.depthwise._index_64", lambda *_: True)
+    monkeypatch.setattr("tritonconv.ops.conv.depthwise._index_64", lambda *_: True)
     for channels_last in (True, False):
         images = as_format(x, channels_last)
         out = TF.conv2d(images, w, stride=2, padding=1, groups=8)

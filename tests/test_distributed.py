@@ -14,7 +14,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tritonconv
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 Values = dict[str, Tensor]
 

@@ -10,10 +10,10 @@ from cases import DTYPES, ConvCase, make_epilogue, make_tensors
 from reference import assert_close, conv_reference
 
 import tritonconv.functional as TF
-from tritonconv.ops.activation import from_module, make_spec, parse_activation, table
-from tritonconv.ops.dispatch import convolution
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.conv.dispatch import convolution
+from tritonconv.ops.core.activation import from_module, make_spec, parse_activation, table
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import record_launches
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritonconv.functional as TF
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 X, W = (2, 4, 8, 8), (6, 4, 3, 3)
 

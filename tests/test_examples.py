@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import tritonconv
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 FOLDER = Path(__file__).parents[1] / "examples"
 

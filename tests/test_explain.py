@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonconv
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 KEYS = {
     "name", "kind", "fused", "backend", "reason", "params", "macs", "bytes", "copies", "receptive_field", "roofline_us",

@@ -11,7 +11,7 @@ from reference import assert_close
 from torch import Tensor, nn
 
 import tritonconv
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 
 class Inverted(nn.Module):

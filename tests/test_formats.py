@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tritonconv
-from tritonconv.ops.layout import dense_strides, suggests_channels_last
+from tritonconv.ops.core.layout import dense_strides, suggests_channels_last
 
 
 def tensors_in(value: Any) -> list[Tensor]:

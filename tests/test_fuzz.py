@@ -15,7 +15,7 @@ from fuzz.runner import run_one
 
 import tritonconv
 import tritonconv.functional as TF
-from tritonconv.ops.layout import as_format
+from tritonconv.ops.core.layout import as_format
 
 # Of each operator so many calls, and so many networks.
 ROUNDS, NETWORKS = 3, 20

@@ -12,10 +12,10 @@ from tritonconv.kernels import global_pool as kernels
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import AdaptiveGeometry
-from tritonconv.ops import adaptive as launches_of
-from tritonconv.ops.launch import forced, record_launches
-from tritonconv.ops.layout import as_format, is_dense, suggests_channels_last
-from tritonconv.ops.library_adaptive import global_average
+from tritonconv.ops.adaptive import launch as launches_of
+from tritonconv.ops.adaptive.operator import global_average
+from tritonconv.ops.core.launch import forced, record_launches
+from tritonconv.ops.core.layout import as_format, is_dense, suggests_channels_last
 from tritonconv.tuning import device_named
 
 F = torch.nn.functional

@@ -11,9 +11,9 @@ from tritonconv.kernels import conv_dgrad, conv_wgrad
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.gradients import conv_wgrad as launch_wgrad
-from tritonconv.ops.launch import device_of, forced, record_launches
-from tritonconv.ops.layout import is_dense, suggests_channels_last
+from tritonconv.ops.conv.gradients import conv_wgrad as launch_wgrad
+from tritonconv.ops.core.launch import device_of, forced, record_launches
+from tritonconv.ops.core.layout import is_dense, suggests_channels_last
 from tritonconv.tuning import Problem, device_named
 from tritonconv.tuning.candidates import possible
 from tritonconv.tuning.ranges import WORKSPACE, ranges

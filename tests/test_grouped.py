@@ -17,18 +17,18 @@ from tritonconv.kernels import conv_dgrad, conv_flat, conv_wgrad
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops import batch_norm
-from tritonconv.ops.activation import make_spec
-from tritonconv.ops.calls import clear_caches
-from tritonconv.ops.convolution import plan_for, prepare, problem_of
-from tritonconv.ops.dispatch import convolution, transposed_convolution
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.gradients import NormGradient
-from tritonconv.ops.gradients import conv_dgrad as launch_dgrad
-from tritonconv.ops.launch import device_of, forced, record_launches
-from tritonconv.ops.layout import as_format
-from tritonconv.ops.plan import PACK_WIDTH, packed
-from tritonconv.ops.training import convolve
+from tritonconv.ops.batch_norm import launch as batch_norm
+from tritonconv.ops.conv.conv_norm import convolve
+from tritonconv.ops.conv.dense import plan_for, prepare, problem_of
+from tritonconv.ops.conv.dispatch import convolution, transposed_convolution
+from tritonconv.ops.conv.gradients import NormGradient
+from tritonconv.ops.conv.gradients import conv_dgrad as launch_dgrad
+from tritonconv.ops.conv.plan import PACK_WIDTH, packed
+from tritonconv.ops.core.activation import make_spec
+from tritonconv.ops.core.cache import clear_caches
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import device_of, forced, record_launches
+from tritonconv.ops.core.layout import as_format
 from tritonconv.tuning import Problem, device_named
 from tritonconv.tuning.candidates import possible
 from tritonconv.tuning.cost import predict

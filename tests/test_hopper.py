@@ -34,16 +34,16 @@ from tritonconv.kernels.activations import ACTIVATIONS
 from tritonconv.kernels.hopper import conv, wgrad
 
 from tritonconv.geometry import ConvGeometry, Pass, best_box, boxes_over, pass_extents
-from tritonconv.ops.activation import make_spec
-from tritonconv.ops.batch_norm import Statistics, combine
-from tritonconv.ops.calls import Prepared
-from tritonconv.ops.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.hopper import hopper_dgrad, hopper_wgrad, prepare_hopper
-from tritonconv.ops.hopper.convolution import axis_phases, pixels_of, rows_of
-from tritonconv.ops.hopper.supports import unsupported
-from tritonconv.ops.hopper.views import Image
-from tritonconv.ops.launch import Launch, captured, forced
-from tritonconv.ops.sink import Sink
+from tritonconv.ops.batch_norm.launch import Statistics, combine
+from tritonconv.ops.conv.hopper import hopper_dgrad, hopper_wgrad, prepare_hopper
+from tritonconv.ops.conv.hopper.convolution import axis_phases, pixels_of, rows_of
+from tritonconv.ops.conv.hopper.supports import unsupported
+from tritonconv.ops.conv.hopper.views import Image
+from tritonconv.ops.conv.target import Sink
+from tritonconv.ops.core.activation import make_spec
+from tritonconv.ops.core.cache import Prepared
+from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.core.launch import Launch, captured, forced
 from tritonconv.tuning import Problem
 from tritonconv.tuning.candidates import possible
 from tritonconv.tuning.configs import as_dict, config_name

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tritonconv.bench.cases import Case, load_cases
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.hopper import hopper_dgrad, hopper_wgrad
-from tritonconv.ops.hopper.supports import unsupported
-from tritonconv.ops.launch import Launch, captured
-from tritonconv.ops.layout import dense_strides
+from tritonconv.ops.conv.hopper import hopper_dgrad, hopper_wgrad
+from tritonconv.ops.conv.hopper.supports import unsupported
+from tritonconv.ops.core.launch import Launch, captured
+from tritonconv.ops.core.layout import dense_strides
 from tritonconv.tuning import device_named
 
 pytestmark = ON_CPU

@@ -14,10 +14,11 @@ from torch import Tensor
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops import backend, prepare
-from tritonconv.ops.backend import asking_hopper, hopper_asked
-from tritonconv.ops.launch import captured
-from tritonconv.ops.prepare import data_gradient, weight_gradient
+from tritonconv.ops.conv import route as prepare
+from tritonconv.ops.conv.route import data_gradient, weight_gradient
+from tritonconv.ops.core import backend
+from tritonconv.ops.core.backend import asking_hopper, hopper_asked
+from tritonconv.ops.core.launch import captured
 from tritonconv.tuning import device_named
 
 pytestmark = ON_CPU
@@ -120,7 +121,7 @@ def test_gradients_go_the_same_way() -> None:
 
 
 def test_a_bias_gradient_sums_all_pixels() -> None:
-    from tritonconv.ops.adaptive import pixel_sums
+    from tritonconv.ops.adaptive.launch import pixel_sums
 
     dy = channels_last(torch.randn(3, 24, 7, 5, dtype=torch.float64).bfloat16())
     torch.testing.assert_close(pixel_sums(dy).double(), dy.double().sum((0, 2, 3)), rtol=2e-2, atol=2e-2)
@@ -140,7 +141,8 @@ def test_a_backward_pass_remembers_who_asked(monkeypatch: pytest.MonkeyPatch) ->
 
         return watched
 
-    from tritonconv.ops import library, training
+    from tritonconv.ops.conv import conv_norm as training
+    from tritonconv.ops.conv import library
 
     for name in ("data_gradient", "weight_gradient"):
         watched = watching(name)

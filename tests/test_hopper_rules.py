@@ -19,12 +19,12 @@ from torch import Tensor
 from tritonconv.kernels.hopper import conv, wgrad
 
 from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.ops.calls import Prepared
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.hopper import hopper_dgrad, hopper_wgrad, prepare_hopper, unsupported_gradient
-from tritonconv.ops.hopper.supports import aligned, unsupported
-from tritonconv.ops.launch import captured
-from tritonconv.ops.sink import WHOLE, Sink
+from tritonconv.ops.conv.hopper import hopper_dgrad, hopper_wgrad, prepare_hopper, unsupported_gradient
+from tritonconv.ops.conv.hopper.supports import aligned, unsupported
+from tritonconv.ops.conv.target import WHOLE, Sink
+from tritonconv.ops.core.cache import Prepared
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import captured
 from tritonconv.tuning import Device, device_named
 
 pytestmark = ON_CPU

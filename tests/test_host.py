@@ -22,11 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonconv
 import tritonconv.functional as TF
-from tritonconv.nn.fused import fused_call
-from tritonconv.ops import calls, dispatch
-from tritonconv.ops.calls import clear_caches
-from tritonconv.ops.launch import captured, forced, record_launches
-from tritonconv.ops.watch import observe
+from tritonconv.fused.call import fused_call
+from tritonconv.ops.conv import dispatch
+from tritonconv.ops.core import cache as calls
+from tritonconv.ops.core.cache import clear_caches
+from tritonconv.ops.core.launch import captured, forced, record_launches
+from tritonconv.ops.core.observe import observe
 from tritonconv.tuning import known_devices
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from zoo import DenseBlock, EfficientNet, InceptionB
 
 import tritonconv
-from tritonconv.nn.join import Join, joined
-from tritonconv.ops.launch import record_launches
+from tritonconv.fused.join import Join, joined
+from tritonconv.ops.core.launch import record_launches
 
 
 class Written(nn.Module):

@@ -9,7 +9,7 @@ from reference import assert_close
 
 import tritonconv
 import tritonconv.functional as TF
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 

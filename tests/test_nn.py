@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tritonconv
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 SPATIAL = {1: (12,), 2: (9, 8), 3: (5, 6, 7)}
 

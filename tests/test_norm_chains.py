@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonconv
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 
 class PreActivation(nn.Module):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tritonconv
 import tritonconv.functional as TF
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 

@@ -9,8 +9,8 @@ from tritonconv.kernels import conv_flat, conv_fprop, matmul
 from tritonconv.kernels.tiles import fitting
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.layout import dense_strides
-from tritonconv.ops.plan import ConvPlan, plan_convolution
+from tritonconv.ops.conv.plan import ConvPlan, plan_convolution
+from tritonconv.ops.core.layout import dense_strides
 from tritonconv.tuning import Problem, choose, known_devices
 
 

@@ -11,9 +11,9 @@ import torch
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import PoolGeometry
-from tritonconv.ops.launch import record_launches
-from tritonconv.ops.layout import as_format
-from tritonconv.ops.watch import observe
+from tritonconv.ops.core.launch import record_launches
+from tritonconv.ops.core.layout import as_format
+from tritonconv.ops.core.observe import observe
 
 F = torch.nn.functional
 OPS = torch.ops.tritonconv

@@ -15,10 +15,10 @@ from tritonconv.kernels import pool_backward as backward_kernels
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import PoolGeometry
-from tritonconv.ops import pool as launches_of
-from tritonconv.ops.dispatch_pool import pool
-from tritonconv.ops.launch import forced, record_launches
-from tritonconv.ops.layout import as_format, is_dense, reads_in_place, suggests_channels_last
+from tritonconv.ops.core.launch import forced, record_launches
+from tritonconv.ops.core.layout import as_format, is_dense, reads_in_place, suggests_channels_last
+from tritonconv.ops.pool import launch as launches_of
+from tritonconv.ops.pool.dispatch import pool
 
 F = torch.nn.functional
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -330,7 +330,7 @@ def test_gradients_of_any_strides(device: str) -> None:
 
 @pytest.mark.parametrize("kind", ["max", "avg", "lp"])
 def test_an_activation_in_the_same_kernel(kind: Any, device: str) -> None:
-    from tritonconv.ops.activation import parse_activation
+    from tritonconv.ops.core.activation import parse_activation
 
     x = as_format(torch.randn(2, 10, 6, 5, device=device), True)
     spec = parse_activation(("leaky_relu", 0.1))

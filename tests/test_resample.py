@@ -16,10 +16,10 @@ from tritonconv.kernels import resample_backward as backward_kernels
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ResampleGeometry
-from tritonconv.ops import resample as launches_of
-from tritonconv.ops.launch import forced, record_launches
-from tritonconv.ops.layout import as_format, is_dense, suggests_channels_last
-from tritonconv.ops.watch import observe
+from tritonconv.ops.core.launch import forced, record_launches
+from tritonconv.ops.core.layout import as_format, is_dense, suggests_channels_last
+from tritonconv.ops.core.observe import observe
+from tritonconv.ops.resample import launch as launches_of
 from tritonconv.tuning import device_named
 
 F = torch.nn.functional

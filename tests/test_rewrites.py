@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.convert.functions import FUNCTIONS
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 
 def same(model: nn.Module, x: Tensor, training: bool = True) -> nn.Module:

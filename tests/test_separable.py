@@ -15,10 +15,10 @@ from tritonconv.kernels import separable as kernel
 import tritonconv
 from tritonconv.geometry import ConvGeometry
 from tritonconv.nn import DepthwiseSeparableConv2d
-from tritonconv.ops.activation import parse_activation
-from tritonconv.ops.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.launch import forced, record_launches
-from tritonconv.ops.separable import is_worth_it, one_by_one, separable
+from tritonconv.ops.conv.separable import is_worth_it, one_by_one, separable
+from tritonconv.ops.core.activation import parse_activation
+from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.core.launch import forced, record_launches
 from tritonconv.tuning import device_named
 
 ONE = ["separable_kernel"]

@@ -11,10 +11,10 @@ from tritonconv.kernels import shuffle as kernels
 
 import tritonconv
 import tritonconv.functional as TF
-from tritonconv.ops import shuffle as launches_of
-from tritonconv.ops.launch import forced, record_launches
-from tritonconv.ops.layout import as_format
-from tritonconv.ops.watch import observe
+from tritonconv.ops.core.launch import forced, record_launches
+from tritonconv.ops.core.layout import as_format
+from tritonconv.ops.core.observe import observe
+from tritonconv.ops.shuffle import launch as launches_of
 from tritonconv.tuning import device_named
 
 F = torch.nn.functional

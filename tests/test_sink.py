@@ -10,12 +10,12 @@ from reference import assert_close, conv_reference
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.activation import parse_activation
-from tritonconv.ops.dispatch_extended import averaged_convolution, convolution_into, gated_convolution, would_average
-from tritonconv.ops.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.launch import device_of, forced, record_launches
-from tritonconv.ops.layout import as_format
-from tritonconv.ops.prepare import prepare_call
+from tritonconv.ops.conv.dispatch_extended import averaged_convolution, convolution_into, gated_convolution, would_average
+from tritonconv.ops.conv.route import prepare_call
+from tritonconv.ops.core.activation import parse_activation
+from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.core.launch import device_of, forced, record_launches
+from tritonconv.ops.core.layout import as_format
 from tritonconv.tuning.candidates import possible
 
 pytestmark = pytest.mark.usefixtures("on_triton")

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import tritonconv
 from tritonconv.bench.registry import configs_of
 from tritonconv.nn import SqueezeExcite
-from tritonconv.ops.activation import parse_activation
-from tritonconv.ops.backend import set_backend
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import captured, device_of, forced, record_launches
-from tritonconv.ops.layout import as_format
-from tritonconv.ops.library_squeeze_excite import excited, scale_channels
-from tritonconv.ops.squeeze_excite import scale, scale_gradients
+from tritonconv.ops.core.activation import parse_activation
+from tritonconv.ops.core.backend import set_backend
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import captured, device_of, forced, record_launches
+from tritonconv.ops.core.layout import as_format
+from tritonconv.ops.squeeze_excite.launch import scale, scale_gradients
+from tritonconv.ops.squeeze_excite.operator import excited, scale_channels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 ids: Any = lambda d: str(d)[6:]  # noqa: E731
@@ -72,7 +72,7 @@ def test_every_config(channels_last: bool, device: str) -> None:
 
 
 def test_offsets_of_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tritonconv.ops.batch_norm.needs_int64", lambda _: True)
+    monkeypatch.setattr("tritonconv.ops.batch_norm.launch.needs_int64", lambda _: True)
     for channels_last in (True, False):
         x, gate = made((2, 24, 5, 7), torch.float32, channels_last, device)
         dx, _ = scale_gradients(x, x, gate, True, True)

@@ -14,8 +14,8 @@ from tritonconv.kernels import stochastic_pool as kernels
 import tritonconv
 from tritonconv.functional import stochastic_pool2d
 from tritonconv.ops import stochastic as launches_of
-from tritonconv.ops.launch import forced, record_launches
-from tritonconv.ops.layout import as_format, is_dense, suggests_channels_last
+from tritonconv.ops.core.launch import forced, record_launches
+from tritonconv.ops.core.layout import as_format, is_dense, suggests_channels_last
 
 F = torch.nn.functional
 OPS = torch.ops.tritonconv

@@ -10,7 +10,7 @@ import torch
 from torch import distributed, multiprocessing
 
 import tritonconv
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.launch import record_launches
 
 CHANNELS = 5
 

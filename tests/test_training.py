@@ -15,13 +15,14 @@ from tritonconv.kernels import conv_dgrad, conv_flat, conv_fprop, conv_wgrad, ma
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops import batch_norm, training
-from tritonconv.ops.activation import ActivationSpec, parse_activation
-from tritonconv.ops.gradients import NormGradient
-from tritonconv.ops.gradients import conv_dgrad as launch_dgrad
-from tritonconv.ops.gradients import conv_wgrad as launch_wgrad
-from tritonconv.ops.launch import device_of, forced, record_launches
-from tritonconv.ops.layout import as_format
+from tritonconv.ops.batch_norm import launch as batch_norm
+from tritonconv.ops.conv import conv_norm as training
+from tritonconv.ops.conv.gradients import NormGradient
+from tritonconv.ops.conv.gradients import conv_dgrad as launch_dgrad
+from tritonconv.ops.conv.gradients import conv_wgrad as launch_wgrad
+from tritonconv.ops.core.activation import ActivationSpec, parse_activation
+from tritonconv.ops.core.launch import device_of, forced, record_launches
+from tritonconv.ops.core.layout import as_format
 from tritonconv.tuning import Problem
 from tritonconv.tuning.candidates import possible
 
@@ -311,7 +312,7 @@ def test_statistics_of_every_candidate_config(module: Any, sizes: Any, config: A
     if device == "cuda" and str(config) not in map(str, possible(problem)):
         pytest.skip("the config is pruned for this type on this GPU")
     with forced(config=config):
-        call = tritonconv.ops.convolution.prepare(x, w, tritonconv.ops.epilogue.Epilogue(), g, "conv")
+        call = tritonconv.ops.conv.dense.prepare(x, w, tritonconv.ops.core.epilogue.Epilogue(), g, "conv")
         z, parts = training.convolve(call, x, w, None)
     mean, var, count = batch_norm.combine(parts)
     ref = torch.nn.functional.conv2d(x.double(), w.double(), padding=g.padding[1:])

@@ -19,15 +19,15 @@ from tritonconv.kernels import conv_dgrad, conv_up
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.activation import make_spec
-from tritonconv.ops.calls import clear_caches
-from tritonconv.ops.convolution import output_format
-from tritonconv.ops.dispatch import transposed_convolution
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.gradients import conv_dgrad as launch_dgrad
-from tritonconv.ops.launch import device_of, forced, record_launches
-from tritonconv.ops.layout import as_format, dense_strides, is_dense, suggests_channels_last
-from tritonconv.ops.transposed import prepare_transposed
+from tritonconv.ops.conv.dense import output_format
+from tritonconv.ops.conv.dispatch import transposed_convolution
+from tritonconv.ops.conv.gradients import conv_dgrad as launch_dgrad
+from tritonconv.ops.conv.transposed import prepare_transposed
+from tritonconv.ops.core.activation import make_spec
+from tritonconv.ops.core.cache import clear_caches
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import device_of, forced, record_launches
+from tritonconv.ops.core.layout import as_format, dense_strides, is_dense, suggests_channels_last
 from tritonconv.tuning import Problem
 from tritonconv.tuning.candidates import possible
 

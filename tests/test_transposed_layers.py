@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tritonconv
 import tritonconv.functional as TF
-from tritonconv.ops.launch import record_launches
-from tritonconv.ops.layout import dense_strides
+from tritonconv.ops.core.launch import record_launches
+from tritonconv.ops.core.layout import dense_strides
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import tritonconv
-from tritonconv.bench import tune as tune_module
-from tritonconv.bench.clock import Timing
-from tritonconv.ops.backend import current_backend
-from tritonconv.ops.calls import clear_caches
-from tritonconv.ops.launch import captured, forced, forcing, record_launches
+from tritonconv.measure import tune as tune_module
+from tritonconv.measure.clock import Timing
+from tritonconv.ops.core.backend import current_backend
+from tritonconv.ops.core.cache import clear_caches
+from tritonconv.ops.core.launch import captured, forced, forcing, record_launches
 from tritonconv.tuning import choose, device_named
 from tritonconv.tuning.cache import cached_table, forget
 from tritonconv.tuning.configs import as_dict, config_name

@@ -10,9 +10,9 @@ from tritonconv.kernels import unpool as kernels
 
 import tritonconv
 import tritonconv.functional as TF
-from tritonconv.ops import pool as launches_of
-from tritonconv.ops.launch import forced, record_launches
-from tritonconv.ops.layout import as_format, is_dense, suggests_channels_last
+from tritonconv.ops.core.launch import forced, record_launches
+from tritonconv.ops.core.layout import as_format, is_dense, suggests_channels_last
+from tritonconv.ops.pool import launch as launches_of
 
 F = torch.nn.functional
 OPS = torch.ops.tritonconv

@@ -10,8 +10,8 @@ if not Path(__file__).with_name("kernels").is_dir():
 from tritonconv import functional, nn
 from tritonconv.convert import convert, explain, revert
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.backend import set_backend
-from tritonconv.ops.deform_gradients import set_scatter
+from tritonconv.ops.core.backend import set_backend
+from tritonconv.ops.deform.gradients import set_scatter
 
 __all__ = ["ConvGeometry", "convert", "explain", "functional", "nn", "revert", "set_backend", "set_scatter", "tune"]
 
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # Measuring needs much that running does not.
     if name == "tune":
-        from tritonconv.bench.tune import tune
+        from tritonconv.measure.tune import tune
 
         return tune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,8 +18,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import tritonconv
-from tritonconv.ops.backend import interpreting
-from tritonconv.ops.launch import record_launches
+from tritonconv.ops.core.backend import interpreting
+from tritonconv.ops.core.launch import record_launches
 
 __all__ = ["attribute", "digits", "lenet5", "run", "train"]
 

@@ -16,8 +16,8 @@ import tritonconv
 from tritonconv.bench.cases import Case
 from tritonconv.bench.layers import check_layer
 from tritonconv.bench.registry import operations
-from tritonconv.bench.worker import Worker, WorkerError
-from tritonconv.ops.backend import HAS_TRITON, capability, current_backend, interpreting
+from tritonconv.measure.worker import Worker, WorkerError
+from tritonconv.ops.core.backend import HAS_TRITON, capability, current_backend, interpreting
 from tritonconv.tuning import device_named
 from tritonconv.tuning.tables import is_current
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tritonconv
-from tritonconv.bench.check import EPS, compare
-from tritonconv.ops.layout import dense_strides
+from tritonconv.measure.check import EPS, compare
+from tritonconv.ops.core.layout import dense_strides
 
 from .views import LAYOUTS, Input
 

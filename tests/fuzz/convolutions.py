@@ -11,7 +11,7 @@ from deform_reference import deform_reference
 from torch import Tensor
 
 import tritonconv.functional as TF
-from tritonconv.ops.activation import parse_activation
+from tritonconv.ops.core.activation import parse_activation
 
 from .call import Call
 from .draw import Draw

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tritonconv.functional as TF
-from tritonconv.ops.library_adaptive import global_average
+from tritonconv.ops.adaptive.operator import global_average
 
 from .call import Call
 from .draw import Draw

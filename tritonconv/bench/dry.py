@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tritonconv.bench.ahead import pool
 from tritonconv.bench.cases import Case
 from tritonconv.bench.layers import COLUMNS, OURS, seconds_at_least
 from tritonconv.bench.registry import operation_for, operations
 from tritonconv.bench.session import Job, track
 from tritonconv.bench.suites import is_selected, layer_jobs
-from tritonconv.ops.launch import Launch
+from tritonconv.measure.ahead import pool
+from tritonconv.ops.core.launch import Launch
 from tritonconv.tuning import Device, device_named
 from tritonconv.tuning.configs import name_of
 from tritonconv.tuning.cost import Prediction, predict
@@ -38,7 +38,7 @@ def predict_layer(case: Case, target: str) -> dict[str, Any]:
         return identity | dict(status="not built")
     device = device_named(target)
     try:
-        from tritonconv.bench.offline import compile_launch
+        from tritonconv.measure.offline import compile_launch
 
         macs, size = operation.count(case)
         if case.macs and (macs, size) != (case.macs, case.bytes):

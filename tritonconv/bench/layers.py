@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tritonconv.bench.cases import DTYPES, Case
-from tritonconv.bench.check import Comparison, compare
-from tritonconv.bench.clock import can_time, copies_for_cold_cache, peak_memory, time_calls
 from tritonconv.bench.registry import Operation, dtype_of, operations
 from tritonconv.bench.results import OURS
-from tritonconv.ops.backend import set_backend
-from tritonconv.ops.launch import device_of, forced, record_launches
+from tritonconv.measure.check import Comparison, compare
+from tritonconv.measure.clock import can_time, copies_for_cold_cache, peak_memory, time_calls
+from tritonconv.ops.core.backend import set_backend
+from tritonconv.ops.core.launch import device_of, forced, record_launches
 from tritonconv.tuning import Device, products_of
 
 __all__ = [

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import tritonconv
-from tritonconv.bench.clock import Mode, can_time, copies_for_cold_cache, peak_memory, time_calls
 from tritonconv.bench.layers import COMPILE_MODES, OURS, exactly, ready
 from tritonconv.bench.modules import MODULES, ModuleCase, settle
-from tritonconv.ops.launch import device_of
+from tritonconv.measure.clock import Mode, can_time, copies_for_cold_cache, peak_memory, time_calls
+from tritonconv.ops.core.launch import device_of
 
 __all__ = ["Prepared", "measure_module", "prepare_module"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tritonconv.bench.cases import DTYPES, Case
 from tritonconv.geometry import Pass
-from tritonconv.ops.backend import Backend, set_backend
-from tritonconv.ops.launch import Launch, captured, forced
+from tritonconv.ops.core.backend import Backend, set_backend
+from tritonconv.ops.core.launch import Launch, captured, forced
 from tritonconv.tuning import Device
 from tritonconv.tuning.candidates import possible
 

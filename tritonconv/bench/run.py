@@ -13,9 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tritonconv.bench.ahead import compile_ahead
 from tritonconv.bench.cases import Case
-from tritonconv.bench.clock import can_time
 from tritonconv.bench.dry import dry_records, prediction_table, verdict
 from tritonconv.bench.layers import COLUMNS, HOPPER, OURS, Ceilings, measure_ceilings
 from tritonconv.bench.registry import operations
@@ -30,7 +28,9 @@ from tritonconv.bench.suites import (
     module_jobs,
     not_built,
 )
-from tritonconv.ops.launch import device_of
+from tritonconv.measure.ahead import compile_ahead
+from tritonconv.measure.clock import can_time
+from tritonconv.ops.core.launch import device_of
 from tritonconv.tuning import Device, device_named
 from tritonconv.tuning.measured import MARGIN
 
@@ -127,7 +127,7 @@ def measure_ceilings_record() -> dict[str, Any]:
 
 def tune_layers(session: Session, cases: Sequence[Case], device: Device, out: Path, share: float) -> None:
     """Tune the layers that are furthest from their roofline first, and write the table for this GPU."""
-    from tritonconv.bench.tune import case_compilations, tune_case
+    from tritonconv.measure.tune import case_compilations, tune_case
     from tritonconv.tuning.cache import write
     from tritonconv.tuning.tables import Entry, Table
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tritonconv.bench.results import Results, key_of
-from tritonconv.bench.worker import Worker, WorkerError
+from tritonconv.measure.worker import Worker, WorkerError
 
 __all__ = ["Job", "Session", "track"]
 

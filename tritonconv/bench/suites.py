@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tritonconv.bench.ahead import Compilation, case_launches
 from tritonconv.bench.cases import Case, load_cases
 from tritonconv.bench.layers import COLUMNS, OURS, Ceilings, check_layer, measure_layer
 from tritonconv.bench.modules import module_cases
@@ -16,6 +15,7 @@ from tritonconv.bench.networks import measure_module
 from tritonconv.bench.registry import configs_of, module_of, operation_for, operations
 from tritonconv.bench.session import Job
 from tritonconv.geometry import Pass
+from tritonconv.measure.ahead import Compilation, case_launches
 from tritonconv.tuning import Device
 from tritonconv.tuning.configs import name_of
 

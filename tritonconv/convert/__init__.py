@@ -11,7 +11,7 @@ from tritonconv.convert.fuse import fuse_chains, unfuse_chains
 from tritonconv.convert.report import Report
 from tritonconv.convert.swap import move_weights, restore_layers, swap_layers
 from tritonconv.convert.weights import seen_weights
-from tritonconv.ops.backend import Backend, check_backend
+from tritonconv.ops.core.backend import Backend, check_backend
 
 __all__ = ["Report", "convert", "explain", "revert"]
 

@@ -4,8 +4,8 @@
 
 whatever classes and names a model gives them: the average may be a module, a function or a mean over the image, the layers
 1x1 convolutions or linear ones. The average is taken by the convolution that makes x, the gate is one launch, and the
-product goes into the 1x1 convolution behind it, or takes an addition and an activation along. nn/gates.py decides at each
-call, and runs the parts one by one where it must.
+product goes into the 1x1 convolution behind it, or takes an addition and an activation along. fused/gates.py decides at
+each call, and runs the parts one by one where it must.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tritonconv import nn
 from tritonconv.convert.calls import activation_of, addition_of, module_of
 from tritonconv.convert.functions import mean_of_pixels
 from tritonconv.convert.memory import Memory
-from tritonconv.nn.fused import carries_hook, fused_call, fused_pair
-from tritonconv.nn.gates import fused_average, fused_gate, fused_gated, fused_scale, pixel_mean
-from tritonconv.ops.activation import ActivationSpec
+from tritonconv.fused.call import carries_hook, fused_call, fused_pair
+from tritonconv.fused.gates import fused_average, fused_gate, fused_gated, fused_scale, pixel_mean
+from tritonconv.ops.core.activation import ActivationSpec
 
 __all__ = ["share_averages", "share_gates"]
 

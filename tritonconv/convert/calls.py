@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from tritonconv.nn.fused import BATCH_NORMS
-from tritonconv.ops.activation import ActivationSpec, from_module, make_spec, module_types, table
+from tritonconv.fused.call import BATCH_NORMS
+from tritonconv.ops.core.activation import ActivationSpec, from_module, make_spec, module_types, table
 
 __all__ = [
     "IN_PLACE",

@@ -20,8 +20,8 @@ from tritonconv.convert.functions import replace_functions
 from tritonconv.convert.joins import share_joins
 from tritonconv.convert.memory import Memory, thread_in_place
 from tritonconv.convert.pools import share_pools
-from tritonconv.nn.fused import carries_hook, fused_call, fused_norm, fused_pair
-from tritonconv.ops.activation import ActivationSpec
+from tritonconv.fused.call import carries_hook, fused_call, fused_norm, fused_pair
+from tritonconv.ops.core.activation import ActivationSpec
 
 __all__ = ["Rewriting", "rewrite"]
 

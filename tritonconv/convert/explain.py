@@ -17,8 +17,8 @@ from tritonconv.convert.receptive import Field, FunctionWatcher, Product, tensor
 from tritonconv.convert.report import Report, Row
 from tritonconv.convert.roofline import roofline_us
 from tritonconv.convert.swap import TWINS, mark_of
-from tritonconv.nn.fused import Group, carries_hook, observe_groups
-from tritonconv.ops.watch import Call, observe
+from tritonconv.fused.call import Group, carries_hook, observe_groups
+from tritonconv.ops.core.observe import Call, observe
 
 __all__ = ["explain", "restored"]
 

@@ -22,12 +22,12 @@ from tritonconv.convert.functions import OURS
 from tritonconv.convert.memory import Memory
 from tritonconv.convert.swap import is_originally_last
 from tritonconv.functional import linear
+from tritonconv.fused.call import carries_hook, fused_call, fused_norm, fused_pair
+from tritonconv.fused.gates import fused_average, fused_gate, fused_gated, fused_scale, pixel_mean
+from tritonconv.fused.join import Join, joined
+from tritonconv.fused.pool import fused_pool
 from tritonconv.nn.format import are_contiguous, restore
-from tritonconv.nn.fused import carries_hook, fused_call, fused_norm, fused_pair
-from tritonconv.nn.fused_pool import fused_pool
-from tritonconv.nn.gates import fused_average, fused_gate, fused_gated, fused_scale, pixel_mean
-from tritonconv.nn.join import Join, joined
-from tritonconv.ops.activation import module_types
+from tritonconv.ops.core.activation import module_types
 
 __all__ = ["call_layers", "settle_formats"]
 

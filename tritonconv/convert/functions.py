@@ -11,9 +11,9 @@ from torch import fx
 from tritonconv import functional
 from tritonconv.convert.calls import addition_of, module_of, spec_of_call
 from tritonconv.convert.deform import replace_deform_call
-from tritonconv.nn.fused import fused_call, fused_norm, fused_pair
-from tritonconv.nn.fused_pool import fused_pool
-from tritonconv.nn.gates import all_pixels, fused_gated, fused_scale, pixel_mean
+from tritonconv.fused.call import fused_call, fused_norm, fused_pair
+from tritonconv.fused.gates import all_pixels, fused_gated, fused_scale, pixel_mean
+from tritonconv.fused.pool import fused_pool
 
 __all__ = ["FUNCTIONS", "mean_of_pixels", "replace_functions"]
 

@@ -36,8 +36,8 @@ from tritonconv.convert.trace import (
     survey,
 )
 from tritonconv.convert.watch import Watch
-from tritonconv.nn.fused import HOOKS, carries_hook
-from tritonconv.ops.backend import constant_under_compile
+from tritonconv.fused.call import HOOKS, carries_hook
+from tritonconv.ops.core.backend import constant_under_compile
 
 __all__ = ["FusedForward", "Program", "fuse_chains", "ignoring_global_hooks", "unfuse_chains"]
 

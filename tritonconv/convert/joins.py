@@ -2,8 +2,8 @@
 
 A part that a convolution or a pooling of ours computes goes to its channels of the wide tensor at once; any other part is
 copied there. Concatenations that grow, as in a dense block (each begins with all parts of the one before), share the widest
-one's memory and are its first channels. It is decided at each call whether memory is shared (nn/join.py); here only which
-parts may: nobody may write into them, nor into the whole, later on, and callers, who might, get none but the whole.
+one's memory and are its first channels. It is decided at each call whether memory is shared (fused/join.py); here only
+which parts may: nobody may write into them, nor into the whole, later on, and callers, who might, get none but the whole.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tritonconv import nn
 from tritonconv.convert.calls import module_of
 from tritonconv.convert.memory import Memory
 from tritonconv.convert.pools import pool_of
-from tritonconv.nn.fused import carries_hook, fused_call, fused_norm
-from tritonconv.nn.fused_pool import fused_pool
-from tritonconv.nn.gates import fused_scale
-from tritonconv.nn.join import Join, joined
-from tritonconv.ops.activation import module_types
+from tritonconv.fused.call import carries_hook, fused_call, fused_norm
+from tritonconv.fused.gates import fused_scale
+from tritonconv.fused.join import Join, joined
+from tritonconv.fused.pool import fused_pool
+from tritonconv.ops.core.activation import module_types
 
 __all__ = ["share_joins"]
 

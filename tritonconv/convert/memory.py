@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from tritonconv.convert.calls import in_place_target, module_of, overwrites, spec_of_call
-from tritonconv.nn.fused import BATCH_NORMS, fused_call, fused_norm, fused_pair
-from tritonconv.nn.fused_pool import fused_pool
-from tritonconv.nn.gates import fused_gate, fused_gated, fused_scale
-from tritonconv.ops.activation import from_module, module_types
+from tritonconv.fused.call import BATCH_NORMS, fused_call, fused_norm, fused_pair
+from tritonconv.fused.gates import fused_gate, fused_gated, fused_scale
+from tritonconv.fused.pool import fused_pool
+from tritonconv.ops.core.activation import from_module, module_types
 
 __all__ = ["Memory", "is_new", "thread_in_place"]
 

@@ -9,9 +9,9 @@ from torch import fx
 
 from tritonconv.convert.calls import activation_of, in_place_target, module_of
 from tritonconv.convert.memory import Memory, is_new
-from tritonconv.nn.fused import carries_hook
-from tritonconv.nn.fused_pool import Window, fused_pool, window_of
-from tritonconv.ops.activation import ActivationSpec, from_module
+from tritonconv.fused.call import carries_hook
+from tritonconv.fused.pool import Window, fused_pool, window_of
+from tritonconv.ops.core.activation import ActivationSpec, from_module
 
 __all__ = ["pool_of", "share_pools"]
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from tritonconv.ops.launch import precision
+from tritonconv.ops.core.launch import precision
 from tritonconv.tuning import device_named, products_of
 
 __all__ = ["ASSUMPTION", "roofline_us"]

@@ -10,8 +10,8 @@ import torch
 
 from tritonconv import nn
 from tritonconv.convert.deform import DEFORM_LAYERS, deform_twin
-from tritonconv.ops.backend import Backend
-from tritonconv.ops.layout import as_format, dense_strides, is_dense, suggests_channels_last
+from tritonconv.ops.core.backend import Backend
+from tritonconv.ops.core.layout import as_format, dense_strides, is_dense, suggests_channels_last
 
 __all__ = ["MARK", "Mark", "is_originally_last", "mark_of", "move_weights", "restore_layers", "set_mark", "swap_layers"]
 

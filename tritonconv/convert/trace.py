@@ -28,9 +28,9 @@ from tritonconv.convert.snapshot import IncomparableError
 from tritonconv.convert.state import Kept
 from tritonconv.convert.watch import check_comparable
 from tritonconv.convert.witness import Witness, mentioned_names, wrong_question
-from tritonconv.nn.fused import carries_hook
-from tritonconv.nn.squeeze_excite import SqueezeExcite
-from tritonconv.ops.backend import current_backend
+from tritonconv.fused.call import carries_hook
+from tritonconv.fused.squeeze_excite import SqueezeExcite
+from tritonconv.ops.core.backend import current_backend
 
 __all__ = ["Survey", "Traced", "called_children", "inlined_modules", "leaf_modules", "survey"]
 

@@ -14,7 +14,7 @@ from tritonconv.convert.snapshot import IncomparableError, freeze, is_quick, qui
 from tritonconv.convert.state import is_record
 from tritonconv.convert.swap import MARK
 from tritonconv.convert.witness import ANY_NAME
-from tritonconv.nn.fused import HOOKS
+from tritonconv.fused.call import HOOKS
 
 __all__ = ["Watch", "check_comparable"]
 

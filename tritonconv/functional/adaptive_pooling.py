@@ -7,7 +7,7 @@ from typing import Any
 import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
-from tritonconv.ops.library_adaptive import adaptive_pool
+from tritonconv.ops.adaptive.operator import adaptive_pool
 
 __all__ = [
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",

@@ -7,8 +7,8 @@ from typing import Any
 import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
-from tritonconv.ops.activation import parse_activation
-from tritonconv.ops.library_causal import causal_convolution, causal_step, last_steps
+from tritonconv.ops.causal.operator import causal_convolution, causal_step, last_steps
+from tritonconv.ops.core.activation import parse_activation
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
-from tritonconv.ops.dispatch import convolution, transposed_convolution
-from tritonconv.ops.dispatch import linear as _linear
-from tritonconv.ops.epilogue import Epilogue
+from tritonconv.ops.conv.dispatch import convolution, transposed_convolution
+from tritonconv.ops.conv.dispatch import linear as _linear
+from tritonconv.ops.core.epilogue import Epilogue
 
 __all__ = [
     "Padding", "Size", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",

@@ -7,8 +7,8 @@ from typing import Any
 import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.library_deform import deform_convolution
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.deform.operator import deform_convolution
 
 __all__ = ["deform_conv2d"]
 

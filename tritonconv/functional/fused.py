@@ -8,11 +8,11 @@ import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
 from tritonconv.functional.convolution import Padding, Size, torchs_padding
-from tritonconv.ops.activation import parse_activation
-from tritonconv.ops.dispatch import convolution, transposed_convolution
-from tritonconv.ops.dispatch_training import convolution_batch_norm, parts_on_torch
-from tritonconv.ops.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.library_training import OwnNorm
+from tritonconv.ops.conv.dispatch import convolution, transposed_convolution
+from tritonconv.ops.conv.dispatch_training import convolution_batch_norm, parts_on_torch
+from tritonconv.ops.conv.library_training import OwnNorm
+from tritonconv.ops.core.activation import parse_activation
+from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
 
 __all__ = [
     "conv1d_bn_act", "conv2d_bn_act", "conv3d_bn_act", "conv_transpose1d_bn_act", "conv_transpose2d_bn_act",

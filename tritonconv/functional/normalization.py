@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
-from tritonconv.ops.dispatch_batch_norm import batch_norm as _batch_norm
+from tritonconv.ops.batch_norm.dispatch import batch_norm as _batch_norm
 
 __all__ = ["batch_norm"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
-from tritonconv.ops import library_resample
-from tritonconv.ops import library_shuffle as shuffles
+from tritonconv.ops.resample import operator as library_resample
+from tritonconv.ops.shuffle import operator as shuffles
 
 __all__ = ["channel_shuffle", "interpolate", "pixel_shuffle", "pixel_unshuffle"]
 

@@ -1,5 +1,8 @@
 """torch.nn's modules on our kernels, and fused ones beside them."""
 
+from tritonconv.fused.conv_bn import ConvBNAct1d, ConvBNAct2d, ConvBNAct3d, ConvBNReLU2d
+from tritonconv.fused.separable import DepthwiseSeparableConv2d
+from tritonconv.fused.squeeze_excite import SqueezeExcite
 from tritonconv.nn.adaptive_pooling import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -12,7 +15,6 @@ from tritonconv.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Sync
 from tritonconv.nn.causal import CausalConv1d
 from tritonconv.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from tritonconv.nn.deform import DeformConv2d, DeformConv2dPack
-from tritonconv.nn.fused import ConvBNAct1d, ConvBNAct2d, ConvBNAct3d, ConvBNReLU2d
 from tritonconv.nn.linear import Linear
 from tritonconv.nn.pooling import (
     AvgPool1d,
@@ -38,8 +40,6 @@ from tritonconv.nn.resampling import (
     UpsamplingBilinear2d,
     UpsamplingNearest2d,
 )
-from tritonconv.nn.separable import DepthwiseSeparableConv2d
-from tritonconv.nn.squeeze_excite import SqueezeExcite
 from tritonconv.nn.stochastic import StochasticPool2d
 
 __all__ = [

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.ops.backend import Backend
-from tritonconv.ops.library_adaptive import adaptive_pool
+from tritonconv.ops.adaptive.operator import adaptive_pool
+from tritonconv.ops.core.backend import Backend
 
 __all__ = [
     "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d",

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.ops.backend import Backend
-from tritonconv.ops.dispatch_batch_norm import batch_norm, norm_act, refused
+from tritonconv.ops.batch_norm.dispatch import batch_norm, norm_act, refused
+from tritonconv.ops.core.backend import Backend
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Norm", "SyncBatchNorm", "begin_batch", "group_of"]
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tritonconv.nn.conv import member
-from tritonconv.ops.activation import parse_activation
-from tritonconv.ops.backend import Backend
-from tritonconv.ops.causal import LONGEST
-from tritonconv.ops.dispatch import convolution
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.library_causal import causal_convolution, causal_step, last_steps, with_state
+from tritonconv.ops.causal.launch import LONGEST
+from tritonconv.ops.causal.operator import causal_convolution, causal_step, last_steps, with_state
+from tritonconv.ops.conv.dispatch import convolution
+from tritonconv.ops.core.activation import parse_activation
+from tritonconv.ops.core.backend import Backend
+from tritonconv.ops.core.epilogue import Epilogue
 
 __all__ = ["CausalConv1d"]
 

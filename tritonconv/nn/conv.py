@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.nn.format import as_original
-from tritonconv.ops.backend import Backend
-from tritonconv.ops.dispatch import convolution, transposed_convolution
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import Kind
+from tritonconv.ops.conv.dispatch import convolution, transposed_convolution
+from tritonconv.ops.core.backend import Backend
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import Kind
 
 __all__ = [
     "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "convolve", "member",
@@ -29,7 +29,7 @@ def member(module: torch.nn.Module, name: str) -> Any:
 
 
 def numbers_of(conv: torch.nn.modules.conv._ConvNd) -> tuple[Kind, tuple[Any, ...]]:
-    """Which convolution the module is, and its numbers, as ops/dispatch.py takes them."""
+    """Which convolution the module is, and its numbers, as ops/conv/dispatch.py takes them."""
     nd = len(conv.kernel_size)
     if conv.transposed:
         return "conv_transpose", (nd, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tritonconv.nn.conv import Conv2d, member
 from tritonconv.nn.format import as_original
-from tritonconv.ops.backend import Backend
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.library_deform import deform_convolution
+from tritonconv.ops.core.backend import Backend
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.deform.operator import deform_convolution
 
 __all__ = ["DeformConv2d", "DeformConv2dPack", "pair"]
 

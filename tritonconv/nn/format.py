@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tritonconv.ops.layout import dense_strides, suggests_channels_last
-from tritonconv.ops.watch import notify_copy
+from tritonconv.ops.core.layout import dense_strides, suggests_channels_last
+from tritonconv.ops.core.observe import notify_copy
 
 __all__ = ["are_contiguous", "as_original", "restore"]
 

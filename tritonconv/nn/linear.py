@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tritonconv.nn.conv import member
-from tritonconv.ops.backend import Backend
-from tritonconv.ops.dispatch import linear
-from tritonconv.ops.epilogue import Epilogue
+from tritonconv.ops.conv.dispatch import linear
+from tritonconv.ops.core.backend import Backend
+from tritonconv.ops.core.epilogue import Epilogue
 
 __all__ = ["Linear"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonconv.ops.backend import Backend
-from tritonconv.ops.library_resample import interpolate
-from tritonconv.ops.library_shuffle import channel_shuffle, pixel_shuffle, pixel_unshuffle
+from tritonconv.ops.core.backend import Backend
+from tritonconv.ops.resample.operator import interpolate
+from tritonconv.ops.shuffle.operator import channel_shuffle, pixel_shuffle, pixel_unshuffle
 
 __all__ = [
     "ChannelShuffle", "PixelShuffle", "PixelUnshuffle", "Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d",

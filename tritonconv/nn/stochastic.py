@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.ops.backend import Backend
+from tritonconv.ops.core.backend import Backend
 from tritonconv.ops.stochastic import stochastic_pool
 
 __all__ = ["StochasticPool2d"]

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import PoolGeometry, power, power_of_two_divisor
-from tritonconv.ops.adaptive import needs_int64
-from tritonconv.ops.backend import Backend, OnTorch, decide, needs_gradients
-from tritonconv.ops.launch import Launch, device_of, forced_config, launch
-from tritonconv.ops.layout import as_format, empty_output, readable, reads_in_place, suggests_channels_last, wide
-from tritonconv.ops.registered import is_traced
-from tritonconv.ops.watch import Call, Decision, notify
+from tritonconv.ops.adaptive.launch import needs_int64
+from tritonconv.ops.conv.registered import is_traced
+from tritonconv.ops.core.backend import Backend, OnTorch, decide, needs_gradients
+from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch
+from tritonconv.ops.core.layout import as_format, empty_output, readable, reads_in_place, suggests_channels_last, wide
+from tritonconv.ops.core.observe import Call, Decision, notify
 from tritonconv.tuning import INTERPRETER, Device
 
 __all__ = ["on_torch", "stochastic_backward", "stochastic_forward", "stochastic_pool"]

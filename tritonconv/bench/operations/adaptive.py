@@ -11,9 +11,9 @@ from torch import Tensor
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import AdaptiveGeometry
-from tritonconv.ops.adaptive import adaptive_average_gradient, adaptive_maximum_gradient
-from tritonconv.ops.layout import as_format, suggests_channels_last
-from tritonconv.ops.library_adaptive import adaptive_pool
+from tritonconv.ops.adaptive.launch import adaptive_average_gradient, adaptive_maximum_gradient
+from tritonconv.ops.adaptive.operator import adaptive_pool
+from tritonconv.ops.core.layout import as_format, suggests_channels_last
 
 __all__ = ["AdaptiveMaximum", "AdaptiveMean"]
 

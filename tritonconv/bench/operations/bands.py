@@ -9,10 +9,10 @@ from torch import Tensor
 from tritonconv.bench.cases import Case
 from tritonconv.bench.operations.convolution import Convolution, layer
 from tritonconv.bench.registry import Specimen, dtype_of, register
-from tritonconv.ops.bands import bands_dgrad, bands_wgrad, prepare_bands, supports_bands
-from tritonconv.ops.depthwise import View
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.launch import device_of, forced_config
+from tritonconv.ops.conv.banded import bands_dgrad, bands_wgrad, prepare_bands, supports_bands
+from tritonconv.ops.conv.depthwise import View
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import device_of, forced_config
 
 __all__ = ["Bands"]
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
-from tritonconv.ops.activation import parse_activation
-from tritonconv.ops.dispatch_batch_norm import norm_act
-from tritonconv.ops.layout import as_format
-from tritonconv.ops.library_batch_norm import as_dense, gradients
+from tritonconv.ops.batch_norm.dispatch import norm_act
+from tritonconv.ops.batch_norm.library import as_dense, gradients
+from tritonconv.ops.core.activation import parse_activation
+from tritonconv.ops.core.layout import as_format
 
 __all__ = ["BatchNorm"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.ops.activation import parse_activation
-from tritonconv.ops.causal import causal_backward, causal_forward, causal_geometry
-from tritonconv.ops.layout import as_format
+from tritonconv.ops.causal.launch import causal_backward, causal_forward, causal_geometry
+from tritonconv.ops.core.activation import parse_activation
+from tritonconv.ops.core.layout import as_format
 
 __all__ = ["Causal", "causal_layer"]
 

@@ -11,11 +11,11 @@ import tritonconv.functional as ours
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.ops.causal import is_short
-from tritonconv.ops.dispatch import convolution
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.layout import as_format, suggests_channels_last
-from tritonconv.ops.prepare import data_gradient, weight_gradient
+from tritonconv.ops.causal.launch import is_short
+from tritonconv.ops.conv.dispatch import convolution
+from tritonconv.ops.conv.route import data_gradient, weight_gradient
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.layout import as_format, suggests_channels_last
 
 __all__ = ["Convolution", "layer"]
 

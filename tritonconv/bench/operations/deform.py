@@ -13,11 +13,11 @@ from tritonconv.bench.cases import Case
 from tritonconv.bench.operations.convolution import layer
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import DeformGeometry, Pass
-from tritonconv.ops.deform import deform_forward
-from tritonconv.ops.deform_gradients import Wanted, deform_dgrad, deform_wgrad
-from tritonconv.ops.deform_torch import deform_on_torch
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.layout import as_format, suggests_channels_last
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.layout import as_format, suggests_channels_last
+from tritonconv.ops.deform.gradients import Wanted, deform_dgrad, deform_wgrad
+from tritonconv.ops.deform.launch import deform_forward
+from tritonconv.ops.deform.torch_form import deform_on_torch
 
 __all__ = ["Deform", "deform_layer"]
 

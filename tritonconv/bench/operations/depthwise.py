@@ -9,10 +9,10 @@ from torch import Tensor
 from tritonconv.bench.cases import Case
 from tritonconv.bench.operations.convolution import Convolution, layer
 from tritonconv.bench.registry import Specimen, register
-from tritonconv.ops.activation import ActivationSpec
-from tritonconv.ops.depthwise import depthwise_dgrad, depthwise_wgrad, prepare_depthwise
-from tritonconv.ops.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.layout import suggests_channels_last
+from tritonconv.ops.conv.depthwise import depthwise_dgrad, depthwise_wgrad, prepare_depthwise
+from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.core.layout import suggests_channels_last
 
 __all__ = ["Depthwise"]
 

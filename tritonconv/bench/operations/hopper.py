@@ -11,10 +11,10 @@ from tritonconv.bench.operations.convolution import Convolution, layer
 from tritonconv.bench.operations.training import ConvolutionBatchNorm
 from tritonconv.bench.registry import Specimen, register
 from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.ops.backend import Backend
-from tritonconv.ops.calls import Prepared
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.prepare import prepare_call
+from tritonconv.ops.conv.route import prepare_call
+from tritonconv.ops.core.backend import Backend
+from tritonconv.ops.core.cache import Prepared
+from tritonconv.ops.core.epilogue import Epilogue
 
 __all__ = ["HopperBatchNorm", "HopperConvolution"]
 

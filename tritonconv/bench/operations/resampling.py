@@ -12,10 +12,10 @@ from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import Pass, ResampleGeometry
 from tritonconv.geometry.resampling import Resampling
-from tritonconv.ops import library_shuffle
-from tritonconv.ops.layout import as_format, suggests_channels_last
-from tritonconv.ops.library_resample import interpolate
-from tritonconv.ops.resample import resample_gradient
+from tritonconv.ops.core.layout import as_format, suggests_channels_last
+from tritonconv.ops.resample.launch import resample_gradient
+from tritonconv.ops.resample.operator import interpolate
+from tritonconv.ops.shuffle import operator as library_shuffle
 
 __all__ = ["Resample", "Shuffle"]
 

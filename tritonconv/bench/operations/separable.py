@@ -9,11 +9,11 @@ from tritonconv.bench.cases import Case
 from tritonconv.bench.operations.convolution import layer
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.ops.activation import ActivationSpec
-from tritonconv.ops.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.launch import device_of
-from tritonconv.ops.layout import as_format
-from tritonconv.ops.separable import is_separable, one_by_one, pointwise_geometry, separable
+from tritonconv.ops.conv.separable import is_separable, one_by_one, pointwise_geometry, separable
+from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.core.launch import device_of
+from tritonconv.ops.core.layout import as_format
 
 __all__ = ["Separable"]
 

@@ -13,12 +13,12 @@ from tritonconv.bench.cases import Case
 from tritonconv.bench.operations.convolution import layer
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.ops.activation import ActivationSpec
-from tritonconv.ops.dispatch_extended import averaged_convolution, gated_convolution
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.layout import as_format
-from tritonconv.ops.library_squeeze_excite import excited
-from tritonconv.ops.squeeze_excite import scale, scale_gradients
+from tritonconv.ops.conv.dispatch_extended import averaged_convolution, gated_convolution
+from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.layout import as_format
+from tritonconv.ops.squeeze_excite.launch import scale, scale_gradients
+from tritonconv.ops.squeeze_excite.operator import excited
 
 __all__ = ["Averaged", "AveragedDepthwise", "Excite", "Gated", "Scale"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import PoolGeometry
-from tritonconv.ops.layout import as_format, empty_output, suggests_channels_last, wide
+from tritonconv.ops.core.layout import as_format, empty_output, suggests_channels_last, wide
 from tritonconv.ops.stochastic import on_torch, stochastic_backward, stochastic_forward
 
 __all__ = ["Stochastic"]

@@ -12,15 +12,15 @@ from tritonconv.bench.operations.convolution import Convolution, layer
 from tritonconv.bench.operations.transposed import TransposedConvolution, up_layer
 from tritonconv.bench.registry import Specimen, dtype_of, register
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.activation import ActivationSpec
-from tritonconv.ops.batch_norm import input_gradient
-from tritonconv.ops.calls import Prepared
-from tritonconv.ops.convolution import prepare
-from tritonconv.ops.epilogue import Epilogue
-from tritonconv.ops.gradients import NormGradient, conv_dgrad, conv_wgrad
-from tritonconv.ops.layout import empty_output, suggests_channels_last
-from tritonconv.ops.training import forward, on_the_way
-from tritonconv.ops.transposed import prepare_transposed
+from tritonconv.ops.batch_norm.launch import input_gradient
+from tritonconv.ops.conv.conv_norm import forward, on_the_way
+from tritonconv.ops.conv.dense import prepare
+from tritonconv.ops.conv.gradients import NormGradient, conv_dgrad, conv_wgrad
+from tritonconv.ops.conv.transposed import prepare_transposed
+from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.cache import Prepared
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.layout import empty_output, suggests_channels_last
 
 __all__ = ["ConvolutionBatchNorm", "TransposedBatchNorm"]
 

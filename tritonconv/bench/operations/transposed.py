@@ -12,8 +12,8 @@ from tritonconv.bench.cases import Case
 from tritonconv.bench.operations.convolution import Convolution
 from tritonconv.bench.registry import Specimen, register
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.layout import suggests_channels_last
-from tritonconv.ops.prepare import weight_gradient
+from tritonconv.ops.conv.route import weight_gradient
+from tritonconv.ops.core.layout import suggests_channels_last
 
 __all__ = ["TransposedConvolution", "up_layer"]
 

@@ -1,0 +1,1 @@
+"""What converted models call: layers in one launch."""

@@ -1,0 +1,156 @@
+"""Around squeeze-excite and global averages: calls that share a launch where they can, and run one by one elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from tritonconv.fused.call import fused_call, running, unchanged
+from tritonconv.nn.conv import Conv1d, Conv2d, Conv3d, member, numbers_of
+from tritonconv.nn.linear import Linear
+from tritonconv.ops.adaptive.operator import adaptive_pool, global_average
+from tritonconv.ops.conv.dispatch_extended import averaged_convolution, gated_convolution, would_average, would_gate
+from tritonconv.ops.core.activation import from_module, parse_activation
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.observe import Call, Decision, Share, is_observed, notify, sharing
+from tritonconv.ops.squeeze_excite.operator import excited, scale_channels, would_excite
+
+__all__ = ["all_pixels", "fused_average", "fused_gate", "fused_gated", "fused_scale", "pixel_mean"]
+
+CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
+
+
+def fused_average(
+    layer: Module, norm: Module | None, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool, keep: bool,
+    dim: tuple[int, ...] | None, keepdim: bool, pool: Module | None = None,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """(y, y's average over pixels), with y as `fused_call` computes it; one pass in eval mode where y is batched.
+
+    Args:
+        layer, norm, activation, input, residual, in_place: as `fused_call` takes them.
+        keep: whether y is read by someone else; else None may stand for it.
+        dim, keepdim: the average is y.mean(dim, keepdim), whose axes are as many as the layer has spatial ones; for None
+            it is an adaptive pooling to one pixel.
+        pool: the module that averages, whose own call is due where it carries hooks.
+    """
+    parts = _parts(layer, norm, activation, input, residual, in_place)
+    plain = pool is None or unchanged(pool)
+    if parts is not None and plain:
+        found = averaged_convolution(input, *parts, keep)
+        if found is not None:
+            y, mean = found
+            return y, mean if dim is None else _shaped(mean, keepdim)
+    if parts is not None and plain and is_observed() and would_average(input, *parts, keep):
+        named: Any = "mean" if pool is None else pool
+        with sharing(Share("{}, with its global average", unwritten=not keep, members=(named,))):
+            y = fused_call(layer, norm, activation, input, residual, in_place)
+        return y, y.mean(tuple(range(2, y.dim())) if dim is None else dim, keepdim)
+    y = fused_call(layer, norm, activation, input, residual, in_place)
+    if dim is not None:
+        return y, pixel_mean(y, dim, keepdim)
+    return y, pool(y) if pool is not None else adaptive_pool("avg", y, 1, len(layer.kernel_size))  # type: ignore[arg-type]
+
+
+def pixel_mean(input: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
+    """input.mean(dim, keepdim), on our kernel where these are all axes but the first two."""
+    if all_pixels(dim, input.dim()):
+        return _shaped(global_average(input, True), keepdim)
+    size = input.numel() * input.element_size()
+    decision = Decision("torch", "these axes are not all pixels of a batch of images")
+    notify(lambda: Call("mean", decision, None, 0, size, input.dtype, input.device, None, ""))
+    return input.mean(dim, keepdim)
+
+
+def _shaped(mean: Tensor, keepdim: bool) -> Tensor:
+    """A mean (N, C, ...) of one number an image and channel as `Tensor.mean` gives it, of a channels-last image too."""
+    rows = mean.flatten(1)
+    return rows.view(mean.shape) if keepdim else rows
+
+
+def all_pixels(dim: tuple[int, ...], axes: int) -> bool:
+    """Whether these are all of a tensor's axes but the first two, of one to three."""
+    return axes - 2 == len(dim) in (1, 2, 3) and sorted(d % axes for d in dim) == list(range(2, axes))
+
+
+def fused_gate(first: Module, activation: Any, second: Module, gate: Any, mean: Tensor) -> Tensor:
+    """gate(second(activation(first(mean)))), (N, C, 1, ...), in one launch in eval mode.
+
+    Args:
+        first, second: convolutions of ours with a filter of one tap, or linear layers.
+        mean: (N, C, 1, ...), or (N, C) for linear layers.
+    """
+    acts = [from_module(a) if isinstance(a, Module) else parse_activation(a) for a in (activation, gate)]
+    known = all(
+        not isinstance(a, Module) or (s is not None and unchanged(a)) for a, s in zip((activation, gate), acts, strict=True)
+    )
+    if known and _single(first) and _single(second) and first.backend == second.backend:
+        whole = mean if mean.dim() > 2 else mean[..., None]
+        w1, b1, w2, b2 = (member(layer, name) for layer in (first, second) for name in ("weight", "bias"))
+        found = excited(whole, w1, b1, acts[0], w2, b2, acts[1], first.backend)  # type: ignore[arg-type]
+        if found is not None:
+            return found.view(mean.shape)
+        if is_observed() and would_excite(whole, w1, b1, w2, b2, first.backend):  # type: ignore[arg-type]
+            with sharing(Share("excite, its first product", unwritten=True)):
+                hidden = fused_call(first, None, activation, mean)
+            with sharing(Share("excite, its second product", unread=True)):
+                return fused_call(second, None, gate, hidden)
+    return fused_call(second, None, gate, fused_call(first, None, activation, mean))
+
+
+def fused_scale(
+    input: Tensor, gate: Tensor, residual: Tensor | None = None, activation: Any = None, in_place: bool = False
+) -> Tensor:
+    """activation(input * gate + residual) in one pass where gradients are not needed."""
+    spec = from_module(activation) if isinstance(activation, Module) else parse_activation(activation)
+    known = not isinstance(activation, Module) or (spec is not None and unchanged(activation))
+    if known and not (in_place and residual is not None and residual.dtype != input.dtype):
+        return scale_channels(input, gate, residual, spec)
+    y = scale_channels(input, gate)
+    if residual is not None:
+        y = y.add_(residual) if in_place else y + residual
+    return activation(y) if isinstance(activation, Module) else y if spec is None else spec.torch(y)
+
+
+def fused_gated(
+    layer: Module, norm: Module | None, activation: Any, input: Tensor, gate: Tensor, residual: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:  # fmt: skip
+    """activation(norm(layer(input * gate)) + residual); in eval mode the product never goes to memory.
+
+    Args:
+        layer: our convolution with a filter of one tap.
+        gate: (N, C, 1, ...).
+        norm, activation, residual, in_place: as `fused_call` takes them.
+    """
+    parts = _parts(layer, norm, activation, input, residual, in_place)
+    if parts is not None:
+        weight, epilogue, numbers, backend = parts
+        y = gated_convolution(input, gate, weight, epilogue, numbers, backend)
+        if y is not None:
+            return y
+        if is_observed() and would_gate(input, weight, epilogue, numbers, backend):
+            with sharing(Share("{}, gated on its way in", members=("mul",))):
+                return fused_call(layer, norm, activation, input * gate, residual, in_place)
+    return fused_call(layer, norm, activation, scale_channels(input, gate), residual, in_place)
+
+
+def _single(layer: Any) -> bool:
+    """Whether a layer of ours is a product of vectors, one for each image."""
+    if type(layer) is Linear:
+        return unchanged(layer)
+    if type(layer) not in CONVOLUTIONS or not unchanged(layer) or layer.padding_mode != "zeros":
+        return False
+    ones = (1,) * len(layer.kernel_size)
+    return layer.groups == 1 and layer.kernel_size == layer.stride == ones and not any(layer.padding)
+
+
+def _parts(
+    layer: Any, norm: Any, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool
+) -> tuple[Tensor, Epilogue, tuple[Any, ...], Any] | None:
+    """(weight, epilogue, numbers, backend) of a convolution in eval mode, or None where its members run one by one."""
+    if type(layer) not in CONVOLUTIONS or layer.padding_mode != "zeros":
+        return None
+    epilogue = running(layer, norm, activation, input, residual, in_place)
+    return None if epilogue is None else (member(layer, "weight"), epilogue, numbers_of(layer)[1], layer.backend)

@@ -1,0 +1,1 @@
+"""Measuring: clock, comparison, tuning, compilation ahead."""

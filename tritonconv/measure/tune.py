@@ -1,0 +1,296 @@
+"""Measured tuning: the best config of each layer, and whether torch is faster, put down where later runs find it."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tritonconv.bench.cases import Case
+from tritonconv.bench.layers import ready, set_tf32, without_search
+from tritonconv.bench.registry import dtype_of, operations
+from tritonconv.bench.session import track
+from tritonconv.convert.explain import restored
+from tritonconv.measure.ahead import Compilation, case_launches, compile_ahead
+from tritonconv.measure.check import compare
+from tritonconv.measure.clock import copies_for_cold_cache, time_calls
+from tritonconv.ops.conv.dispatch import on_torch, run
+from tritonconv.ops.core.backend import interpreting, set_backend
+from tritonconv.ops.core.cache import clear_caches
+from tritonconv.ops.core.example import Example
+from tritonconv.ops.core.launch import Launch, captured, device_of, forced
+from tritonconv.ops.core.observe import Call, observe
+from tritonconv.tuning import Device, Problem, candidates, choose
+from tritonconv.tuning.cache import cache_path, remember, triton_version, write
+from tritonconv.tuning.configs import config_name
+from tritonconv.tuning.cost import predict
+from tritonconv.tuning.measured import MARGIN
+from tritonconv.tuning.tables import Entry, entry_of
+from tritonconv.tuning.tables import Table as TuningTable
+
+__all__ = ["TuneReport", "Tuned", "tune", "tune_case"]
+
+# The cost model's best so many are measured.
+TOP = 8
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured of one layer."""
+
+    layer: str
+    conditions: str
+    entry: Entry | None
+    """None where no candidate was right."""
+    before_ms: float | None
+    """With the config that would have been taken untuned."""
+    tried: int
+    wrong: tuple[str, ...] = ()
+    """Candidates that failed or computed something else, and how."""
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What `tritonconv.tune` measured; print it."""
+
+    gpu: str
+    layers: list[Tuned]
+    path: Path
+    """The file that keeps it."""
+    skipped: list[str] = field(default_factory=list)
+    """Layers that torch runs anyway, or that could not be measured, and why."""
+
+    def __str__(self) -> str:
+        table = Table(title=f"tuned on {self.gpu}", title_justify="left", box=None, pad_edge=False)
+        for name in ("layer", "with", "config", "tried", "before ms", "ms", "torch ms", "auto runs it on"):
+            table.add_column(name, justify="right" if name.endswith("ms") or name == "tried" else "left")
+        for row in self.layers:
+            if row.entry is None:
+                table.add_row(row.layer, row.conditions, "none is right", str(row.tried), "", "", "", "torch")
+                continue
+            peer = row.entry.peer_ms
+            ours = peer is None or row.entry.ms <= MARGIN * peer
+            times = ("" if ms is None else f"{ms:.4f}" for ms in (row.before_ms, row.entry.ms, peer))
+            table.add_row(
+                row.layer, row.conditions, config_name(row.entry.config), str(row.tried), *times,
+                "triton" if ours else "torch",
+            )  # fmt: skip
+        console = Console(width=160, color_system=None)
+        with console.capture() as text:
+            console.print(table)
+            for reason in self.skipped:
+                console.print(f"not tuned: {reason}", highlight=False)
+            console.print(f"kept in {self.path}", highlight=False)
+        return text.get().rstrip("\n")
+
+
+def tune(
+    model: torch.nn.Module, *example_inputs: Any, export: str | Path | None = None, seconds: float = 0.1,
+    console: Console | None = None,
+) -> TuneReport:  # fmt: skip
+    """Measure the best candidates for every layer of a converted model, on the GPU that its inputs are on.
+
+    What is found goes into the user's cache, from where every later process takes configs, and the choice of torch where
+    torch was more than 3 % faster (under backend "auto"). Nothing is ever tuned but by this call. Each candidate is
+    compared with fp64 before it is timed. Forward alone: under "auto" gradients are torch's.
+
+    Args:
+        model: a converted model, in the mode that it will run in.
+        example_inputs: what it is called with; sizes, dtypes and layouts decide what is tuned.
+        export: also write a table, which can ship with a program or with the library (tritonconv/tuning/tables).
+        seconds: how long each candidate is sampled.
+        console: where progress is shown; standard error by default.
+
+    Returns:
+        A report; print it.
+
+    Raises:
+        TypeError: `model` is no module.
+        RuntimeError: there is no GPU.
+        OSError: the cache's folder, or `export`, cannot be written.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"tune(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
+    if not torch.cuda.is_available() and not interpreting():
+        raise RuntimeError("tune() measures on a GPU, and torch sees none (tritonconv doctor tells more)")
+    console = console or Console(stderr=True)
+    calls: list[Call] = []
+    with restored(model), torch.no_grad(), set_backend("auto"), observe(calls.append):
+        model(*example_inputs)
+    found = distinct(calls)
+    # Others may have run on the CPU before them.
+    device = device_of(found[0].device if found else torch.device("cpu"))
+    path = cache_path(device.name)
+    if found:
+        # A folder that cannot be written is to be known now, not after minutes of measuring.
+        remember(device.name, [])
+    layers: list[Tuned] = []
+    failed: list[str] = []
+    if torch.cuda.is_available():
+        compile_ahead([task for call in found for task in compilations(call, device)], device, console)
+    for call in track(found, len(found), "tuning", console):
+        assert call.example is not None
+        try:
+            layers.append(tune_example(str(call.geometry), call, seconds))
+        # Out of memory, most likely: what was found of other layers is kept.
+        except RuntimeError as error:
+            if "no GPU" in str(error):
+                raise
+            failed.append(f"{described(call)}: {type(error).__name__}: {error}")
+    entries = [row.entry for row in layers if row.entry is not None]
+    if entries:
+        remember(device.name, entries)
+    choose.cache_clear()
+    clear_caches()
+    if export is not None:
+        table = TuningTable(device.name, triton_version())
+        table.merge(entries)
+        write(Path(export), table)
+    skipped = failed + [f"{described(call)}: {why_not(call)}" for call in calls if call.example is None]
+    return TuneReport(device.name, layers, path, list(dict.fromkeys(skipped)))
+
+
+def described(call: Call) -> str:
+    return call.op if call.geometry is None else f"{call.op} of {call.geometry}"
+
+
+def why_not(call: Call) -> str:
+    """Why a call without an example was not tuned."""
+    if call.decision.backend == "torch":
+        return call.decision.reason
+    if call.bytes == 0 or (call.geometry is not None and call.macs == 0):
+        return "it has no elements"
+    return "a rule chooses its config, and no measurement would change it"
+
+
+def distinct(calls: Sequence[Call]) -> list[Call]:
+    """One call of each kind."""
+    return list({(call.device, call.example.key()): call for call in calls if call.example is not None}.values())
+
+
+def compilations(call: Call, device: Device) -> list[Compilation]:
+    """What `tune_example` will launch."""
+    assert call.example is not None
+    problem = problem_of(call.example, device)
+    return [
+        (str(call.geometry), functools.partial(example_launches, call.example, config, device)) for config in tried(problem)
+    ]
+
+
+def tried(problem: Problem) -> list[Any]:
+    """The configs that are measured: the chosen one first, then the cost model's best."""
+    chosen = choose(problem)
+    order = sorted(candidates(problem), key=lambda config: predict(problem, config).seconds)
+    return [chosen] + [config for config in order[:TOP] if config is not chosen]
+
+
+def example_launches(example: Example, config: Any, device: Device) -> list[Launch]:
+    """The launches of a call with a config; nothing runs."""
+    with torch.no_grad(), set_backend("triton"), forced(config=config), captured(device) as launches:
+        run(example)
+    return launches
+
+
+def problem_of(example: Example, device: Device) -> Problem:
+    """What the choice of a config sees of a call."""
+    problem = example_launches(example, None, device)[-1].problem
+    assert problem is not None
+    return problem
+
+
+def tune_example(layer: str, call: Call, seconds: float) -> Tuned:
+    """Measure the candidates of one call on random tensors like its own, and torch beside them."""
+    example, device = call.example, call.device
+    assert example is not None
+    problem = problem_of(example, device_of(device))
+    # Its own, for the user's random numbers go on as if nothing had been tuned.
+    generator = torch.Generator(device).manual_seed(0)
+    real = example.map(lambda t: materialize(t, device, generator))
+    wide = real.map(lambda t: t.double() if t.is_floating_point() else t)
+    with torch.no_grad(), without_search():
+        reference = on_torch(wide)
+    del wide
+    configs = tried(problem)
+    sets = [real] + [
+        # Not clones, which need not lie as their originals do.
+        example.map(lambda t: materialize(t, device, generator))
+        for _ in range(copies_for_cold_cache(real.tensors(), device_of(device).l2_bytes) - 1)
+    ]
+    times: dict[int, float] = {}
+    wrong = []
+    with torch.no_grad(), set_backend("triton"):
+        for config in configs:
+            with forced(config=config):
+                try:
+                    complaint = compare(
+                        run(real), reference, depth=problem.gemm[2], tf32=problem.tf32 and problem.products == "tf32"
+                    ).complaint
+                    if complaint is None:
+                        times[id(config)] = time_calls([functools.partial(run, s) for s in sets], seconds=seconds).ms
+                        continue
+                # Whatever the compiler or the launch could not do.
+                except Exception as error:
+                    if "no GPU" in str(error):
+                        raise
+                    complaint = f"{type(error).__name__}: {error}"
+            wrong.append(f"{config}: {complaint}")
+        with set_backend("torch"):
+            for each in sets[:2]:
+                on_torch(each)
+            peer = time_calls([functools.partial(on_torch, s) for s in sets], seconds=seconds).ms
+    best = min((c for c in configs if id(c) in times), key=lambda c: times[id(c)], default=None)
+    entry = None
+    if best is not None:
+        entry = entry_of(
+            problem, call.conditions, best, times[id(best)], peer="torch", peer_ms=peer,
+            torch=torch.__version__, date=datetime.date.today().isoformat(),
+        )  # fmt: skip
+    return Tuned(layer, call.conditions, entry, times.get(id(configs[0])), len(configs), tuple(wrong))
+
+
+def materialize(t: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Random numbers in a tensor of these sizes and strides."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    storage = torch.empty(span, dtype=t.dtype, device=device).normal_(generator=generator)
+    # Variances are among these tensors: a negative one is none, and one near 0 would have fp16 overflow.
+    return (storage.abs_().add_(0.5) if t.dim() == 1 else storage).as_strided(t.shape, t.stride())
+
+
+def case_compilations(case: Case, device: Device) -> list[Compilation]:
+    """What `tune_case` will launch."""
+    problem = operations()[case.kind].launches(case, device, None, True)[-1].problem
+    assert problem is not None
+    return [(case.id, functools.partial(case_launches, case, config, True, device)) for config in tried(problem)]
+
+
+def tune_case(case: Case, peer_ms: float | None, peer: str | None) -> dict[str, Any]:
+    """Tune one benchmark layer, in a worker; a record with the entries of a table."""
+    place = ready()
+    set_tf32(case.tf32)
+    operation = operations()[case.kind]
+    calls: list[Call] = []
+    tensors = operation.tensors(case, place, dtype_of(case), True)
+    with observe(calls.append):
+        operation.ours(case, *tensors)
+    found = [tune_example(case.id, call, 0.1) for call in calls if call.example is not None]
+    entries = [row.entry for row in found if row.entry is not None]
+    if not entries:
+        return dict(status="wrong", reason="; ".join(w for row in found for w in row.wrong) or "no candidate was right")
+    ours = sum(entry.ms for entry in entries)
+    torch_ms = sum(entry.peer_ms or 0.0 for entry in entries)
+    best_ms, best = min((peer_ms or math.inf, peer or "torch"), (torch_ms, "torch"))
+    return dict(
+        status="ok", config=config_name(entries[-1].config),
+        candidates=sum(row.tried for row in found), before_ms=sum(row.before_ms or 0.0 for row in found), ms=ours,
+        peer=best, peer_ms=best_ms, wrong=[w for row in found for w in row.wrong],
+        entries=[asdict(entry) for entry in entries],
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Convolution: dense, transposed, depthwise, separable, with batch norm in training, forward and backward."""

@@ -1,0 +1,247 @@
+"""Convolution, batch norm, activation and residual for training: what is launched, forward and backward.
+
+Forward, z = conv(x) + bias is written once, and the convolution takes its statistics from its accumulators; one pass reads
+z (and the residual) and writes y. Saved for backward are x, the weight, z, the statistics and, where an activation follows
+the sum, the residual; y is not. torch keeps x, the weight, z, and y or the sum.
+
+Backward, with P the bytes of z (a residual that is added before an activation is read once more, and its gradient g is
+written, which then stands for dy): one pass reads dy and z for the sums of the batch norm's gradient. The gradient dz of z
+is dy's and z's combination by five numbers a channel:
+
+- without the data gradient it is never written: the weight gradient computes it on its way in (2 P), but for depthwise;
+- a filter of one tap under few input channels, of 16-bit numbers, computes it in the data gradient, and leaves it for the
+  weight gradient (2 P read, P written, P read: P less than a pass of its own would cost);
+- elsewhere a pass of its own writes it (2 P read, P written), and both gradients read it (2 P). A filter of several taps
+  would compute every element again for each of them, in a kernel whose time is not memory's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.batch_norm import launch as batch_norm
+from tritonconv.ops.batch_norm.launch import Statistics
+from tritonconv.ops.batch_norm.ranks import add_over_ranks, combine_over_ranks
+from tritonconv.ops.conv.depthwise import is_depthwise
+from tritonconv.ops.conv.gradients import NormGradient
+from tritonconv.ops.conv.route import data_gradient, prepare_call, weight_gradient
+from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.cache import Prepared
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.layout import as_format, empty_output, wide
+
+__all__ = [
+    "ON_THE_WAY_CHANNELS", "Gradients", "Needs", "Norm", "backward", "bias_gradient", "combined", "convolve", "forward",
+    "norm_gradient", "on_the_way",
+]  # fmt: skip
+
+# So many input channels fit a tile or two of columns, each of which computes the gradient again.
+ON_THE_WAY_CHANNELS = 256
+
+
+class Norm(NamedTuple):
+    """A batch norm of z, behind a convolution or alone, and what follows it."""
+
+    mean: Tensor
+    """(K,): what z was normalized with."""
+    var: Tensor
+    """(K,), biased."""
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    residual: Tensor | None
+    activation: ActivationSpec | None
+    pixels: Tensor | None
+    """[1], how many the statistics were taken of; None where they are constants."""
+
+
+class Needs(NamedTuple):
+    """Which gradients are needed."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    norm_weight: bool
+    norm_bias: bool
+    residual: bool
+
+
+class Gradients(NamedTuple):
+    """Those that are needed. Without an activation the residual's is dy, and not computed."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    residual: Tensor | None
+
+
+def combined(parts: Statistics, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean [K], biased variance [K], count [1]) of all slots, and of all processes of the group if it has a name."""
+    mean, var, count = batch_norm.combine(parts)
+    return combine_over_ranks(mean, var, count, group) if group else (mean, var, count)
+
+
+def norm_gradient(
+    dy: Tensor, z: Tensor, norm: Norm, group: str, *, before: bool, parameters: bool, write: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """(g, table, gradients of the batch norm's weight and bias), by as few launches as give what is needed.
+
+    g = dy * act' is None where it is not written; the table is that of `batch_norm.gradient_table`.
+
+    Args:
+        dy: gradient of act(bn(z) + residual), of any strides.
+        norm: without its residual where that has no part in the activation's gradient.
+        group: the process group that shared its statistics; "" for none.
+        before: whether something before z needs a gradient. Every process must say the same.
+        parameters: whether the batch norm's weight or bias needs one.
+        write: whether g is to be written.
+    """
+    sloped = norm.pixels is not None
+    vectors = norm.mean, norm.var, norm.weight, norm.bias, norm.eps
+    sums = g = None
+    if write or parameters or (before and sloped):
+        sums, g = batch_norm.reduce_gradients(dy, z, *vectors, norm.residual, norm.activation, write)
+    # Whatever is before z depends on everyone's pixels. Weight and bias take the sums over this process's alone, for
+    # whoever joins gradients joins these too.
+    everyone = add_over_ranks(sums, group) if group and before and sloped and sums is not None else sums
+    return g, *batch_norm.gradient_table(everyone, norm.pixels, *vectors, sloped, sums)
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """Gradient of a convolution's bias by torch, where no kernel computes it on its way."""
+    return dy.sum((0, *range(2, dy.dim())))
+
+
+def convolve(call: Prepared, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Statistics]:
+    """z = conv(x) + bias by a prepared call, and the statistics of z from its accumulators."""
+    if call.recipe is None:
+        raise ValueError("there are no statistics of a result without elements")
+    slots, channels = call.recipe.slots, call.output.shape[1]
+    counts, moments = (empty_output(x, shape, False, wide(x.dtype)) for shape in ((slots,), (2, slots, channels)))
+    z = call.run(x, weight, Epilogue(bias), (counts, moments))
+    return z, Statistics(counts, moments)
+
+
+def forward(
+    call: Prepared, x: Tensor, weight: Tensor, bias: Tensor | None, fixed: tuple[Tensor, Tensor] | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, residual: Tensor | None,
+    activation: ActivationSpec | None, group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, z, mean, var, count); statistics that are fixed are not given back.
+
+    Args:
+        call: the convolution with its bias.
+        group: name of the process group that shares statistics; "" for none.
+    """
+    if fixed is None:
+        z, parts = convolve(call, x, weight, bias)
+        mean, var, count = combined(parts, group)
+        used = mean, var
+    else:
+        z, used = call.run(x, weight, Epilogue(bias)), fixed
+        # What an operator returns may be none of its arguments.
+        mean, var, count = (empty_output(x, (0,), False, wide(x.dtype)) for _ in range(3))
+    return batch_norm.normalize(z, *used, norm_weight, norm_bias, eps, residual, activation), z, mean, var, count
+
+
+def on_the_way(g: ConvGeometry, dtype: torch.dtype, data: bool = True) -> bool:
+    """Whether a gradient computes dz itself: the data gradient where that saves bytes and costs little else.
+
+    Of wider types a thread could not hold two tiles beside its products. Depthwise kernels have no such form: they compute
+    little else, and read each element for every tap.
+
+    Args:
+        data: whether the data gradient is needed; else the weight gradient computes it.
+    """
+    if g.transposed or is_depthwise(g):
+        return False
+    if not data:
+        return True
+    few = g.in_channels // g.groups <= ON_THE_WAY_CHANNELS
+    return dtype.itemsize == 2 and g.taps == 1 and not any(g.padding) and few
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, z: Tensor, norm: Norm, geometry: ConvGeometry,
+    channels_last: tuple[bool, bool], needs: Needs, group: str,
+) -> Gradients:  # fmt: skip
+    """Every gradient that is needed.
+
+    Args:
+        dy: gradient of y, of any strides.
+        x: None where the weight's gradient is not needed.
+        weight: None where the input's gradient is not needed.
+        channels_last: formats of x and of the weight.
+        group: the process group that shared its statistics; "" for none.
+    """
+    sloped = norm.pixels is not None
+    # A bias that the batch's own mean takes away again has no gradient; torch computes its rounding errors.
+    db = z.new_zeros(z.shape[1]) if needs.bias and sloped else None
+    through_bias = needs.bias and not sloped
+    through_convolution = needs.x or needs.weight or through_bias
+    act = norm.activation
+    g, table, d_norm_weight, d_norm_bias = norm_gradient(
+        dy, z, norm, group,
+        # A process that runs the parts one by one joins its sums for a bias too.
+        before=through_convolution or (needs.bias and bool(group)),
+        parameters=needs.norm_weight or needs.norm_bias,
+        # Behind a residual the activation's gradient is the residual's, and is written once.
+        write=norm.residual is not None and act is not None,
+    )  # fmt: skip
+    if g is not None:
+        dy, act = g, None
+    between: NormGradient | None = NormGradient(z, table, act, sloped) if through_convolution else None
+    if between is not None and not ((needs.x or needs.weight) and on_the_way(geometry, z.dtype, needs.x)):
+        dy, between = batch_norm.input_gradient(dy, z, table, act, sloped), None
+        if not is_depthwise(geometry):
+            # In the format that both gradients read.
+            dy = as_format(dy, True)
+    gradients = _transposed if geometry.transposed else _convolution
+    dx, dw, own = gradients(dy, x, weight, geometry, channels_last, needs._replace(bias=through_bias), between)
+    return Gradients(
+        dx, dw, own if through_bias else db, d_norm_weight if needs.norm_weight else None,
+        d_norm_bias if needs.norm_bias else None, g if needs.residual else None,
+    )  # fmt: skip
+
+
+Three = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _convolution(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, g: ConvGeometry, channels_last: tuple[bool, bool], needs: Needs,
+    between: NormGradient | None,
+) -> Three:  # fmt: skip
+    """Gradients of x, weight and bias; with something between, dy is what lies behind it."""
+    dx = dw = db = None
+    if needs.x and weight is not None:
+        if between is not None and (needs.weight or needs.bias):
+            between = between._replace(dz=empty_output(dy, g.output_shape, True, dy.dtype))
+        dx = data_gradient(dy, weight, g, channels_last[0], "conv", between)
+        if between is not None and between.dz is not None:
+            dy, between = between.dz, None
+    if needs.weight and x is not None:
+        dw, db = weight_gradient(dy, x, g, channels_last[1], needs.bias, "conv", between)
+    elif needs.bias:
+        db = bias_gradient(dy)
+    return dx, dw, db
+
+
+def _transposed(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, g: ConvGeometry, channels_last: tuple[bool, bool], needs: Needs,
+    between: NormGradient | None,
+) -> Three:  # fmt: skip
+    """The same of a transposed convolution: a convolution of dy, and that one's weight gradient with dy as its image."""
+    assert between is None
+    dx = dw = None
+    if needs.x and weight is not None:
+        dx = prepare_call(dy, weight, Epilogue(), g.mirrored, "conv").run(dy, weight, Epilogue())
+        dx = as_format(dx, channels_last[0])
+    if needs.weight and x is not None:
+        dw, _ = weight_gradient(x, dy, g.mirrored, channels_last[1], False, "conv")
+    return dx, dw, bias_gradient(dy) if needs.bias else None

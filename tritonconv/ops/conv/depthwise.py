@@ -1,0 +1,262 @@
+"""Depthwise convolution on Triton, both directions: which layout, which block, and the launches.
+
+A convolution is depthwise where each group has one input channel. Its data gradient, and so a transposed depthwise
+convolution's forward, is the same kernel the other way round; "source" and "result" are the image that is read and the
+one that is written, whichever way that is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass, Triple, power, power_of_two_divisor, width
+from tritonconv.ops.conv.dense import output_format
+from tritonconv.ops.conv.plan import Strides, lift
+from tritonconv.ops.conv.target import WHOLE, Sink
+from tritonconv.ops.core.cache import Dense, Prepared
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import (
+    Launch,
+    PlainRecipe,
+    Recipe,
+    axis_constants,
+    device_of,
+    epilogue_constants,
+    forced_config,
+    launch,
+)
+from tritonconv.ops.core.layout import as_format, dense_strides, empty_output, is_dense, wide
+from tritonconv.tuning import INTERPRETER, Device, Problem, choose
+
+__all__ = ["depthwise_dgrad", "depthwise_wgrad", "is_depthwise", "prepare_depthwise"]
+
+# A result of a stride's phase takes a patch of whole strides.
+LARGEST_STRIDE = 4
+# Sums of the weight gradient that a thread holds for each channel; programs a multiprocessor, and least blocks of each.
+SUMS = 10
+WAVES, LEAST_STEPS = 6, 4
+
+
+def is_depthwise(g: ConvGeometry) -> bool:
+    """Whether the depthwise kernels take it: one channel a group, and no large stride to spread results over."""
+    conv = g.mirrored if g.transposed else g
+    return conv.in_channels == conv.groups > 1 and max(conv.stride[1:]) <= LARGEST_STRIDE
+
+
+class View(NamedTuple):
+    """A depthwise convolution in one direction, as the kernel sees it."""
+
+    conv: ConvGeometry
+    transposed: bool
+    channels_last: bool
+    device: Device
+    itemsize: int
+
+    @property
+    def source(self) -> Triple:
+        return self.conv.output if self.transposed else self.conv.input
+
+    @property
+    def result(self) -> Triple:
+        return self.conv.input if self.transposed else self.conv.output
+
+    @property
+    def channels(self) -> int:
+        """Of the result."""
+        return self.conv.in_channels if self.transposed else self.conv.out_channels
+
+    def patches(self, patch: tuple[int, int]) -> tuple[int, int]:
+        """(rows of patches in all images, patches in a row)."""
+        o, p, q = self.result
+        before = [pad % s if self.transposed else 0 for pad, s in zip(self.conv.padding, self.conv.stride, strict=True)]
+        return self.conv.batch * o * -(-(p + before[1]) // patch[0]), -(-(q + before[2]) // patch[1])
+
+    def block(self, across: int, lines: int, warps: int) -> tuple[int, int]:
+        """(patches, channels) of a program: each thread has 16 bytes of channels of a patch.
+
+        Half of that where channels cannot be read by vectors: every element has an address of its own then.
+        """
+        vector = 16 // self.itemsize
+        if self.channels_last and self.channels % vector:
+            vector = max(1, vector // 2)
+        elements = self.device.warp_size * warps * vector
+        if self.device.arch == INTERPRETER.arch:
+            # One large block: the interpreter's time goes per operation, hardly per element.
+            c = power(self.channels, 256)
+            return power(across * lines if self.channels_last else across, (1 << 16) // c), c
+        if self.channels_last:
+            c = width(self.channels, 128 // self.itemsize, 32 // self.itemsize)
+            return elements // c, c
+        c = min(power(self.channels, elements), max(1, elements // power(across, self.device.warp_size * warps)))
+        return elements // c, c
+
+
+def depthwise_recipe(
+    view: View, strides: Strides, dtype: torch.dtype, index_64: bool, epilogue: Epilogue, statistics: bool = False,
+    sink: Sink = WHOLE,
+) -> Recipe:  # fmt: skip
+    """The launch of a depthwise convolution in either direction, with an epilogue behind it.
+
+    Args:
+        strides: those of the source.
+        statistics: whether it is to be run with room for them.
+    """
+    from tritonconv.kernels.depthwise import depthwise_kernel, steps, whole
+
+    g = view.conv
+    pass_: Pass = "dgrad" if view.transposed else "fprop"
+    problem = Problem(
+        "depthwise", g, str(dtype)[6:], False, view.channels_last, view.device, pass_, statistics=statistics
+    )  # fmt: skip
+    config = forced_config("PATCH_P") or choose(problem)
+    patch = whole(config, g.stride[1:], view.transposed)
+    lines, across = view.patches(patch)
+    block_t, block_c = view.block(across, lines, config.num_warps)
+    step_r, step_s = steps(patch, g.kernel[1:], g.stride[1:], g.dilation[1:], view.transposed)
+    sn, sc, sd, sh, sw = strides
+    constants = axis_constants(g) | dict(zip("DHWOPQ", (*view.source, *view.result), strict=True)) | dict(
+        stride_xn=sn, stride_xc=sc, stride_xd=sd, stride_xh=sh, STRIDE_XW=sw, N=g.batch, C=view.channels,
+        STRIDE_Y=sink.pitch or view.channels, POOL=sink.images(1, 1),
+        MULT=g.out_channels // g.groups, TRANSPOSED=view.transposed, CHANNELS_LAST=view.channels_last,
+        VEC_X=power_of_two_divisor(sn, sd, sh), INDEX_64=index_64, **epilogue_constants(epilogue), PATCH_P=patch[0],
+        PATCH_Q=patch[1], BLOCK_T=block_t, BLOCK_C=block_c, STEP_R=step_r, STEP_S=step_s,
+    )  # fmt: skip
+    # Sums of an image are those of whole blocks.
+    images = g.batch if sink.average else 1
+    blocks = _blocks(lines // images, across, block_t, view.channels_last)
+    slots = images * blocks
+    programs = slots * -(-view.channels // block_c)
+    return PlainRecipe(depthwise_kernel, programs, constants, None, None, config, problem, slots, (1, blocks, 1))
+
+
+def _blocks(lines: int, across: int, block_t: int, channels_last: bool) -> int:
+    return -(-lines * across // block_t) if channels_last else lines * -(-across // block_t)
+
+
+def _index_64(view: View, strides: Strides) -> bool:
+    """Whether 32-bit offsets could overflow: a large tensor, or a small view that strides over a large one."""
+    g = view.conv
+    # Taps outside the image have addresses too, before their mask is applied; so have the ends of patches.
+    reach = [(size + 2 * taps * d + 16 * s) * stride for size, taps, d, s, stride in
+             zip(view.source, g.kernel, g.dilation, g.stride, strides[2:], strict=True)]  # fmt: skip
+    source_channels = g.out_channels if view.transposed else g.in_channels
+    return g.needs_int64 or g.batch * strides[0] + source_channels * max(1, strides[1]) + sum(reach) > INT32_MAX
+
+
+def _side_by_side(t: Tensor, channels_last: bool) -> bool:
+    """Whether the elements that a thread block reads together lie side by side."""
+    axis = 1 if channels_last else -1
+    return t.stride()[axis] == 1 or t.shape[axis] == 1
+
+
+def prepare_depthwise(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, statistics: bool = False, sink: Sink = WHOLE
+) -> Prepared:
+    """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory.
+
+    Args:
+        x: (N, C, *spatial).
+        geometry: of a convolution or of a transposed one.
+        statistics: whether it is to be run with room for them.
+        sink: where results go.
+    """
+    g, channels_last = geometry, output_format(x, weight)
+    output = sink.output(g.output_shape, channels_last)
+    copy_x = not _side_by_side(x, channels_last)
+    strides = lift(
+        dense_strides(g.input_shape, channels_last) if copy_x else x.stride(), (g.batch, g.in_channels, *g.input)
+    )
+    recipe = None
+    if 0 not in output.shape:
+        view = View(g.mirrored if g.transposed else g, g.transposed, channels_last, device_of(x.device), x.element_size())
+        recipe = depthwise_recipe(view, strides, x.dtype, _index_64(view, strides), epilogue, statistics, sink)
+    # A filter of one channel has one order in memory, whatever it is called.
+    return Prepared.of(
+        "depthwise", recipe, output, x, epilogue, Dense.of(x.shape, channels_last) if copy_x else None,
+        None if is_dense(weight, False) else Dense.of(weight.shape),
+    )  # fmt: skip
+
+
+def depthwise_dgrad(dy: Tensor, weight: Tensor, geometry: ConvGeometry, channels_last: bool) -> Tensor:
+    """Gradient of a batched depthwise convolution's input, dense in this format; arguments as `conv_dgrad` takes them."""
+    g = geometry
+    dx = empty_output(dy, g.input_shape, channels_last, dy.dtype)
+    if dx.numel() == 0:
+        return dx
+    dy, weight = as_format(dy, channels_last), as_format(weight, False)
+    view = View(g, True, channels_last, device_of(dy.device), dy.element_size())
+    strides = lift(dy.stride(), (g.batch, g.out_channels, *g.output))
+    depthwise_recipe(view, strides, dy.dtype, _index_64(view, strides), Epilogue()).run(
+        dy, weight, dx, Epilogue(), dy.device
+    )
+    return dx
+
+
+def depthwise_wgrad(
+    dy: Tensor, x: Tensor, geometry: ConvGeometry, channels_last: bool, bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of a batched depthwise convolution's weight and bias; arguments as `conv_wgrad` takes them.
+
+    Sums of ranges of the pixels go through a workspace in fp32 (fp64 for fp64).
+    """
+    from tritonconv.kernels.depthwise import COLUMNS
+    from tritonconv.kernels.depthwise_wgrad import depthwise_wgrad_kernel
+
+    g, k = geometry, geometry.out_channels
+    # A filter of one channel has one order in memory, whatever its strides are called.
+    dw = empty_output(dy, g.weight_shape, channels_last, dy.dtype)
+    db = torch.empty_strided((k,), (1,), dtype=dy.dtype, device=dy.device) if bias else None
+    if dy.numel() == 0:
+        return dw.zero_(), db if db is None else db.zero_()
+    # As dy lies, if it is dense: it is as large as x, and mostly fresh from a kernel of ours.
+    last = is_dense(dy, True) or not is_dense(dy, False)
+    dy = as_format(dy, last)
+    x = x if _side_by_side(x, last) else as_format(x, last)
+    sn, sc, sd, sh, sw = strides = lift(x.stride(), (g.batch, g.in_channels, *g.input))
+    view = View(g, False, last, device_of(dy.device), dy.element_size())
+    problem = Problem("depthwise_wgrad", g, str(dy.dtype)[6:], False, last, view.device, "wgrad")
+    config = forced_config("PATCH_P") or choose(problem)
+    patch = config.kwargs["PATCH_P"], config.kwargs["PATCH_Q"]
+    lines, across = view.patches(patch)
+    block_t, block_c = view.block(across, lines, config.num_warps)
+    t, r, s = g.kernel
+    columns = min(s, COLUMNS)
+    rows = max(1, min(r, SUMS // columns))
+    groups = t * -(-r // rows) * -(-s // columns) * -(-k // block_c)
+    blocks = _blocks(lines, across, block_t, last)
+    size = max(LEAST_STEPS, -(-blocks * groups // (WAVES * view.device.multiprocessors)))
+    slots = -(-blocks // size)
+    sums = empty_output(dy, (slots, g.taps + 1, k), False, wide(dy.dtype))
+    arguments: dict[str, Any] = axis_constants(g) | dict(zip("DHW", touched_input(g), strict=True)) | dict(
+        x_ptr=x, stride_xn=sn, stride_xc=sc, stride_xd=sd, stride_xh=sh, STRIDE_XW=sw, dy_ptr=dy, sums_ptr=sums, N=g.batch,
+        RANGE=size, K=k, MULT=k // g.groups, BIAS=bias, CHANNELS_LAST=last, VEC_X=power_of_two_divisor(sn, sd, sh),
+        INDEX_64=_index_64(view, strides), PATCH_P=patch[0], PATCH_Q=patch[1], BLOCK_T=block_t, BLOCK_C=block_c, ROWS=rows,
+        COLUMNS=columns,
+    )  # fmt: skip
+    launch(Launch(depthwise_wgrad_kernel, slots * groups, arguments, problem, config), dy.device)
+    add_slots(sums, dw, db)
+    return dw, db
+
+
+def touched_input(g: ConvGeometry) -> list[int]:
+    """Extents of the input that some tap reaches: what lies behind may be NaN, and must not be multiplied by zero."""
+    return [
+        min(n, (out - 1) * step + (taps - 1) * d - pad + 1)
+        for n, out, step, taps, d, pad in zip(g.input, g.output, g.stride, g.kernel, g.dilation, g.padding, strict=True)
+    ]
+
+
+def add_slots(sums: Tensor, dw: Tensor, db: Tensor | None) -> None:
+    """Add sums [slots, taps + 1, filters] of a weight gradient, the bias's behind the taps', in their order."""
+    from tritonconv.kernels.depthwise_wgrad import depthwise_reduce_kernel
+
+    slots, rows, k = sums.shape
+    block_k = power(k, 256) if device_of(sums.device).arch == INTERPRETER.arch else 8
+    arguments: dict[str, Any] = dict(
+        sums_ptr=sums, dw_ptr=dw, db_ptr=db, SLOTS=slots, K=k, TAPS=rows - 1, BLOCK_S=power(slots, 128), BLOCK_K=block_k
+    )  # fmt: skip
+    programs = (rows - (db is None)) * -(-k // block_k)
+    launch(Launch(depthwise_reduce_kernel, programs, arguments, None, None), sums.device)

@@ -1,0 +1,147 @@
+"""Activations by name, as a fused call takes them and as torch computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonconv.ops.core.backend import HAS_TRITON
+
+if TYPE_CHECKING:
+    from tritonconv.kernels.activations import Activation
+
+__all__ = [
+    "ActivationSpec", "from_module", "from_numbers", "module_types", "parse_activation", "table", "to_module", "to_numbers",
+]  # fmt: skip
+
+
+def table() -> dict[str, Activation]:
+    """The rows of kernels/activations.py; none where triton is not installed, and all else runs on torch.
+
+    Read late, so that `import tritonconv` does not import triton.
+    """
+    if not HAS_TRITON:
+        return {}
+    from tritonconv.kernels.activations import ACTIVATIONS
+
+    return ACTIVATIONS
+
+
+class ActivationSpec(NamedTuple):
+    """A row of the table with its numbers."""
+
+    name: str
+    a: float = 0.0
+    b: float = 0.0
+
+    def torch(self, x: Tensor) -> Tensor:
+        """What torch computes."""
+        row = table()[self.name]
+        numbers = dict(zip((n for n, _ in row.parameters), (self.a, self.b), strict=False))
+        function: Callable[..., Tensor] = getattr(torch.nn.functional, row.function)
+        return function(x, **numbers, **dict(row.fixed))
+
+    def __str__(self) -> str:
+        numbers = (self.a, self.b)[: len(table()[self.name].parameters)]
+        return f"{self.name}({', '.join(f'{n:g}' for n in numbers)})" if numbers else self.name
+
+
+def to_numbers(activation: ActivationSpec | None) -> dict[str, Any]:
+    """What registered operators take for an activation; the name is "" for none."""
+    name, a, b = activation or ("", 0.0, 0.0)
+    return dict(activation=name, a=a, b=b)
+
+
+def from_numbers(activation: str, a: float, b: float) -> ActivationSpec | None:
+    """The reverse of `to_numbers`."""
+    return ActivationSpec(activation, a, b) if activation else None
+
+
+ALIASES = {"swish": "silu", "clamp": "hardtanh"}
+
+
+_defaults: dict[str, ActivationSpec] = {}
+
+
+def default_specs() -> dict[str, ActivationSpec]:
+    """Every activation with its default numbers, by each of its names."""
+    if not _defaults:
+        for name, row in table().items():
+            _defaults[name] = ActivationSpec(name, *(float(value) for _, value in row.parameters))
+        _defaults.update((alias, _defaults[name]) for alias, name in ALIASES.items() if name in _defaults)
+    return _defaults
+
+
+def make_spec(name: str, numbers: tuple[float, ...] = ()) -> ActivationSpec:
+    """The named activation, with its defaults where `numbers` ends."""
+    if not table():
+        raise ImportError(f"activation {name!r}: activations by name need triton, which is not installed")
+    name = ALIASES.get(name, name)
+    if name not in table():
+        raise ValueError(f"unknown activation {name!r}, expected one of {', '.join(table())}")
+    defaults = tuple(value for _, value in table()[name].parameters)
+    if len(numbers) > len(defaults):
+        raise ValueError(f"activation {name!r} takes {len(defaults)} numbers, got {numbers}")
+    return ActivationSpec(name, *(float(n) for n in numbers + defaults[len(numbers) :]))
+
+
+_module_types: dict[type[torch.nn.Module], tuple[str, ...]] = {}
+_plain_types: dict[type[torch.nn.Module], ActivationSpec] = {}
+"""Those without options, filled along with the others."""
+
+
+def module_types() -> dict[type[torch.nn.Module], tuple[str, ...]]:
+    """torch.nn's activation classes, each with the rows that it can stand for."""
+    # Filled once. Dynamo warns of a functools.cache wherever it traces through one.
+    if not _module_types:
+        for name, row in table().items():
+            kind = getattr(torch.nn, row.module)
+            _module_types[kind] = (*_module_types.get(kind, ()), name)
+            if not row.parameters and not row.fixed:
+                _plain_types[kind] = ActivationSpec(name)
+    return _module_types
+
+
+def from_module(module: torch.nn.Module) -> ActivationSpec | None:
+    """The activation that a module computes, or None where it is not one of ours (a subclass is not)."""
+    plain = _plain_types.get(type(module))
+    if plain is not None:
+        return plain
+    for name in module_types().get(type(module), ()):
+        row = table()[name]
+        if all(getattr(module, key) == value for key, value in row.fixed):
+            return make_spec(name, tuple(getattr(module, parameter) for parameter, _ in row.parameters))
+    return None
+
+
+def to_module(spec: ActivationSpec | None) -> torch.nn.Module:
+    """torch.nn's module of an activation, or one that does nothing."""
+    if spec is None:
+        return torch.nn.Identity()
+    row = table()[spec.name]
+    numbers = dict(zip((name for name, _ in row.parameters), (spec.a, spec.b), strict=False))
+    module: torch.nn.Module = getattr(torch.nn, row.module)(**numbers, **dict(row.fixed))
+    return module
+
+
+def parse_activation(value: object) -> ActivationSpec | None:
+    """None, "identity", a name, (name, numbers...), a module of torch.nn, or a spec.
+
+    >>> parse_activation("relu"), parse_activation(("leaky_relu", 0.2)).a, parse_activation(torch.nn.GELU("tanh")).name
+    (ActivationSpec(name='relu', a=0.0, b=0.0), 0.2, 'gelu_tanh')
+    """
+    if value is None or isinstance(value, ActivationSpec):
+        return value
+    if value == "identity" or isinstance(value, torch.nn.Identity):
+        return None
+    if isinstance(value, str):
+        return default_specs().get(value) or make_spec(value)
+    if isinstance(value, tuple) and value and isinstance(value[0], str):
+        return make_spec(value[0], value[1:])
+    spec = from_module(value) if isinstance(value, torch.nn.Module) else None
+    if spec is None:
+        raise ValueError(f"unknown activation {value!r}, expected one of {', '.join(table())} or its torch.nn module")
+    return spec

@@ -1,0 +1,254 @@
+"""Which backend runs a call, and why not the other."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch.autograd import forward_ad
+
+__all__ = [
+    "HAS_TRITON", "Backend", "OnTorch", "asking_hopper", "capability", "capture", "check_backend", "constant_under_compile",
+    "current_backend", "decide", "hopper_asked", "interpreting", "needs_gradients", "set_backend", "unusual",
+]  # fmt: skip
+
+Backend = Literal["auto", "triton", "hopper", "torch"]
+BACKENDS = ("auto", "triton", "hopper", "torch")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_backend: Backend = "auto"
+
+
+class set_backend:  # noqa: N801 - a context manager that reads as a function, like torch.set_grad_enabled
+    """Choose who runs our operators, at once and for the whole process, or for a `with` block.
+
+    Args:
+        backend: "auto" (Triton where it is supported, else torch), "triton" (an error where it is not supported),
+            "hopper" (as "triton", and dense convolutions on the kernels for H100 and H200 where those support them; they
+            were not run on a GPU yet) or "torch".
+
+    >>> with set_backend("torch"):
+    ...     current_backend()
+    'torch'
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        global _backend
+        self._previous = _backend
+        _backend = check_backend(backend)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        global _backend
+        _backend = self._previous
+
+
+def check_backend(backend: str) -> Backend:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend  # type: ignore[return-value]
+
+
+def current_backend(override: Backend | None = None) -> Backend:
+    """The backend of a layer: the global choice if that is not "auto", else the layer's own (`override`)."""
+    return _backend if _backend != "auto" or override is None else override
+
+
+class _Asked(threading.local):
+    """Whether the layer that is being run on this thread asks for Hopper's kernels."""
+
+    hopper = False
+
+
+_asked = _Asked()
+# Read once, as TRITON_INTERPRET is.
+HOPPER_EVERYWHERE = os.environ.get("TRITONCONV_HOPPER", "0") not in ("", "0")
+
+
+def hopper_asked() -> bool:
+    """Whether Hopper's kernels are to run what they support: the process, its environment or a layer says so."""
+    return _asked.hopper or _backend == "hopper" or (HOPPER_EVERYWHERE and _backend != "torch")
+
+
+@contextmanager
+def asking_hopper(asked: bool) -> Iterator[None]:
+    """Resolve and run calls on this thread for a layer that asks for Hopper's kernels, or does not add to who does."""
+    outer, _asked.hopper = _asked.hopper, _asked.hopper or asked
+    try:
+        yield
+    finally:
+        _asked.hopper = outer
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def constant_under_compile(function: Function) -> Function:
+    """Let torch.compile call the function as it traces and take its result for a constant.
+
+    This is what torch.compiler.assume_constant_result does, which would import all of torch._dynamo for it: seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# Dynamo takes these two as constants: it cannot trace into triton's and CUDA's bindings, and they never change.
+@constant_under_compile
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs kernels: TRITON_INTERPRET as it was at the first call."""
+    return HAS_TRITON and _interpreting()
+
+
+@functools.cache
+def _interpreting() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@constant_under_compile
+def capability(device: torch.device) -> tuple[int, int]:
+    return _capability(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+class _Capture(threading.local):
+    """Whether launches on this thread are built from meta tensors and kept, not run (ops/core/launch.py: captured)."""
+
+    active = False
+
+
+capture = _Capture()
+
+
+def device_cannot(device: torch.device) -> str | None:
+    """Why no kernel runs on this device; None where they do."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()) and not capture.active:
+        return f"tensors on {device.type} run on torch (TRITON_INTERPRET=1 interprets the kernels on CPU tensors)"
+    if device.type == "cuda" and not interpreting() and torch.version.hip is None and capability(device) < (8, 0):
+        return f"compute capability {capability(device)} is below 8.0"
+    return None
+
+
+def needs_gradients(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def unsupported(tensors: tuple[torch.Tensor, ...]) -> str | None:
+    """Why these tensors cannot go through a Triton kernel; None where they can.
+
+    What is asked here is part of a call's signature (ops/core/cache.py) or keeps the call away from it (`is_watched`).
+    """
+    x = tensors[0]
+    why_not = device_cannot(x.device)
+    if why_not is not None:
+        return why_not
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"{x.dtype} has no kernel"
+    odd = unusual(tensors)
+    if odd is not None:
+        return odd
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records torch's own operators alone"
+    if any(t.is_neg() for t in tensors):
+        return "a tensor is a negated view (torch.resolve_neg makes it plain)"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "it is inside a torch.func transform"
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        return "forward-mode derivatives are needed, and have no kernel"
+    if any(t._is_zerotensor() or (type(t) in PLAIN and t.data_ptr() == 0 and t.numel() > 0) for t in tensors):
+        return None if capture.active else "a tensor has no memory"
+    return None
+
+
+def unusual(tensors: tuple[torch.Tensor, ...]) -> str | None:
+    """Why no kernel can be given these tensors, nor a view be made of them first; None where that can be tried."""
+    if any(t.layout != torch.strided for t in tensors):
+        return "a tensor is not strided"
+    if torch.compiler.is_compiling():
+        return None
+    if any(t.is_nested for t in tensors):
+        return "a tensor is nested"
+    foreign = next((type(t).__name__ for t in tensors if _is_foreign(t)), None)
+    return foreign and f"{foreign} is a class of tensors with rules of its own for torch's operators"
+
+
+def _is_foreign(t: torch.Tensor) -> bool:
+    """Whether a tensor's class decides itself what operators do, and may know nothing of ours."""
+    kind = type(t)
+    # torch's own, behind compilers, export and fake tensors, take any operator.
+    if kind in PLAIN or kind.__module__.startswith("torch._subclasses."):
+        return False
+    function, dispatch = kind.__torch_function__, kind.__torch_dispatch__
+    return getattr(function, "__func__", function) not in OWN_FUNCTIONS or dispatch is not torch.Tensor.__torch_dispatch__
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+OWN_FUNCTIONS = tuple(getattr(f, "__func__", f) for f in (kind.__torch_function__ for kind in PLAIN))
+
+
+class OnTorch(NamedTuple):
+    """Why torch runs a call."""
+
+    reason: str
+    described: str | None = None
+    """The call, where a warning names it."""
+    conditions: str | None = None
+    """Where our kernel could run it too and torch is preferred: what a measurement must share with the call."""
+
+    def warn(self) -> None:
+        """Say it, once for each call and reason."""
+        if self.described is not None and (self.described, self.reason) not in _warned:
+            _warned.add((self.described, self.reason))
+            warnings.warn(f"tritonconv: {self.described} runs on torch: {self.reason}", stacklevel=5)
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def decide(
+    tensors: tuple[torch.Tensor, ...], backend: Backend | None, describe: Callable[[], str], missing: str | None = None
+) -> OnTorch | None:
+    """None to run on Triton, else why torch runs the call.
+
+    Args:
+        tensors: everything the kernel would read.
+        backend: the layer's own choice; the global one goes first unless it is "auto".
+        describe: says which call it is, for the error and the warning.
+        missing: a reason known beforehand why there is no kernel for it.
+
+    Raises:
+        RuntimeError: backend "triton" or "hopper" was asked for and the call is not supported.
+    """
+    chosen = current_backend(backend)
+    if chosen == "torch":
+        return OnTorch("the torch backend was chosen")
+    why_not = missing or unsupported(tensors)
+    if why_not is None:
+        return None
+    if chosen in ("triton", "hopper"):
+        raise RuntimeError(f"backend '{chosen}' was asked for, but {why_not}: {describe()}")
+    if torch.compiler.is_compiling() or not (tensors[0].is_cuda or interpreting()):
+        return OnTorch(why_not)
+    verdict = OnTorch(why_not, describe())
+    verdict.warn()
+    return verdict

@@ -1,0 +1,101 @@
+"""What follows a convolution in the same kernel: bias, batch norm in eval mode, residual, activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.torch_norm import batch_norm_on_torch
+
+__all__ = ["BatchNorm", "Epilogue"]
+
+
+class BatchNorm(NamedTuple):
+    """A batch norm in eval mode: running statistics and affine parameters, each of shape (K,)."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class Epilogue(NamedTuple):
+    """y = act(bn(conv + bias) + residual); every part may be missing."""
+
+    bias: Tensor | None = None
+    batch_norm: BatchNorm | None = None
+    residual: Tensor | None = None
+    activation: ActivationSpec | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that the kernel would read."""
+        norm = self.batch_norm[:4] if self.batch_norm else ()
+        return tuple(t for t in (self.bias, *norm, self.residual) if t is not None)
+
+    def describe(self) -> str:
+        """Its parts in order, such as "batch norm+residual+relu"; "" for none."""
+        parts = {"bias": self.bias, "batch norm": self.batch_norm, "residual": self.residual}
+        names = [name for name, part in parts.items() if part is not None]
+        return "+".join(names + ([self.activation.name] if self.activation else []))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Epilogue:
+        """The same with every tensor mapped."""
+
+        def each(t: Tensor | None) -> Tensor | None:
+            return None if t is None else function(t)
+
+        norm = self.batch_norm
+        if norm is not None:
+            norm = BatchNorm(function(norm.mean), function(norm.var), each(norm.weight), each(norm.bias), norm.eps)
+        return Epilogue(each(self.bias), norm, each(self.residual), self.activation)
+
+    def torch(self, y: Tensor) -> Tensor:
+        """What torch computes behind a convolution that has added its bias already."""
+        if self.batch_norm is not None:
+            mean, var, weight, bias, eps = self.batch_norm
+            y = batch_norm_on_torch(y, mean, var, weight, bias, eps=eps)
+        if self.residual is not None:
+            y = y + self.residual
+        return y if self.activation is None else self.activation.torch(y)
+
+    def check(self, op: str, what: object, x: Tensor, channels: int, output_shape: tuple[int, ...] | None) -> None:
+        """Raise what torch raises for tensors of a wrong size, type or device; `what` says the geometry when printed.
+
+        `output_shape` is None where the caller has checked the residual.
+        """
+        if self.bias is not None and tuple(self.bias.shape) != (channels,):
+            raise RuntimeError(
+                f"{op}: expected bias to be 1-dimensional with {channels} elements, but got bias of size "
+                f"{list(self.bias.shape)} instead ({what})"
+            )
+        if self.bias is not None and self.bias.dtype != x.dtype:
+            raise RuntimeError(
+                f"{op}: input type ({x.dtype}) and bias type ({self.bias.dtype}) should be the same ({what})"
+            )
+        if self.batch_norm is not None:
+            *norm, eps = self.batch_norm
+            if not isinstance(eps, Real):
+                raise TypeError(f"{op}(): argument 'eps' must be float, not {type(eps).__name__} ({what})")
+            if eps < 0:
+                raise ValueError(f"{op}: batch norm's eps must be non-negative, but got {eps} ({what})")
+            for name, t in zip(("running_mean", "running_var", "bn_weight", "bn_bias"), norm, strict=True):
+                if t is not None and tuple(t.shape) != (channels,):
+                    raise RuntimeError(
+                        f"{op}: {name} should contain {channels} elements, not {t.numel()} of size {list(t.shape)} ({what})"
+                    )
+        if self.residual is not None and output_shape is not None and tuple(self.residual.shape) != output_shape:
+            raise RuntimeError(
+                f"{op}: expected residual of the output's size {list(output_shape)}, but got {list(self.residual.shape)} "
+                f"({what})"
+            )
+        for t in self.tensors():
+            if t.device != x.device:
+                raise RuntimeError(
+                    f"{op}: expected all tensors to be on the same device, but got {x.device} for the input and {t.device} "
+                    f"({what})"
+                )

@@ -1,0 +1,132 @@
+"""Deformable convolution on Triton: what is checked, what all its kernels are told, and the forward launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonconv.geometry import INT32_MAX, DeformGeometry, power, power_of_two_divisor
+from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.launch import (
+    NO_NORM,
+    Launch,
+    config_constants,
+    config_for,
+    device_of,
+    epilogue_constants,
+    launch,
+    precision,
+)  # fmt: skip
+from tritonconv.ops.core.layout import as_format, empty_output, is_dense, suggests_channels_last
+from tritonconv.tuning import Problem
+
+__all__ = [
+    "check_deform", "deform_forward", "hidden_copies", "problem_of", "readable", "reading",
+]  # fmt: skip
+
+
+def check_deform(
+    op: str, x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, epilogue: Epilogue, geometry: DeformGeometry
+) -> None:  # fmt: skip
+    """Raise what torchvision raises for a wrong dtype or device; sizes of x, offset, mask and weight are right already."""
+    for name, t in (("weight", weight), ("offset", offset), ("mask", mask)):
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise RuntimeError(
+                f"{op}: expected all tensors to be on the same device, but got {x.device} for the input and {t.device} "
+                f"for {name} ({geometry})"
+            )
+        # Places may be finer than values.
+        finer = name != "weight" and t.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
+        if t.dtype != x.dtype and not finer:
+            raise RuntimeError(f"{op}: input type ({x.dtype}) and {name} type ({t.dtype}) should be the same ({geometry})")
+    epilogue.check(op, geometry, x, geometry.conv.out_channels, geometry.conv.output_shape)
+
+
+def reads_in_place(x: Tensor) -> bool:
+    """Whether a pixel's channels lie side by side."""
+    return x.stride(1) == 1 or x.shape[1] == 1
+
+
+def hidden_copies(x: Tensor, weight: Tensor) -> int:
+    """Layout copies before the forward launch."""
+    return (not reads_in_place(x)) + (not is_dense(weight, True))
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` itself if its channels lie side by side, else a copy."""
+    return x if reads_in_place(x) else as_format(x, True)
+
+
+def problem_of(kernel: str, g: DeformGeometry, x: Tensor, pass_: Any) -> Problem:
+    """What the choice of a config sees of a launch."""
+    vectors = power_of_two_divisor(g.run, x.stride(0), x.stride(2), x.stride(3)) > 1
+    tf32 = precision(x.dtype, "conv") == "tf32"
+    return Problem(kernel, g.conv, str(x.dtype)[6:], tf32, vectors, device_of(x.device), pass_)
+
+
+def reading(g: DeformGeometry, x: Tensor, offset: Tensor, mask: Tensor | None, block: int) -> dict[str, Any]:
+    """The arguments of every kernel that samples, with `block` columns of samples in a tile."""
+    conv = g.conv
+    sn, _, sh, sw = x.stride()
+    wide = min(block, power(g.run, block))
+    masks = (0,) * 4 if mask is None else mask.stride()
+    return dict(
+        x_ptr=x, stride_xn=sn, stride_xh=sh, stride_xw=sw, offset_ptr=offset,
+        **dict(zip(("stride_on", "stride_oc", "stride_op", "stride_oq"), offset.stride(), strict=True)),
+        mask_ptr=mask, **dict(zip(("stride_mn", "stride_mc", "stride_mp", "stride_mq"), masks, strict=True)),
+        M=conv.batch * conv.output[1] * conv.output[2], H=conv.input[1], W=conv.input[2],
+        K=conv.out_channels // conv.groups, P=conv.output[1], Q=conv.output[2], GROUPS=conv.groups, TAPS=conv.taps,
+        BLOCKS=-(-g.run // wide),
+        CG=conv.in_channels // conv.groups, CD=conv.in_channels // g.offset_groups, RUN=g.run, S=conv.kernel[2],
+        STRIDE_H=conv.stride[1], STRIDE_W=conv.stride[2], PAD_H=conv.padding[1], PAD_W=conv.padding[2],
+        DIL_H=conv.dilation[1], DIL_W=conv.dilation[2], VEC_X=power_of_two_divisor(sn, sh, sw),
+        INDEX_64=g.needs_int64 or _far(x, offset, mask), PRECISION=precision(x.dtype, "conv"), GROUPS_K=block // wide,
+        BLOCK_C=wide,
+    )  # fmt: skip
+
+
+def _far(*tensors: Tensor | None) -> bool:
+    """Whether a view reaches further than 2^31 - 1 elements; a neighbor's address may lie two rows outside."""
+    return any(
+        t is not None and sum((n + 4) * s for n, s in zip(t.shape, t.stride(), strict=True)) > INT32_MAX for t in tensors
+    )
+
+
+def deform_forward(
+    x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, epilogue: Epilogue, g: DeformGeometry
+) -> Tensor:
+    """epilogue(deformable convolution), channels-last if the input or the weight is.
+
+    Args:
+        x: (N, C, H, W); copied where channels do not lie side by side.
+        offset: (N, 2 * offset groups * taps, P, Q), of any strides, of x's type or fp32.
+        mask: (N, offset groups * taps, P, Q), likewise.
+        weight: (K, C/groups, R, S).
+    """
+    from tritonconv.kernels.deform_conv import deform_conv_kernel
+
+    channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
+    y = empty_output(x, g.conv.output_shape, channels_last, x.dtype)
+    if y.numel() == 0:
+        return y
+    x, weight = readable(x), as_format(weight, True)
+    residual = None if epilogue.residual is None else as_format(epilogue.residual, channels_last)
+    epilogue = epilogue._replace(residual=None).map(Tensor.contiguous)._replace(residual=residual)
+    problem = problem_of("deform_conv", g, x, "fprop")
+    config = config_for(problem)
+    tiles = config_constants(config)
+    filters = g.conv.out_channels // g.conv.groups
+    arguments = reading(g, x, offset, mask, tiles["BLOCK_K"])
+    programs = -(-arguments["M"] // tiles["BLOCK_M"]) * -(-filters // tiles["BLOCK_N"]) * g.conv.groups
+    norm = NO_NORM if epilogue.batch_norm is None else epilogue.batch_norm[:4]
+    arguments |= dict(
+        w=weight, y_ptr=y, residual_ptr=residual, bias_ptr=epilogue.bias,
+        **dict(zip(("mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"), norm, strict=True)), counts_ptr=None, moments_ptr=None,
+        VEC_K=power_of_two_divisor(filters), Y_CHANNELS_LAST=channels_last, **epilogue_constants(epilogue), **tiles,
+    )  # fmt: skip
+    launch(Launch(deform_conv_kernel, programs, arguments, problem, config), x.device)
+    return y

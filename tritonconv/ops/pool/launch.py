@@ -1,0 +1,377 @@
+"""Launches of pooling's kernels: which layout, which patches, how many programs; and of max unpooling's.
+
+Tensors are (N, C, *spatial). What is read may be any channels-last view of pixels with channels side by side, or any
+contiguous one of rows whose elements lie side by side; all else is copied first.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonconv.geometry import INT32_MAX, PoolGeometry, power, power_of_two_divisor, width
+from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.launch import Launch, activation_constants, axis_constants, device_of, forced_config, launch
+from tritonconv.ops.core.layout import as_format, empty_output, readable, suggests_channels_last
+from tritonconv.tuning import INTERPRETER, Device
+
+__all__ = [
+    "Indices", "Pool", "index_dtype", "needs_int64", "pool_backward", "pool_forward", "unpool_backward",
+    "unpool_forward",
+]  # fmt: skip
+
+Indices = Literal["", "tap", "flat"]
+"""What is written beside a maximum: nothing, the number of its tap in the window, or its position in the image."""
+
+# What a thread holds: results of 8 channels in fp32, fewer where each has an index too.
+MOST_RESULTS, MOST_INDEXED = 8, 4
+# Elements that a patch reads: beyond that registers spill. Fewer in the loop over planes, and of single elements, each of
+# which has an address of its own.
+MOST_READ, MOST_READ_OF_PLANES, MOST_SINGLE = 48, 32, 32
+# Pixels of the gradient that a thread holds; of strides whose cells are larger each pixel looks for itself.
+MOST_PIXELS = 16
+# Windows that a patch of several cells reads, and pairs of a window and a pixel that it covers.
+MOST_WINDOWS, MOST_PAIRS = 30, 50
+MOST_TAPS_FLAT = 16
+
+
+class Pool(NamedTuple):
+    """What is reduced of a window."""
+
+    kind: Literal["max", "min", "avg", "lp"]
+    power: float = 1.0
+    """Of "lp"."""
+    divisor: float | None = None
+    """Of "avg": of the sum; None: how many places the window has."""
+    include_pad: bool = True
+    """Whether these count the padding."""
+
+    @property
+    def extremal(self) -> bool:
+        return self.kind in ("max", "min")
+
+    def constants(self, g: PoolGeometry) -> dict[str, Any]:
+        """The kernels' arguments that say what is reduced."""
+        divisor = self.divisor
+        if self.kind == "lp":
+            # A mean, and times the window's size: the sum, unless a window overhangs.
+            divisor = None if g.overhangs else 1.0
+        elif divisor is None and not g.overhangs and (self.include_pad or not any(g.padding)):
+            divisor = float(g.taps)
+        kind = {"avg": "sum", "lp": "power"}.get(self.kind, self.kind)
+        return dict(KIND=kind, POWER=self.power, DIVISOR=divisor, PADDED=self.include_pad)
+
+
+class Side(NamedTuple):
+    """How a tensor lies in memory."""
+
+    channels_last: bool
+    strides: tuple[int, ...]
+    """Of (N, C, D, H, W); 0 where there is one element alone."""
+
+
+@functools.lru_cache(maxsize=4096)
+def needs_int64(g: PoolGeometry, side: Side | None = None) -> bool:
+    """Whether 32-bit offsets could overflow: a large tensor, or a small view that strides over a large one."""
+    if g.needs_int64 or side is None:
+        return g.needs_int64
+    axes = zip(g.input, g.stride, g.kernel, g.dilation, strict=True)
+    sizes = (g.batch, g.channels, *(2 * n + 16 * s + k * d for n, s, k, d in axes))
+    return sum(n * s for n, s in zip(sizes, side.strides, strict=True)) > INT32_MAX
+
+
+def index_dtype(g: PoolGeometry, indices: Indices) -> torch.dtype:
+    """The type of indices: of taps the smallest that holds them."""
+    if indices == "flat":
+        return torch.int64
+    return torch.uint8 if g.taps <= 256 else torch.int32
+
+
+def _side(x: Tensor, channels_last: bool) -> Side:
+    n, c, *spatial = x.stride()
+    lifted = (n, c, *(0,) * (3 - len(spatial)), *spatial)
+    sizes = (*x.shape[:2], *(1,) * (3 - len(spatial)), *x.shape[2:])
+    return Side(channels_last, tuple(s if size > 1 else 0 for s, size in zip(lifted, sizes, strict=True)))
+
+
+def _block(
+    device: Device, channels_last: bool, channels: int, itemsize: int, across: int, lines: int, vectors: bool
+) -> tuple[int, int]:
+    """(patches, channels) of a program of 4 warps: each thread has 16 bytes of channels of a patch.
+
+    Half of that where they cannot be read by vectors: every element has an address of its own then.
+    """
+    vector = 16 // itemsize
+    if not vectors or (channels_last and channels % vector):
+        vector = max(1, vector // 2)
+    if device.arch == INTERPRETER.arch:
+        # One large block: the interpreter's time goes per operation, hardly per element.
+        c = power(channels, 256)
+        return power(across * lines if channels_last else across, (1 << 16) // c), c
+    elements = device.warp_size * 4 * vector
+    if channels_last:
+        c = width(channels, 128 // itemsize, 32 // itemsize)
+    else:
+        c = min(power(channels, elements), max(1, elements // power(across, device.warp_size * 4)))
+    return elements // c, c
+
+
+def _vector(side: Side, channels: int) -> int:
+    n, c, *spatial = side.strides
+    if side.channels_last:
+        return power_of_two_divisor(n, *spatial, channels)
+    return power_of_two_divisor(n, c, *spatial[:-1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward(
+    g: PoolGeometry, pool: Pool, itemsize: int, x: Side, stride_y: int, indices: Indices,
+    activation: ActivationSpec | None, device: Device, config: Any, index_64: bool,
+) -> tuple[int, dict[str, Any], Any]:  # fmt: skip
+    """(programs, all arguments but tensors, config) of a forward pass.
+
+    By simple rules: none was measured on a GPU.
+    """
+    from tritonconv.kernels import pool as kernels
+
+    (_, r, s), (_, stride_h, stride_w) = g.kernel, g.stride
+    walked = r * s > kernels.WHOLE
+    overlap = r > stride_h
+    if config is None:
+        if not x.channels_last:
+            wanted = ((4, 1) if stride_w == 1 else (2, 1)) if overlap else (1, 1)
+        elif walked or r == 1:
+            wanted = (1, 4) if s > stride_w else (1, 2)
+        else:
+            wanted = ((4, 2) if stride_h == 1 else (2, 2)) if overlap else (1, 2)
+        config = next(c for c in kernels.configs() if (c.kwargs["PATCH_P"], c.kwargs["PATCH_Q"]) == wanted)
+    # None of a gradient's that was forced, which goes pixel by pixel.
+    down, across = max(1, config.kwargs["PATCH_P"]), max(1, config.kwargs["PATCH_Q"])
+    if not x.channels_last:
+        # Lanes have neighboring results. Of strides they hold whole ones, and more rows spill.
+        down, across = (down if stride_w == 1 else min(down, 2)), 1
+    if walked:
+        # Rows that are walked one by one share nothing.
+        down = 1
+    most = MOST_INDEXED if indices else MOST_RESULTS
+    read = MOST_SINGLE if not x.channels_last else MOST_READ if g.kernel[0] == 1 else MOST_READ_OF_PLANES
+
+    def fits(down: int, across: int) -> bool:
+        # Dilated windows share little.
+        rows = (down - 1) * stride_h + r if g.dilation[1] == 1 else down * r
+        columns = (across - 1) * stride_w + s if g.dilation[2] == 1 else across * s
+        # Those of a row are held at once.
+        return down * across <= most and columns <= 12 and (walked or rows * columns <= read)
+
+    while down * across > 1 and not fits(down, across):
+        down, across = (down, across // 2) if across >= down else (down // 2, across)
+    # No more than there is.
+    down, across = min(down, power(g.output[1], down)), min(across, power(g.output[2], across))
+    columns = -(-g.output[2] // across)
+    lines = g.batch * g.output[0] * -(-g.output[1] // down)
+    # Single elements have an address each.
+    step_s = min(s, kernels.COLUMNS if x.channels_last else kernels.COLUMNS // 2)
+    grouped = not x.channels_last and stride_w in (2, 4) and step_s == s and g.dilation[2] == 1
+    vectors = x.channels_last or grouped
+    block_t, block_c = _block(device, x.channels_last, g.channels, itemsize, columns, lines, vectors)
+    blocks = -(-lines * columns // block_t) if x.channels_last else lines * -(-columns // block_t)
+    vec_y = power_of_two_divisor(g.channels, stride_y) if x.channels_last else power_of_two_divisor(g.output[2])
+    arguments = axis_constants(g) | pool.constants(g) | dict(
+        zip(("stride_xn", "stride_xc", "stride_xd", "stride_xh", "stride_xw"), x.strides, strict=True)
+    ) | activation_constants(activation) | dict(
+        stride_y=stride_y, N=g.batch, C=g.channels, FLAT=indices == "flat", CHANNELS_LAST=x.channels_last,
+        VEC_X=_vector(x, g.channels), VEC_Y=vec_y, INDEX_64=index_64, PATCH_P=down, PATCH_Q=across, BLOCK_T=block_t,
+        BLOCK_C=block_c, STEP_R=1 if walked else r, STEP_S=step_s,
+        GROUPED=grouped,
+    )  # fmt: skip
+    # Side by side, even where there is but one.
+    arguments["stride_xc" if x.channels_last else "stride_xw"] = 1
+    return blocks * -(-g.channels // block_c), arguments, config
+
+
+def pool_forward(
+    x: Tensor, g: PoolGeometry, pool: Pool, indices: Indices = "", activation: ActivationSpec | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(pooled, indices or None) of a batched x, in the format that torch would give the result.
+
+    Args:
+        out: a channels-last view of the result's size that is written in place of a new tensor.
+    """
+    from tritonconv.kernels.pool import pool_kernel
+
+    channels_last = suggests_channels_last(x) if out is None else True
+    x = readable(x, channels_last)
+    y = empty_output(x, g.output_shape, channels_last, x.dtype) if out is None else out
+    found = empty_output(x, g.output_shape, channels_last, index_dtype(g, indices)) if indices else None
+    if y.numel() == 0:
+        return y, found
+    side, device = _side(x, channels_last), device_of(x.device)
+    stride_y = _pixel_stride(y) if channels_last else 1
+    index_64 = needs_int64(g, side) or y.numel() // g.channels * stride_y > INT32_MAX
+    programs, constants, config = _forward(
+        g, pool, x.element_size(), side, stride_y, indices, activation, device, forced_config("PATCH_P"), index_64
+    )
+    arguments = dict(x_ptr=x, y_ptr=y, index_ptr=found, **constants)
+    launch(Launch(pool_kernel, programs, arguments, None, config), x.device)
+    return y, found
+
+
+def _pixel_stride(y: Tensor) -> int:
+    """Elements between neighboring pixels of a channels-last view, which must be evenly spaced."""
+    axes = [d for d in (*range(y.dim() - 1, 1, -1), 0) if y.shape[d] > 1]
+    step = y.stride(axes[0]) if axes else y.shape[1]
+    expected = step
+    for d in axes:
+        if y.stride(d) != expected:
+            raise ValueError(
+                f"pool: expected a channels-last view of evenly spaced pixels to write to, but got size {list(y.shape)} "
+                f"and strides {list(y.stride())}"
+            )
+        expected *= y.shape[d]
+    if y.shape[1] > 1 and y.stride(1) != 1:
+        raise ValueError(f"pool: expected channels side by side, but got strides {list(y.stride())}")
+    return step
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward(
+    g: PoolGeometry, pool: Pool, itemsize: int, channels_last: bool, flat: bool, device: Device, config: Any, index_64: bool
+) -> tuple[int, dict[str, Any], Any]:
+    """(programs, all arguments but tensors, config) of a backward pass, by simple rules."""
+    from tritonconv.kernels import pool_backward as kernels
+    from tritonconv.kernels.pool import WHOLE
+
+    (_, r, s), (_, stride_h, stride_w) = g.kernel, g.stride
+    covering = [-(-((k - 1) * d + 1) // step) for k, d, step in zip(g.kernel, g.dilation, g.stride, strict=True)]
+    # A cell's columns are woven by powers of two.
+    by_pixel = stride_h * stride_w > MOST_PIXELS or r * s > WHOLE or (not channels_last and stride_w not in (1, 2, 4))
+    # Indices of 64 bits take twice the registers while they are loaded.
+    by_pixel = by_pixel or (flat and r * s > MOST_TAPS_FLAT)
+    if config is None:
+        if by_pixel:
+            wanted = (0, 0)
+        else:
+            wanted = (1, 1) if stride_h * stride_w > 1 else (2, 2) if channels_last and s > 1 else (2, 1)
+        config = next(c for c in kernels.configs() if (c.kwargs["PATCH_P"], c.kwargs["PATCH_Q"]) == wanted)
+    down, across = config.kwargs["PATCH_P"], config.kwargs["PATCH_Q"]
+    by_pixel = by_pixel or not down
+    if by_pixel:
+        pixels_h = pixels_w = 1
+    else:
+        if not channels_last:
+            across = 1
+
+        def windows(cells: int, axis: int) -> int:
+            return (cells * g.stride[axis] - 1 + (g.kernel[axis] - 1) * g.dilation[axis]) // g.stride[axis] + 1
+
+        def fits(down: int, across: int) -> bool:
+            pairs, pixels = down * across * r * s, down * across * stride_h * stride_w
+            return (
+                not flat
+                and pixels <= MOST_PIXELS
+                and pairs <= MOST_PAIRS
+                and windows(down, 1) * windows(across, 2) <= MOST_WINDOWS
+            )
+
+        while down * across > 1 and not fits(down, across):
+            down, across = (down, across // 2) if across > 1 else (down // 2, across)
+        pixels_h, pixels_w = down * stride_h, across * stride_w
+    _, height, wide_ = g.input
+    columns, lines = -(-wide_ // pixels_w), g.batch * g.input[0] * -(-height // pixels_h)
+    vectors = channels_last or pixels_w > 1
+    block_t, block_c = _block(device, channels_last, g.channels, itemsize, columns, lines, vectors)
+    blocks = -(-lines * columns // block_t) if channels_last else lines * -(-columns // block_t)
+    arguments = axis_constants(g) | pool.constants(g) | dict(
+        N=g.batch, C=g.channels, FLAT=flat, CHANNELS_LAST=channels_last, INDEX_64=index_64, PIXELS_H=pixels_h,
+        VEC_X=power_of_two_divisor(g.channels if channels_last else wide_), VEC_Y=power_of_two_divisor(g.output[2]),
+        PIXELS_W=pixels_w, BY_PIXEL=by_pixel, BLOCK_T=block_t, BLOCK_C=block_c, WINDOWS_D=covering[0],
+        WINDOWS_H=covering[1], WINDOWS_W=covering[2],
+    )  # fmt: skip
+    return blocks * -(-g.channels // block_c), arguments, config
+
+
+def pool_backward(
+    dy: Tensor, g: PoolGeometry, pool: Pool, channels_last: bool, found: Tensor | None = None, x: Tensor | None = None,
+    y: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Gradient of a pooling's input, dense in a format.
+
+    Args:
+        dy: of the result's size with any strides; copied to that format where it has another.
+        found: indices of a maximum or minimum, of taps (uint8, int32) or flat (int64).
+        x, y: input and result, of a sum of powers.
+    """
+    from tritonconv.kernels.pool_backward import pool_backward_kernel
+
+    dx = empty_output(dy, g.input_shape, channels_last, dy.dtype)
+    if dx.numel() == 0:
+        return dx
+    dy = as_format(dy, channels_last)
+    found, x, y = (None if t is None else as_format(t, channels_last) for t in (found, x, y))
+    flat = found is not None and found.dtype == torch.int64
+    programs, constants, config = _backward(
+        g, pool, dy.element_size(), channels_last, flat, device_of(dy.device), forced_config("PATCH_P"), needs_int64(g)
+    )
+    tensors = dict(dy_ptr=dy, index_ptr=found, x_ptr=x, y_ptr=y, dx_ptr=dx)
+    launch(Launch(pool_backward_kernel, programs, tensors | constants, None, config), dy.device)
+    return dx
+
+
+@functools.lru_cache(maxsize=4096)
+def _unpool(
+    batch: int, channels: int, small: int, large: int, channels_last: bool, device: Device, config: Any, backward: bool
+) -> tuple[int, dict[str, Any], Any]:
+    from tritonconv.kernels.unpool import configs, tile
+
+    if config is None and device.arch == INTERPRETER.arch:
+        planes = power(channels, 256)
+        config = tile(power(small, (1 << 16) // planes), planes)
+    elif config is None:
+        # As few of a tile's values outside as can be, then as many side by side.
+        def cover(one: Any) -> tuple[int, int]:
+            values, planes = one.kwargs["BLOCK_P"], one.kwargs["BLOCK_C"]
+            whole = -(-small // values) * values * -(-channels // planes) * planes
+            return (whole, -planes) if channels_last else (whole, -values)
+
+        config = min(configs(), key=cover)
+    side = channels if channels_last else small
+    arguments = dict(
+        N=batch, C=channels, SMALL=small, LARGE=large, BACKWARD=backward, CHANNELS_LAST=channels_last,
+        VEC=power_of_two_divisor(side), INDEX_64=batch * channels * max(small, large) > INT32_MAX, **config.kwargs,
+    )  # fmt: skip
+    blocks = -(-small // config.kwargs["BLOCK_P"]) * -(-channels // config.kwargs["BLOCK_C"])
+    return batch * blocks, arguments, config
+
+
+def _launch_unpool(small: Tensor, index: Tensor, large: Tensor, channels_last: bool, backward: bool) -> None:
+    from tritonconv.kernels.unpool import unpool_kernel
+
+    n, c, *spatial = small.shape
+    programs, constants, config = _unpool(
+        n, c, math.prod(spatial), math.prod(large.shape[2:]), channels_last, device_of(small.device),
+        forced_config("BLOCK_P"), backward,
+    )  # fmt: skip
+    tensors = dict(small_ptr=small, index_ptr=index, large_ptr=large)
+    launch(Launch(unpool_kernel, programs, tensors | constants, None, config), small.device)
+
+
+def unpool_forward(x: Tensor, indices: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Zeros of (N, C, *size) with x's values at the positions that indices, of x's size, name in their planes."""
+    channels_last = suggests_channels_last(x)
+    y = empty_output(x, (*x.shape[:2], *size), channels_last, x.dtype).zero_()
+    if x.numel() and y.numel():
+        _launch_unpool(as_format(x, channels_last), as_format(indices, channels_last), y, channels_last, False)
+    return y
+
+
+def unpool_backward(dy: Tensor, indices: Tensor, channels_last: bool) -> Tensor:
+    """Gradient of `unpool_forward`'s x, dense in a format."""
+    dx = empty_output(dy, tuple(indices.shape), channels_last, dy.dtype)
+    if dx.numel():
+        _launch_unpool(dx, as_format(indices, channels_last), as_format(dy, channels_last), channels_last, True)
+    return dx
