@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,26 +17,16 @@ from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass, power, power_of_t
 from tritonconv.ops.conv.dense import output_format
 from tritonconv.ops.conv.depthwise import View, add_slots, touched_input
 from tritonconv.ops.conv.plan import Strides, lift
-from tritonconv.ops.core.cache import Dense, Prepared
+from tritonconv.ops.conv.target import WHOLE, Result, Target
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.launch import (
-    Launch,
-    PlainRecipe,
-    Recipe,
-    axis_constants,
-    device_of,
-    epilogue_constants,
-    forced_config,
-    launch,
-    precision,
-)  # fmt: skip
-from tritonconv.ops.core.layout import as_format, dense_strides, empty_output, is_dense
+from tritonconv.ops.core.launch import Launch, axis_constants, device_of, forced_config, launch, precision
+from tritonconv.ops.core.layout import as_format, empty_output
 from tritonconv.tuning import INTERPRETER, Device, Problem, candidates, choose, device_named
 from tritonconv.tuning.bands import BAND_WAVES, shape_of
 from tritonconv.tuning.cost import predict
 from tritonconv.tuning.devices import LAUNCH
 
-__all__ = ["bands_dgrad", "bands_recipe", "bands_wgrad", "prefers_bands", "prepare_bands", "supports_bands"]
+__all__ = ["bands_dgrad", "bands_wgrad", "convolve_banded", "prefers_bands", "supports_bands"]
 
 # Least steps of a program of the weight gradient.
 LEAST_STEPS = 8
@@ -76,11 +65,11 @@ def prefers_bands(view: View, dtype: torch.dtype, pass_: Pass = "fprop", tf32: b
     bands = Problem(f"depthwise_bands{last}", g, name, tf32, True, device, pass_)
     seconds = predict(bands, choose(bands)).seconds
     if view.channels_last:
-        seconds += copying(view, device)
+        seconds += copy_seconds(view, device)
     return bool(MARGIN * seconds < predict(direct, choose(direct)).seconds)
 
 
-def copying(view: View, device: Device) -> float:
+def copy_seconds(view: View, device: Device) -> float:
     """Seconds that both images take to be copied from one format to the other."""
     x, _, y = view.conv.elements()
     return 2 * (x + y) * view.itemsize / device.bandwidth + 2 * LAUNCH
@@ -122,37 +111,42 @@ def _problem(
     return problem, divisors
 
 
-def bands_recipe(
-    view: View, strides: Strides, dtype: torch.dtype, index_64: bool, epilogue: Epilogue, statistics: bool = False
-) -> Recipe:
-    """The launch of a depthwise convolution in either direction, with an epilogue behind it.
+def _launch(
+    view: View, x: Tensor, weight: Tensor, epilogue: Epilogue, shape: tuple[int, ...], target: Target = WHOLE
+) -> Result:
+    """Launch a depthwise convolution in either direction, with an epilogue.
 
     Args:
-        strides: those of the source, whose rows lie side by side.
-        statistics: whether it is to be run with room for them.
+        x: the source, whose rows lie side by side.
+        shape: the result's, contiguous.
     """
     from tritonconv.kernels.depthwise_bands import depthwise_bands_kernel, divide
 
     g = view.conv
-    problem, divisors = _problem(view, strides, dtype, "dgrad" if view.transposed else "fprop", statistics)
+    channels = g.out_channels if view.transposed else g.in_channels
+    sn, sc, sd, sh, _ = strides = lift(x.stride(), (g.batch, channels, *view.source))
+    problem, divisors = _problem(view, strides, x.dtype, "dgrad" if view.transposed else "fprop", target.statistics)
     config = forced_config("BLOCK_M") or choose(problem)
     m, n, k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     bands = divide(m, n, k, **shape_of(problem))
     if bands is None:
         raise RuntimeError(f"{k} elements are too few for a window of {g}")
     height, width = bands.height, bands.width
-    sn, sc, sd, sh, _ = strides
     wide = width.blocks > 1
-    constants = axis_constants(g) | dict(zip("DHWOPQ", (*view.source, *view.result), strict=True)) | divisors | dict(
-        stride_xn=sn, stride_xc=sc, stride_xd=sd, stride_xh=sh, M=bands.rows, C=view.channels, BLOCKS_P=height.blocks,
-        BLOCKS_Q=width.blocks, STEPS=bands.steps, MULT=g.out_channels // g.groups, TRANSPOSED=view.transposed, WIDE=wide,
-        COVERED=not wide and width.first == 0 and bands.block_w <= view.source[2], INDEX_64=index_64,
-        PRECISION=precision(dtype, "conv"), **epilogue_constants(epilogue), ROWS=height.results, COLUMNS=width.results,
-        FIRST_H=height.first, FIRST_W=width.first, STEP_H=height.step, MOVE_H=height.move, MOVE_W=width.move,
-        BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, BLOCK_Q=bands.block_q, BLOCK_W=bands.block_w, STAGES=config.num_stages,
-    )  # fmt: skip
     slots = -(-bands.rows // m)
-    return PlainRecipe(depthwise_bands_kernel, slots * view.channels, constants, None, None, config, problem, slots)
+    result, written = target.result(x, shape, False, slots)
+    arguments = written | epilogue.arguments() | axis_constants(g)
+    arguments |= dict(zip("DHWOPQ", (*view.source, *view.result), strict=True)) | divisors | dict(
+        x_ptr=x, stride_xn=sn, stride_xc=sc, stride_xd=sd, stride_xh=sh, w=weight, M=bands.rows, C=view.channels,
+        BLOCKS_P=height.blocks, BLOCKS_Q=width.blocks, STEPS=bands.steps, MULT=g.out_channels // g.groups,
+        TRANSPOSED=view.transposed, WIDE=wide, COVERED=not wide and width.first == 0 and bands.block_w <= view.source[2],
+        INDEX_64=_index_64(view, strides), PRECISION=precision(x.dtype, "conv"), ROWS=height.results,
+        COLUMNS=width.results, FIRST_H=height.first, FIRST_W=width.first, STEP_H=height.step, MOVE_H=height.move,
+        MOVE_W=width.move, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, BLOCK_Q=bands.block_q, BLOCK_W=bands.block_w,
+        STAGES=config.num_stages,
+    )  # fmt: skip
+    launch(Launch(depthwise_bands_kernel, slots * view.channels, arguments, problem, config), x.device)
+    return result
 
 
 def _has_rows(t: Tensor) -> bool:
@@ -160,45 +154,32 @@ def _has_rows(t: Tensor) -> bool:
     return t.stride()[-1] == 1 or t.shape[-1] == 1
 
 
-def prepare_bands(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, statistics: bool = False
-) -> Prepared:
-    """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory.
+def convolve_banded(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, target: Target = WHOLE
+) -> Result:
+    """A batched depthwise convolution, or a transposed one, of tensors that `check_convolution` accepts.
 
     A result that is to be channels-last is copied.
-
-    Args:
-        x: (N, C, *spatial).
-        geometry: of a convolution or of a transposed one.
-        statistics: whether it is to be run with room for them.
     """
-    g = geometry
-    output = Dense.of(g.output_shape)
-    copy_x = not _has_rows(x)
-    strides = lift(dense_strides(g.input_shape, False) if copy_x else x.stride(), (g.batch, g.in_channels, *g.input))
-    recipe = None
-    if 0 not in output.shape:
-        view = View(g.mirrored if g.transposed else g, g.transposed, False, device_of(x.device), x.element_size())
-        recipe = bands_recipe(view, strides, x.dtype, _index_64(view, strides), epilogue, statistics)
+    g, channels_last = geometry, output_format(x, weight)
+    if 0 in g.output_shape:
+        return Result(empty_output(x, g.output_shape, channels_last, x.dtype))
+    view = View(g.mirrored if g.transposed else g, g.transposed, False, device_of(x.device), x.element_size())
     # A filter of one channel has one order in memory, whatever it is called.
-    prepared = Prepared.of(
-        "depthwise_bands", recipe, output, x, epilogue, Dense.of(x.shape) if copy_x else None,
-        None if is_dense(weight, False) else Dense.of(weight.shape),
-    )  # fmt: skip
-    channels_last = output_format(x, weight)
-    return replace(prepared, copy_y=Dense.of(g.output_shape, True)) if channels_last else prepared
+    tensors = x if _has_rows(x) else as_format(x, False), as_format(weight, False)
+    result = _launch(view, *tensors, epilogue.arranged(False), g.output_shape, target)
+    assert result.y is not None
+    return result._replace(y=as_format(result.y, True)) if channels_last else result
 
 
 def bands_dgrad(dy: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
     """Gradient of a batched depthwise convolution's input, contiguous; arguments as `conv_dgrad` takes them."""
     g = geometry
-    dx = empty_output(dy, g.input_shape, False, dy.dtype)
-    if dx.numel() == 0:
-        return dx
+    if 0 in g.input_shape:
+        return empty_output(dy, g.input_shape, False, dy.dtype)
     dy, weight = dy if _has_rows(dy) else as_format(dy, False), as_format(weight, False)
-    view = View(g, True, False, device_of(dy.device), dy.element_size())
-    strides = lift(dy.stride(), (g.batch, g.out_channels, *g.output))
-    bands_recipe(view, strides, dy.dtype, _index_64(view, strides), Epilogue()).run(dy, weight, dx, Epilogue(), dy.device)
+    dx = _launch(View(g, True, False, device_of(dy.device), dy.element_size()), dy, weight, Epilogue(), g.input_shape).y
+    assert dx is not None
     return dx
 
 

@@ -11,23 +11,13 @@ from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry, power_of_two_divisor
 from tritonconv.ops.conv.plan import ConvPlan, pack_constants, plan_convolution
-from tritonconv.ops.conv.target import WHOLE, Sink, images_of_tile
-from tritonconv.ops.core.cache import Dense, Prepared
+from tritonconv.ops.conv.target import WHOLE, Result, Target
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.launch import (
-    Box,
-    PlainRecipe,
-    Recipe,
-    axis_constants,
-    config_for,
-    device_of,
-    epilogue_constants,
-    precision,
-)
-from tritonconv.ops.core.layout import is_dense, suggests_channels_last
+from tritonconv.ops.core.launch import Box, Launch, aligned, axis_constants, config_for, device_of, launch, precision
+from tritonconv.ops.core.layout import as_format, empty_output, is_dense, suggests_channels_last
 from tritonconv.tuning import Device, Problem
 
-__all__ = ["check_convolution", "output_format", "plan_for", "prepare", "problem_of"]
+__all__ = ["check_convolution", "convolve_dense", "output_format", "plan_for", "problem_of"]
 
 
 def check_convolution(op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry) -> None:
@@ -54,32 +44,26 @@ def plan_for(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvPlan:
     )
 
 
-def prepare(
+def convolve_dense(
     x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Literal["conv", "matmul"],
-    statistics: bool = False, sink: Sink = WHOLE, gated: bool = False,
-) -> Prepared:  # fmt: skip
-    """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory.
+    target: Target = WHOLE, gate: Tensor | None = None,
+) -> Result:  # fmt: skip
+    """A batched convolution of tensors that `check_convolution` accepts.
 
     Args:
-        statistics: whether it is to be run with room for them.
-        sink: where results go.
-        gated: whether x is to be multiplied by a gate on the way in, which `matmul` alone can.
+        kind: "matmul" takes the TF32 switch of matrix products.
+        target: where results go.
+        gate: [N, C], what x is multiplied by on the way in, which the kernel `matmul` alone can.
     """
-    channels_last = output_format(x, weight)
+    channels_last, shape = output_format(x, weight), geometry.output_shape
     plan = plan_for(x, weight, geometry)
-    output = sink.output(geometry.output_shape, channels_last)
-    recipe = None
-    if 0 not in output.shape:
-        # A copy starts where the allocator likes, on 16 bytes at least.
-        aligned = plan.copy_input or x.data_ptr() % 16 == 0, plan.copy_weight or weight.data_ptr() % 16 == 0
-        products, device = precision(x.dtype, kind), device_of(x.device)
-        problem = problem_of(plan, x.dtype, products == "tf32", device)
-        problem = replace(problem, statistics=statistics or sink != WHOLE, computed=gated)
-        recipe = _recipe(plan, problem, products, channels_last, aligned, epilogue, sink)
-    return Prepared.of(
-        plan.kernel, recipe, output, x, epilogue, Dense.of(x.shape, True) if plan.copy_input else None,
-        Dense.of(weight.shape, plan.weight_channels_last) if plan.copy_weight else None,
-    )  # fmt: skip
+    if 0 in shape:
+        return Result(empty_output(x, shape, channels_last, x.dtype))
+    x = as_format(x, True) if plan.copy_input else x
+    weight = as_format(weight, plan.weight_channels_last) if plan.copy_weight else weight
+    problem = problem_of(plan, x.dtype, precision(x.dtype, kind) == "tf32", device_of(x.device))
+    problem = replace(problem, statistics=not target.is_plain, computed=gate is not None)
+    return _launch(plan, problem, x, weight, epilogue.arranged(channels_last), channels_last, target, gate)
 
 
 def problem_of(plan: ConvPlan, dtype: torch.dtype, tf32: bool, device: Device) -> Problem:
@@ -87,11 +71,11 @@ def problem_of(plan: ConvPlan, dtype: torch.dtype, tf32: bool, device: Device) -
     return Problem(plan.kernel, plan.geometry, str(dtype)[6:], tf32, plan.vector > 1, device, pack=plan.pack)
 
 
-def _recipe(
-    plan: ConvPlan, problem: Problem, products: str, channels_last: bool, aligned: tuple[bool, bool], epilogue: Epilogue,
-    sink: Sink,
-) -> Recipe:  # fmt: skip
-    """The launch of a plan, with the config that is chosen or forced; `aligned`: image and weight start on 16 bytes."""
+def _launch(
+    plan: ConvPlan, problem: Problem, x: Tensor, weight: Tensor, epilogue: Epilogue, channels_last: bool, target: Target,
+    gate: Tensor | None,
+) -> Result:  # fmt: skip
+    """Launch a plan with the config that is chosen or forced; tensors lie as the plan has them."""
     from tritonconv.kernels.conv_flat import conv_flat_kernel
     from tritonconv.kernels.conv_fprop import conv_fprop_kernel
     from tritonconv.kernels.matmul import matmul_kernel
@@ -104,39 +88,41 @@ def _recipe(
     block_m, block_n, block_k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     # A descriptor reads whole boxes of rows that start on 16 bytes.
     w_row = c if plan.kernel == "matmul" else k // plan.pack
-    tma = tiles.pop("USE_TMA") and device.tma and plan.pack == 1 and aligned[1] and w_row * problem.itemsize % 16 == 0
+    tma = tiles.pop("USE_TMA") and device.tma and plan.pack == 1 and aligned(weight) and w_row * problem.itemsize % 16 == 0
     if plan.kernel == "matmul":
         # Neither is a computed operand read by descriptor.
-        tma = tma and not problem.computed and aligned[0] and plan.row_stride * problem.itemsize % 16 == 0
+        tma = tma and not problem.computed and aligned(x) and plan.row_stride * problem.itemsize % 16 == 0
     pixels = math.prod(g.output)
-    constants: dict[str, Any] = dict(
-        M=m, K=n, VEC_K=power_of_two_divisor(n, sink.pitch or n), stride_y=sink.pitch, POOL=sink.images(block_m, pixels),
-        Y_CHANNELS_LAST=channels_last, INDEX_64=plan.index_64, PRECISION=products,
+    slots = -(-m // block_m)
+    result, written = target.result(x, g.output_shape, channels_last, slots, block_m, pixels)
+    arguments: dict[str, Any] = written | epilogue.arguments() | axis_constants(g) | dict(
+        M=m, K=n, VEC_K=power_of_two_divisor(n, target.pitch or n), stride_y=target.pitch, POOL=target.images(block_m, pixels),
+        Y_CHANNELS_LAST=channels_last, INDEX_64=plan.index_64, PRECISION="tf32" if problem.tf32 else "ieee",
         USE_TMA=tma, stride_wk=w_row, C=c, **tiles, STAGES=config.num_stages,
-        **epilogue_constants(epilogue),
+        w=Box(g.groups * n, w_row, w_row, (block_n, block_k)).of(weight) if tma else weight,
     )  # fmt: skip
-    slots, sums = -(-m // block_m), (block_m, pixels, images_of_tile(block_m, pixels))
     programs = slots * -(-n // block_n) * g.groups
-    w_box = Box(g.groups * n, w_row, w_row, (block_n, block_k)) if tma else None
     if plan.kernel == "matmul":
-        constants |= dict(
-            gate_ptr=None, stride_xm=plan.row_stride, PIXELS=pixels, EVEN_C=c % block_k == 0,
-            VEC_C=power_of_two_divisor(c, plan.row_stride),
+        arguments |= dict(
+            x=Box(m, c, plan.row_stride, (block_m, block_k)).of(x) if tma else x, gate_ptr=gate, stride_xm=plan.row_stride,
+            PIXELS=pixels, EVEN_C=c % block_k == 0, VEC_C=power_of_two_divisor(c, plan.row_stride),
         )  # fmt: skip
-        x_box = Box(m, c, plan.row_stride, (block_m, block_k)) if tma else None
-        return PlainRecipe(matmul_kernel, programs, constants, x_box, w_box, config, problem, slots, sums)
+        launch(Launch(matmul_kernel, programs, arguments, problem, config), x.device)
+        return result
 
     sn, sc, sd, sh, sw = plan.strides
-    constants |= axis_constants(g)
-    constants |= dict(
-        stride_xn=sn, stride_xd=sd, stride_xh=sh, stride_xw=sw, GROUPS=g.groups, PADDED=any(g.padding + g.padding_after)
-    )
+    arguments |= dict(
+        x_ptr=x, stride_xn=sn, stride_xd=sd, stride_xh=sh, stride_xw=sw, GROUPS=g.groups,
+        PADDED=any(g.padding + g.padding_after),
+    )  # fmt: skip
     if plan.kernel == "conv_fprop":
-        constants["VEC_X"] = power_of_two_divisor(sn, sd, sh, sw)
-        return PlainRecipe(conv_fprop_kernel, programs, constants, None, w_box, config, problem, slots, sums)
+        arguments["VEC_X"] = power_of_two_divisor(sn, sd, sh, sw)
+        launch(Launch(conv_fprop_kernel, programs, arguments, problem, config), x.device)
+        return result
     outer = (sd, sh, sw) if plan.weight_channels_last else (sc, sd, sh)
-    constants |= dict(
+    arguments |= dict(
         stride_xc=sc, W_CHANNELS_LAST=plan.weight_channels_last, VEC_X=power_of_two_divisor(sn, *outer),
         VEC_W=power_of_two_divisor(w_row), **pack_constants(plan.pack, c, n),
     )  # fmt: skip
-    return PlainRecipe(conv_flat_kernel, programs, constants, None, w_box, config, problem, slots, sums)
+    launch(Launch(conv_flat_kernel, programs, arguments, problem, config), x.device)
+    return result

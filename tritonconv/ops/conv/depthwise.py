@@ -15,23 +15,13 @@ from torch import Tensor
 from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass, Triple, power, power_of_two_divisor, width
 from tritonconv.ops.conv.dense import output_format
 from tritonconv.ops.conv.plan import Strides, lift
-from tritonconv.ops.conv.target import WHOLE, Sink
-from tritonconv.ops.core.cache import Dense, Prepared
+from tritonconv.ops.conv.target import WHOLE, Result, Target
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.launch import (
-    Launch,
-    PlainRecipe,
-    Recipe,
-    axis_constants,
-    device_of,
-    epilogue_constants,
-    forced_config,
-    launch,
-)
-from tritonconv.ops.core.layout import as_format, dense_strides, empty_output, is_dense, wide
+from tritonconv.ops.core.launch import Launch, axis_constants, device_of, forced_config, launch
+from tritonconv.ops.core.layout import as_format, empty_output, is_dense, wide
 from tritonconv.tuning import INTERPRETER, Device, Problem, choose
 
-__all__ = ["depthwise_dgrad", "depthwise_wgrad", "is_depthwise", "prepare_depthwise"]
+__all__ = ["convolve_depthwise", "depthwise_dgrad", "depthwise_wgrad", "is_depthwise"]
 
 # A result of a stride's phase takes a patch of whole strides.
 LARGEST_STRIDE = 4
@@ -94,42 +84,44 @@ class View(NamedTuple):
         return elements // c, c
 
 
-def depthwise_recipe(
-    view: View, strides: Strides, dtype: torch.dtype, index_64: bool, epilogue: Epilogue, statistics: bool = False,
-    sink: Sink = WHOLE,
-) -> Recipe:  # fmt: skip
-    """The launch of a depthwise convolution in either direction, with an epilogue behind it.
+def _launch(
+    view: View, x: Tensor, weight: Tensor, epilogue: Epilogue, shape: tuple[int, ...], target: Target = WHOLE
+) -> Result:
+    """Launch a depthwise convolution in either direction, with an epilogue.
 
     Args:
-        strides: those of the source.
-        statistics: whether it is to be run with room for them.
+        x: the source, which lies as the view has it.
+        shape: the result's.
     """
     from tritonconv.kernels.depthwise import depthwise_kernel, steps, whole
 
     g = view.conv
+    channels = g.out_channels if view.transposed else g.in_channels
+    sn, sc, sd, sh, sw = strides = lift(x.stride(), (g.batch, channels, *view.source))
     pass_: Pass = "dgrad" if view.transposed else "fprop"
     problem = Problem(
-        "depthwise", g, str(dtype)[6:], False, view.channels_last, view.device, pass_, statistics=statistics
+        "depthwise", g, str(x.dtype)[6:], False, view.channels_last, view.device, pass_, statistics=target.statistics
     )  # fmt: skip
     config = forced_config("PATCH_P") or choose(problem)
     patch = whole(config, g.stride[1:], view.transposed)
     lines, across = view.patches(patch)
     block_t, block_c = view.block(across, lines, config.num_warps)
     step_r, step_s = steps(patch, g.kernel[1:], g.stride[1:], g.dilation[1:], view.transposed)
-    sn, sc, sd, sh, sw = strides
-    constants = axis_constants(g) | dict(zip("DHWOPQ", (*view.source, *view.result), strict=True)) | dict(
-        stride_xn=sn, stride_xc=sc, stride_xd=sd, stride_xh=sh, STRIDE_XW=sw, N=g.batch, C=view.channels,
-        STRIDE_Y=sink.pitch or view.channels, POOL=sink.images(1, 1),
-        MULT=g.out_channels // g.groups, TRANSPOSED=view.transposed, CHANNELS_LAST=view.channels_last,
-        VEC_X=power_of_two_divisor(sn, sd, sh), INDEX_64=index_64, **epilogue_constants(epilogue), PATCH_P=patch[0],
-        PATCH_Q=patch[1], BLOCK_T=block_t, BLOCK_C=block_c, STEP_R=step_r, STEP_S=step_s,
-    )  # fmt: skip
     # Sums of an image are those of whole blocks.
-    images = g.batch if sink.average else 1
+    images = g.batch if target.average else 1
     blocks = _blocks(lines // images, across, block_t, view.channels_last)
     slots = images * blocks
-    programs = slots * -(-view.channels // block_c)
-    return PlainRecipe(depthwise_kernel, programs, constants, None, None, config, problem, slots, (1, blocks, 1))
+    result, written = target.result(x, shape, view.channels_last, slots, 1, blocks)
+    arguments = written | epilogue.arguments() | axis_constants(g)
+    arguments |= dict(zip("DHWOPQ", (*view.source, *view.result), strict=True)) | dict(
+        x_ptr=x, stride_xn=sn, stride_xc=sc, stride_xd=sd, stride_xh=sh, STRIDE_XW=sw, w=weight, N=g.batch, C=view.channels,
+        STRIDE_Y=target.pitch or view.channels, POOL=target.images(1, 1),
+        MULT=g.out_channels // g.groups, TRANSPOSED=view.transposed, CHANNELS_LAST=view.channels_last,
+        VEC_X=power_of_two_divisor(sn, sd, sh), INDEX_64=_index_64(view, strides), PATCH_P=patch[0],
+        PATCH_Q=patch[1], BLOCK_T=block_t, BLOCK_C=block_c, STEP_R=step_r, STEP_S=step_s,
+    )  # fmt: skip
+    launch(Launch(depthwise_kernel, slots * -(-view.channels // block_c), arguments, problem, config), x.device)
+    return result
 
 
 def _blocks(lines: int, across: int, block_t: int, channels_last: bool) -> int:
@@ -152,46 +144,27 @@ def _side_by_side(t: Tensor, channels_last: bool) -> bool:
     return t.stride()[axis] == 1 or t.shape[axis] == 1
 
 
-def prepare_depthwise(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, statistics: bool = False, sink: Sink = WHOLE
-) -> Prepared:
-    """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory.
-
-    Args:
-        x: (N, C, *spatial).
-        geometry: of a convolution or of a transposed one.
-        statistics: whether it is to be run with room for them.
-        sink: where results go.
-    """
+def convolve_depthwise(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, target: Target = WHOLE
+) -> Result:
+    """A batched depthwise convolution, or a transposed one, of tensors that `check_convolution` accepts."""
     g, channels_last = geometry, output_format(x, weight)
-    output = sink.output(g.output_shape, channels_last)
-    copy_x = not _side_by_side(x, channels_last)
-    strides = lift(
-        dense_strides(g.input_shape, channels_last) if copy_x else x.stride(), (g.batch, g.in_channels, *g.input)
-    )
-    recipe = None
-    if 0 not in output.shape:
-        view = View(g.mirrored if g.transposed else g, g.transposed, channels_last, device_of(x.device), x.element_size())
-        recipe = depthwise_recipe(view, strides, x.dtype, _index_64(view, strides), epilogue, statistics, sink)
+    if 0 in g.output_shape:
+        return Result(empty_output(x, g.output_shape, channels_last, x.dtype))
+    view = View(g.mirrored if g.transposed else g, g.transposed, channels_last, device_of(x.device), x.element_size())
+    x = x if _side_by_side(x, channels_last) else as_format(x, channels_last)
     # A filter of one channel has one order in memory, whatever it is called.
-    return Prepared.of(
-        "depthwise", recipe, output, x, epilogue, Dense.of(x.shape, channels_last) if copy_x else None,
-        None if is_dense(weight, False) else Dense.of(weight.shape),
-    )  # fmt: skip
+    return _launch(view, x, as_format(weight, False), epilogue.arranged(channels_last), g.output_shape, target)
 
 
 def depthwise_dgrad(dy: Tensor, weight: Tensor, geometry: ConvGeometry, channels_last: bool) -> Tensor:
     """Gradient of a batched depthwise convolution's input, dense in this format; arguments as `conv_dgrad` takes them."""
     g = geometry
-    dx = empty_output(dy, g.input_shape, channels_last, dy.dtype)
-    if dx.numel() == 0:
-        return dx
-    dy, weight = as_format(dy, channels_last), as_format(weight, False)
+    if 0 in g.input_shape:
+        return empty_output(dy, g.input_shape, channels_last, dy.dtype)
     view = View(g, True, channels_last, device_of(dy.device), dy.element_size())
-    strides = lift(dy.stride(), (g.batch, g.out_channels, *g.output))
-    depthwise_recipe(view, strides, dy.dtype, _index_64(view, strides), Epilogue()).run(
-        dy, weight, dx, Epilogue(), dy.device
-    )
+    dx = _launch(view, as_format(dy, channels_last), as_format(weight, False), Epilogue(), g.input_shape).y
+    assert dx is not None
     return dx
 
 

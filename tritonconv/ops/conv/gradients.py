@@ -10,27 +10,25 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry, power_of_two_divisor
-from tritonconv.ops.conv.plan import Strides, lift, pack_constants, packed
+from tritonconv.ops.conv.plan import lift, pack_constants, packed
+from tritonconv.ops.conv.target import WHOLE, Result, Target
 from tritonconv.ops.core.activation import ActivationSpec, table
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import (
     Kind,
     Launch,
-    PlainRecipe,
-    Recipe,
     axis_constants,
     config_constants,
     config_for,
     device_of,
-    epilogue_constants,
     launch,
     precision,
 )
 from tritonconv.ops.core.layout import as_format, empty_output, wide
-from tritonconv.tuning import Device, Problem
+from tritonconv.tuning import Problem
 from tritonconv.tuning.ranges import ranges
 
-__all__ = ["NormGradient", "add_ranges", "conv_dgrad", "conv_wgrad", "dgrad_recipe"]
+__all__ = ["NormGradient", "add_ranges", "conv_dgrad", "conv_wgrad", "launch_dgrad"]
 
 # Columns that the sums are added by.
 REDUCE_BLOCK = 1024
@@ -62,55 +60,54 @@ def conv_dgrad(
         norm: what lies between the output and dy.
     """
     g = geometry
-    dx = empty_output(dy, g.input_shape, channels_last, dy.dtype)
-    if dx.numel() == 0:
-        return dx
+    if 0 in g.input_shape:
+        return empty_output(dy, g.input_shape, channels_last, dy.dtype)
     dy, weight = as_format(dy, True), as_format(weight, True)
-    recipe = dgrad_recipe(
-        g, lift(dy.stride(), (g.batch, g.out_channels, *g.output)), dy.dtype, precision(dy.dtype, kind), channels_last,
-        g.needs_int64, device_of(dy.device), Epilogue(), norm,
-    )  # fmt: skip
-    recipe.run(dy, weight, dx, Epilogue(), dy.device)
+    dx = launch_dgrad(dy, weight, g, precision(dy.dtype, kind), channels_last, g.needs_int64, Epilogue(), norm).y
+    assert dx is not None
     return dx
 
 
-def dgrad_recipe(
-    g: ConvGeometry, strides: Strides, dtype: torch.dtype, products: str, channels_last: bool, index_64: bool,
-    device: Device, epilogue: Epilogue, norm: NormGradient | None = None, statistics: bool = False,
-) -> Recipe:  # fmt: skip
-    """The launch of a data gradient, with an epilogue behind it.
+def launch_dgrad(
+    dy: Tensor, weight: Tensor, g: ConvGeometry, products: str, channels_last: bool, index_64: bool, epilogue: Epilogue,
+    norm: NormGradient | None = None, target: Target = WHOLE,
+) -> Result:  # fmt: skip
+    """Launch a data gradient, with an epilogue.
 
     Args:
-        strides: those of dy, whose channels lie side by side.
+        dy: with its channels side by side.
+        weight: channels-last.
         products: how fp32 products are computed, as `precision` gives it.
         channels_last: the layout of the result.
-        norm: what lies between the output and dy; the launch is for its tensors alone.
-        statistics: whether it is to be run with room for them.
+        norm: what lies between the output and dy.
     """
     from tritonconv.kernels.conv_dgrad import conv_dgrad_kernel
 
-    pack = packed(g)
+    shape, pack = g.input_shape, packed(g)
+    sn, _, sd, sh, sw = lift(dy.stride(), (g.batch, g.out_channels, *g.output))
     g = replace(g, groups=g.groups // pack)
     c, k = g.in_channels // g.groups, g.out_channels // g.groups
-    sn, _, sd, sh, sw = strides
     vec_y, vec_c = power_of_two_divisor(k, sn, sd, sh, sw), power_of_two_divisor(c)
-    tf32, computed = products == "tf32", norm is not None
-    problem = Problem("conv_dgrad", g, str(dtype)[6:], tf32, vec_y > 1, device, "dgrad", computed, statistics, pack)
+    problem = Problem(
+        "conv_dgrad", g, str(dy.dtype)[6:], products == "tf32", vec_y > 1, device_of(dy.device), "dgrad", norm is not None,
+        target.statistics, pack,
+    )  # fmt: skip
     config = config_for(problem)
     tiles = config_constants(config)
     step = tuple(s // math.gcd(s, d) for s, d in zip(g.stride, g.dilation, strict=True))
     # Every phase has as many programs as the largest.
     most = g.batch * math.prod(-(-size // s) for size, s in zip(g.input, g.stride, strict=True))
     slots = -(-most // tiles["BLOCK_M"]) * math.prod(g.stride)
-    programs = slots * -(-c // tiles["BLOCK_N"]) * g.groups
-    constants: dict[str, Any] = dict(
-        stride_yn=sn, stride_yd=sd, stride_yh=sh, stride_yw=sw, stride_wk=c // pack * g.taps, N=g.batch, C=c, K=k,
-        GROUPS=g.groups, STEP_D=step[0], STEP_H=step[1], STEP_W=step[2], EVEN_K=k % tiles["BLOCK_K"] == 0, VEC_Y=vec_y,
-        VEC_C=vec_c, X_CHANNELS_LAST=channels_last, INDEX_64=index_64, PRECISION=products, **_between(norm),
-        dz_ptr=None if norm is None else norm.dz, **epilogue_constants(epilogue), **axis_constants(g),
-        **pack_constants(pack, c, k), **tiles,
+    result, written = target.result(dy, shape, channels_last, slots)
+    arguments: dict[str, Any] = written | epilogue.arguments() | axis_constants(g) | dict(
+        dy_ptr=dy, stride_yn=sn, stride_yd=sd, stride_yh=sh, stride_yw=sw, w=weight, stride_wk=c // pack * g.taps,
+        N=g.batch, C=c, K=k, GROUPS=g.groups, STEP_D=step[0], STEP_H=step[1], STEP_W=step[2],
+        EVEN_K=k % tiles["BLOCK_K"] == 0, VEC_Y=vec_y, VEC_C=vec_c, X_CHANNELS_LAST=channels_last, INDEX_64=index_64,
+        PRECISION=products, **_between(norm), dz_ptr=None if norm is None else norm.dz, **pack_constants(pack, c, k),
+        **tiles,
     )  # fmt: skip
-    return PlainRecipe(conv_dgrad_kernel, programs, constants, None, None, config, problem, slots)
+    launch(Launch(conv_dgrad_kernel, slots * -(-c // tiles["BLOCK_N"]) * g.groups, arguments, problem, config), dy.device)
+    return result
 
 
 def conv_wgrad(

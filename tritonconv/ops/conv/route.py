@@ -1,49 +1,54 @@
-"""Which kernel runs a batched call, in each direction."""
+"""Which kernel runs a batched convolution, in each direction: the only place that decides."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry, Pass
 from tritonconv.ops.adaptive.launch import pixel_sums
-from tritonconv.ops.conv.banded import bands_dgrad, bands_wgrad, prefers_bands, prepare_bands
-from tritonconv.ops.conv.dense import output_format, plan_for, prepare
-from tritonconv.ops.conv.depthwise import View, depthwise_dgrad, depthwise_wgrad, is_depthwise, prepare_depthwise
+from tritonconv.ops.conv.banded import bands_dgrad, bands_wgrad, convolve_banded, prefers_bands
+from tritonconv.ops.conv.dense import convolve_dense, output_format, plan_for
+from tritonconv.ops.conv.depthwise import View, convolve_depthwise, depthwise_dgrad, depthwise_wgrad, is_depthwise
 from tritonconv.ops.conv.gradients import NormGradient, conv_dgrad, conv_wgrad
-from tritonconv.ops.conv.hopper import hopper_dgrad, hopper_wgrad, prepare_hopper, unsupported_gradient
-from tritonconv.ops.conv.target import WHOLE, Sink
-from tritonconv.ops.conv.transposed import prepare_transposed
+from tritonconv.ops.conv.hopper import hopper_convolution, hopper_dgrad, hopper_wgrad, why_no_gradient
+from tritonconv.ops.conv.target import WHOLE, Result, Target
+from tritonconv.ops.conv.transposed import convolve_transposed
 from tritonconv.ops.core.backend import capture, hopper_asked, interpreting
-from tritonconv.ops.core.cache import Prepared
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.launch import Kind, device_of, precision
+from tritonconv.ops.core.launch import Kind, device_of, note, precision
 from tritonconv.ops.core.layout import as_format, dense_strides, is_dense
 
-__all__ = ["data_gradient", "prepare_call", "takes_gate", "takes_sink", "weight_gradient"]
+__all__ = ["can_gate", "can_redirect", "convolve", "data_gradient", "weight_gradient"]
 
 
-def prepare_call(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Kind, statistics: bool = False,
-    sink: Sink = WHOLE, gated: bool = False,
-) -> Prepared:  # fmt: skip
-    """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory.
+def convolve(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Kind, target: Target = WHOLE,
+    gate: Tensor | None = None,
+) -> Result:  # fmt: skip
+    """A batched convolution of tensors that `check_convolution` accepts.
 
     Args:
         kind: "matmul" takes the TF32 switch of matrix products.
-        statistics: whether it is to be run with room for them.
-        sink: where results go; other than `WHOLE` only where `takes_sink` says so.
-        gated: whether x is to be multiplied by a gate on the way in; only where `takes_gate` says so.
+        target: where results go; `out` and `average` only where `can_redirect` says so.
+        gate: [N, C], what x is multiplied by on the way in; only where `can_gate` says so.
     """
-    note = ""
     if hopper_asked():
-        call = prepare_hopper(x, weight, epilogue, geometry, statistics, sink, gated)
-        if isinstance(call, Prepared) and _runs_gluon():
-            return call
-        note = f"not hopper: {call if isinstance(call, str) else 'the interpreter runs no Gluon'}"
-    call = _prepare_portable(x, weight, epilogue, geometry, kind, statistics, sink, gated)
-    return replace(call, note=note) if note else call
+        result = "a gated input comes through registers"
+        if gate is None:
+            result = hopper_convolution(x, weight, epilogue, geometry, target) if _runs_gluon() else NO_GLUON
+        if isinstance(result, Result):
+            return result
+        note(f"not hopper: {result}")
+    if is_depthwise(geometry):
+        conv = geometry.mirrored if geometry.transposed else geometry
+        banded = _prefers_bands(conv, x, output_format(x, weight), "dgrad" if geometry.transposed else "fprop")
+        return (convolve_banded if banded else convolve_depthwise)(x, weight, epilogue, geometry, target)
+    if kind == "conv_transpose":
+        return convolve_transposed(x, weight, epilogue, geometry, target)
+    return convolve_dense(x, weight, epilogue, geometry, kind, target, gate)
+
+
+NO_GLUON = "the interpreter runs no Gluon"
 
 
 def _runs_gluon() -> bool:
@@ -51,21 +56,7 @@ def _runs_gluon() -> bool:
     return capture.active or not interpreting()
 
 
-def _prepare_portable(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Kind, statistics: bool, sink: Sink,
-    gated: bool,
-) -> Prepared:  # fmt: skip
-    if is_depthwise(geometry):
-        conv = geometry.mirrored if geometry.transposed else geometry
-        if _prefers_bands(conv, x, output_format(x, weight), "dgrad" if geometry.transposed else "fprop"):
-            return prepare_bands(x, weight, epilogue, geometry, statistics)
-        return prepare_depthwise(x, weight, epilogue, geometry, statistics, sink)
-    if kind == "conv_transpose":
-        return prepare_transposed(x, weight, epilogue, geometry, statistics)
-    return prepare(x, weight, epilogue, geometry, kind, statistics, sink, gated)
-
-
-def takes_gate(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
+def can_gate(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
     """Whether a call's kernel can multiply x by a gate on the way in: a convolution of single pixels, read in place."""
     g = geometry
     single = g.taps == max(g.stride) == g.groups == 1 and not any(g.padding + g.padding_after)
@@ -75,8 +66,8 @@ def takes_gate(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
     return plan.kernel == "matmul" and not plan.copy_input
 
 
-def takes_sink(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
-    """Whether the kernel of a call can send its results elsewhere than to memory of their own."""
+def can_redirect(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether a call's kernel can send its results elsewhere than to memory of their own."""
     if geometry.transposed:
         return False
     return not is_depthwise(geometry) or not _prefers_bands(geometry, x, output_format(x, weight), "fprop")
@@ -98,8 +89,7 @@ def data_gradient(
     """
     if hopper_asked() and _runs_gluon():
         contiguous = dense_strides(geometry.input_shape, channels_last)[1] != 1 < geometry.in_channels
-        device = device_of(dy.device)
-        if unsupported_gradient(geometry, dy.dtype, device, "dgrad", contiguous, norm is not None) is None:
+        if why_no_gradient(geometry, dy.dtype, device_of(dy.device), "dgrad", contiguous, norm is not None) is None:
             return hopper_dgrad(dy, weight, geometry, channels_last)
     if norm is None and is_depthwise(geometry):
         if _prefers_bands(geometry, dy, channels_last, "dgrad"):
@@ -118,8 +108,7 @@ def weight_gradient(
         norm: for other than depthwise convolutions alone.
     """
     if hopper_asked() and _runs_gluon():
-        device = device_of(dy.device)
-        if unsupported_gradient(geometry, dy.dtype, device, "wgrad", False, norm is not None) is None:
+        if why_no_gradient(geometry, dy.dtype, device_of(dy.device), "wgrad", False, norm is not None) is None:
             dw = hopper_wgrad(dy, x, geometry, channels_last)
             return dw, pixel_sums(as_format(dy, True)) if bias else None
     if norm is None and is_depthwise(geometry):

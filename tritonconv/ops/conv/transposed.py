@@ -5,62 +5,43 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tritonconv.geometry import INT32_MAX, ConvGeometry, power_of_two_divisor
 from tritonconv.ops.conv.dense import output_format
-from tritonconv.ops.conv.gradients import dgrad_recipe
+from tritonconv.ops.conv.gradients import launch_dgrad
 from tritonconv.ops.conv.plan import Strides, lift, row_stride
-from tritonconv.ops.core.cache import Dense, Prepared
+from tritonconv.ops.conv.target import WHOLE, Result, Target
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.launch import (
-    PlainRecipe,
-    Recipe,
-    axis_constants,
-    config_constants,
-    config_for,
-    device_of,
-    epilogue_constants,
-    precision,
-)
-from tritonconv.ops.core.layout import dense_strides, is_dense
-from tritonconv.tuning import Device, Problem
+from tritonconv.ops.core.launch import Launch, axis_constants, config_constants, config_for, device_of, launch, precision
+from tritonconv.ops.core.layout import as_format, empty_output
+from tritonconv.tuning import Problem
 
-__all__ = ["prepare_transposed"]
+__all__ = ["convolve_transposed"]
 
 
-def prepare_transposed(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, statistics: bool = False
-) -> Prepared:
-    """Everything of a batched call but its tensors, which are what `check_convolution` wants; touches no memory.
+def convolve_transposed(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, target: Target = WHOLE
+) -> Result:
+    """A batched transposed convolution of tensors that `check_convolution` accepts.
 
     Args:
         x: (N, C, *spatial).
         weight: (C, K/groups, *filter).
-        statistics: whether it is to be run with room for them.
     """
     g, channels_last = geometry, output_format(x, weight)
-    output = Dense.of(g.output_shape, channels_last)
+    if 0 in g.output_shape:
+        return Result(empty_output(x, g.output_shape, channels_last, x.dtype))
     # Channels that do not lie side by side are copied.
-    copy_x = x.stride()[1] != 1 and g.in_channels > 1
-    strides = lift(dense_strides(g.input_shape, True) if copy_x else x.stride(), (g.batch, g.in_channels, *g.input))
+    x = x if x.stride()[1] == 1 or g.in_channels == 1 else as_format(x, True)
+    weight, epilogue = as_format(weight, True), epilogue.arranged(channels_last)
+    strides = lift(x.stride(), (g.batch, g.in_channels, *g.input))
     folded = _folded(g)
     rows = None if folded is None else row_stride(folded, strides)
-    recipe = None
-    if 0 not in output.shape:
-        products, device = precision(x.dtype, "conv_transpose"), device_of(x.device)
-        if folded is None or rows is None:
-            index_64 = _index_64(g, strides)
-            recipe = dgrad_recipe(
-                g.mirrored, strides, x.dtype, products, channels_last, index_64, device, epilogue, statistics=statistics
-            )
-        else:
-            recipe = _up_recipe(g, folded, rows, x.dtype, products, channels_last, device, epilogue, statistics)
-    return Prepared.of(
-        "conv_dgrad" if rows is None else "conv_up", recipe, output, x, epilogue,
-        Dense.of(x.shape, True) if copy_x else None, None if is_dense(weight, True) else Dense.of(weight.shape, True),
-    )  # fmt: skip
+    if folded is None or rows is None:
+        index_64, products = _index_64(g, strides), precision(x.dtype, "conv_transpose")
+        return launch_dgrad(x, weight, g.mirrored, products, channels_last, index_64, epilogue, target=target)
+    return _launch_folded(x, weight, epilogue, g, folded, rows, channels_last, target)
 
 
 def _index_64(g: ConvGeometry, strides: Strides) -> bool:
@@ -86,25 +67,29 @@ def _folded(g: ConvGeometry) -> ConvGeometry | None:
     return replace(g, out_channels=g.taps * g.out_channels, kernel=one, stride=one, dilation=one, output=g.input)
 
 
-def _up_recipe(
-    g: ConvGeometry, folded: ConvGeometry, rows: int, dtype: torch.dtype, products: str, channels_last: bool,
-    device: Device, epilogue: Epilogue, statistics: bool,
-) -> Recipe:  # fmt: skip
-    """The launch of a folded product; `rows`: elements from one pixel of the image to the next."""
+def _launch_folded(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, g: ConvGeometry, folded: ConvGeometry, rows: int, channels_last: bool,
+    target: Target,
+) -> Result:  # fmt: skip
+    """Launch a folded product; `rows`: elements from one pixel of the image to the next."""
     from tritonconv.kernels.conv_up import conv_up_kernel
 
-    c, k = g.in_channels, g.out_channels
+    c, k, products = g.in_channels, g.out_channels, precision(x.dtype, "conv_transpose")
     vec_c, vec_k = power_of_two_divisor(c, rows), power_of_two_divisor(k)
-    vectors = vec_c > 1 and vec_k > 1
-    problem = Problem("conv_up", folded, str(dtype)[6:], products == "tf32", vectors, device, statistics=statistics)
+    problem = Problem(
+        "conv_up", folded, str(x.dtype)[6:], products == "tf32", vec_c > 1 and vec_k > 1, device_of(x.device),
+        statistics=target.statistics,
+    )  # fmt: skip
     m, columns, _ = problem.gemm
     config = config_for(problem)
     tiles = config_constants(config)
     tiles_m = -(-m // tiles["BLOCK_M"])
-    constants: dict[str, Any] = axis_constants(g) | dict(
-        stride_xm=rows, stride_wc=columns, M=m, C=c, K=k, EVEN_C=c % tiles["BLOCK_K"] == 0, VEC_C=vec_c, VEC_K=vec_k,
-        Y_CHANNELS_LAST=channels_last, INDEX_64=g.needs_int64 or m * rows > INT32_MAX,
-        PRECISION=products, **epilogue_constants(epilogue), **tiles,
+    result, written = target.result(x, g.output_shape, channels_last, g.taps * tiles_m)
+    arguments: dict[str, Any] = written | epilogue.arguments() | axis_constants(g) | dict(
+        x_ptr=x, stride_xm=rows, w=weight, stride_wc=columns, M=m, C=c, K=k, EVEN_C=c % tiles["BLOCK_K"] == 0, VEC_C=vec_c,
+        VEC_K=vec_k, Y_CHANNELS_LAST=channels_last, INDEX_64=g.needs_int64 or m * rows > INT32_MAX,
+        PRECISION=products, **tiles,
     )  # fmt: skip
     programs = tiles_m * -(-columns // tiles["BLOCK_N"])
-    return PlainRecipe(conv_up_kernel, programs, constants, None, None, config, problem, g.taps * tiles_m)
+    launch(Launch(conv_up_kernel, programs, arguments, problem, config), x.device)
+    return result

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -16,8 +18,28 @@ import torch
 from torch.autograd import forward_ad
 
 __all__ = [
-    "HAS_TRITON", "Backend", "OnTorch", "asking_hopper", "capability", "capture", "check_backend", "constant_under_compile",
-    "current_backend", "decide", "hopper_asked", "interpreting", "needs_gradients", "set_backend", "unusual",
+    "FLOATS",
+    "HAS_TRITON",
+    "PLAIN",
+    "Backend",
+    "OnTorch",
+    "asked",
+    "asking_hopper",
+    "capability",
+    "capture",
+    "cast_for_autocast",
+    "check_backend",
+    "constant_under_compile",
+    "current_backend",
+    "decide",
+    "hopper_asked",
+    "interpreting",
+    "is_foreign",
+    "needs_gradients",
+    "set_backend",
+    "settings",
+    "why_no_views",
+    "why_unsupported",
 ]  # fmt: skip
 
 Backend = Literal["auto", "triton", "hopper", "torch"]
@@ -25,7 +47,17 @@ BACKENDS = ("auto", "triton", "hopper", "torch")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_backend: Backend = "auto"
+
+class _Settings:
+    """What the process chose."""
+
+    def __init__(self) -> None:
+        self.backend: Backend = "auto"
+        # Read once, as TRITON_INTERPRET is.
+        self.hopper = os.environ.get("TRITONCONV_HOPPER", "0") not in ("", "0")
+
+
+settings = _Settings()
 
 
 class set_backend:  # noqa: N801 - a context manager that reads as a function, like torch.set_grad_enabled
@@ -42,16 +74,14 @@ class set_backend:  # noqa: N801 - a context manager that reads as a function, l
     """
 
     def __init__(self, backend: Backend) -> None:
-        global _backend
-        self._previous = _backend
-        _backend = check_backend(backend)
+        self._previous = settings.backend
+        settings.backend = check_backend(backend)
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        global _backend
-        _backend = self._previous
+        settings.backend = self._previous
 
 
 def check_backend(backend: str) -> Backend:
@@ -62,7 +92,7 @@ def check_backend(backend: str) -> Backend:
 
 def current_backend(override: Backend | None = None) -> Backend:
     """The backend of a layer: the global choice if that is not "auto", else the layer's own (`override`)."""
-    return _backend if _backend != "auto" or override is None else override
+    return settings.backend if settings.backend != "auto" or override is None else override
 
 
 class _Asked(threading.local):
@@ -71,24 +101,22 @@ class _Asked(threading.local):
     hopper = False
 
 
-_asked = _Asked()
-# Read once, as TRITON_INTERPRET is.
-HOPPER_EVERYWHERE = os.environ.get("TRITONCONV_HOPPER", "0") not in ("", "0")
+asked = _Asked()
 
 
 def hopper_asked() -> bool:
     """Whether Hopper's kernels are to run what they support: the process, its environment or a layer says so."""
-    return _asked.hopper or _backend == "hopper" or (HOPPER_EVERYWHERE and _backend != "torch")
+    return asked.hopper or settings.backend == "hopper" or (settings.hopper and settings.backend != "torch")
 
 
 @contextmanager
-def asking_hopper(asked: bool) -> Iterator[None]:
+def asking_hopper(wanted: bool) -> Iterator[None]:
     """Resolve and run calls on this thread for a layer that asks for Hopper's kernels, or does not add to who does."""
-    outer, _asked.hopper = _asked.hopper, _asked.hopper or asked
+    outer, asked.hopper = asked.hopper, asked.hopper or wanted
     try:
         yield
     finally:
-        _asked.hopper = outer
+        asked.hopper = outer
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -136,7 +164,7 @@ class _Capture(threading.local):
 capture = _Capture()
 
 
-def device_cannot(device: torch.device) -> str | None:
+def why_unsupported_device(device: torch.device) -> str | None:
     """Why no kernel runs on this device; None where they do."""
     if not HAS_TRITON:
         return "triton is not installed"
@@ -147,26 +175,33 @@ def device_cannot(device: torch.device) -> str | None:
     return None
 
 
-def needs_gradients(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+def needs_gradients(tensors: Sequence[torch.Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def unsupported(tensors: tuple[torch.Tensor, ...]) -> str | None:
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+OWN_FUNCTIONS = tuple(getattr(f, "__func__", f) for f in (kind.__torch_function__ for kind in PLAIN))
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def why_unsupported(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None = FLOATS) -> str | None:
     """Why these tensors cannot go through a Triton kernel; None where they can.
 
-    What is asked here is part of a call's signature (ops/core/cache.py) or keeps the call away from it (`is_watched`).
+    What is asked here is part of a call's signature (core/signature.py) or keeps the call away from it (`is_watched`).
+
+    Args:
+        tensors: the image first.
+        dtypes: those that the kernels take of it; None: any.
     """
     x = tensors[0]
-    why_not = device_cannot(x.device)
-    if why_not is not None:
-        return why_not
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    reason = why_unsupported_device(x.device)
+    if reason is not None:
+        return reason
+    if dtypes is not None and x.dtype not in dtypes:
         return f"{x.dtype} has no kernel"
-    odd = unusual(tensors)
-    if odd is not None:
-        return odd
-    if torch.compiler.is_compiling():
-        return None
+    reason = why_no_views(tensors)
+    if reason is not None or torch.compiler.is_compiling():
+        return reason
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records torch's own operators alone"
     if any(t.is_neg() for t in tensors):
@@ -180,19 +215,19 @@ def unsupported(tensors: tuple[torch.Tensor, ...]) -> str | None:
     return None
 
 
-def unusual(tensors: tuple[torch.Tensor, ...]) -> str | None:
-    """Why no kernel can be given these tensors, nor a view be made of them first; None where that can be tried."""
+def why_no_views(tensors: Sequence[torch.Tensor]) -> str | None:
+    """Why no views can be made of these tensors for a kernel; None where they can."""
     if any(t.layout != torch.strided for t in tensors):
         return "a tensor is not strided"
     if torch.compiler.is_compiling():
         return None
     if any(t.is_nested for t in tensors):
         return "a tensor is nested"
-    foreign = next((type(t).__name__ for t in tensors if _is_foreign(t)), None)
+    foreign = next((type(t).__name__ for t in tensors if is_foreign(t)), None)
     return foreign and f"{foreign} is a class of tensors with rules of its own for torch's operators"
 
 
-def _is_foreign(t: torch.Tensor) -> bool:
+def is_foreign(t: torch.Tensor) -> bool:
     """Whether a tensor's class decides itself what operators do, and may know nothing of ours."""
     kind = type(t)
     # torch's own, behind compilers, export and fake tensors, take any operator.
@@ -202,8 +237,9 @@ def _is_foreign(t: torch.Tensor) -> bool:
     return getattr(function, "__func__", function) not in OWN_FUNCTIONS or dispatch is not torch.Tensor.__torch_dispatch__
 
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
-OWN_FUNCTIONS = tuple(getattr(f, "__func__", f) for f in (kind.__torch_function__ for kind in PLAIN))
+def cast_for_autocast(t: Any, dtype: torch.dtype) -> Any:
+    """What torch's autocast makes of an argument of a convolution."""
+    return t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 class OnTorch(NamedTuple):
@@ -219,22 +255,36 @@ class OnTorch(NamedTuple):
         """Say it, once for each call and reason."""
         if self.described is not None and (self.described, self.reason) not in _warned:
             _warned.add((self.described, self.reason))
-            warnings.warn(f"tritonconv: {self.described} runs on torch: {self.reason}", stacklevel=5)
+            warnings.warn(f"tritonconv: {self.described} runs on torch: {self.reason}", stacklevel=_level_of_caller())
 
 
+def _level_of_caller() -> int:
+    """The stack level of the first line outside of us and torch, as `warnings.warn` counts it from who asks."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+INSIDE = (
+    *(str(Path(module.__file__ or "").parent) + os.sep for module in (sys.modules["tritonconv"], torch)),
+    "<tritonconv",
+)
 _warned: set[tuple[str, str]] = set()
 
 
 def decide(
-    tensors: tuple[torch.Tensor, ...], backend: Backend | None, describe: Callable[[], str], missing: str | None = None
-) -> OnTorch | None:
+    tensors: Sequence[torch.Tensor], backend: Backend | None, describe: Callable[[], str], reason: str | None = None,
+    dtypes: Sequence[torch.dtype] | None = FLOATS,
+) -> OnTorch | None:  # fmt: skip
     """None to run on Triton, else why torch runs the call.
 
     Args:
         tensors: everything the kernel would read.
         backend: the layer's own choice; the global one goes first unless it is "auto".
         describe: says which call it is, for the error and the warning.
-        missing: a reason known beforehand why there is no kernel for it.
+        reason: known beforehand, why there is no kernel for it.
+        dtypes: those that the kernels take of the first tensor; None: any.
 
     Raises:
         RuntimeError: backend "triton" or "hopper" was asked for and the call is not supported.
@@ -242,13 +292,13 @@ def decide(
     chosen = current_backend(backend)
     if chosen == "torch":
         return OnTorch("the torch backend was chosen")
-    why_not = missing or unsupported(tensors)
-    if why_not is None:
+    reason = reason or why_unsupported(tensors, dtypes)
+    if reason is None:
         return None
     if chosen in ("triton", "hopper"):
-        raise RuntimeError(f"backend '{chosen}' was asked for, but {why_not}: {describe()}")
+        raise RuntimeError(f"backend '{chosen}' was asked for, but {reason}: {describe()}")
     if torch.compiler.is_compiling() or not (tensors[0].is_cuda or interpreting()):
-        return OnTorch(why_not)
-    verdict = OnTorch(why_not, describe())
+        return OnTorch(reason)
+    verdict = OnTorch(reason, describe())
     verdict.warn()
     return verdict

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.launch import activation_constants
+from tritonconv.ops.core.layout import as_format
 from tritonconv.ops.core.torch_norm import batch_norm_on_torch
 
 __all__ = ["BatchNorm", "Epilogue"]
@@ -53,6 +55,24 @@ class Epilogue(NamedTuple):
         if norm is not None:
             norm = BatchNorm(function(norm.mean), function(norm.var), each(norm.weight), each(norm.bias), norm.eps)
         return Epilogue(each(self.bias), norm, each(self.residual), self.activation)
+
+    def arranged(self, channels_last: bool) -> Epilogue:
+        """As kernels read it beside a result of this format: vectors side by side, the residual as the result lies."""
+        residual = None if self.residual is None else as_format(self.residual, channels_last)
+        return self._replace(residual=None).map(Tensor.contiguous)._replace(residual=residual)
+
+    def arguments(self) -> dict[str, Any]:
+        """A kernel's arguments, the same for every kernel."""
+        norm = self.batch_norm
+        mean, var, gamma, beta = (None,) * 4 if norm is None else norm[:4]
+        return dict(
+            residual_ptr=self.residual, bias_ptr=self.bias, mean_ptr=mean, var_ptr=var, gamma_ptr=gamma, beta_ptr=beta,
+            **self.constants(),
+        )  # fmt: skip
+
+    def constants(self) -> dict[str, Any]:
+        """Those that are no tensors."""
+        return dict(EPS=float(self.batch_norm.eps) if self.batch_norm else 0.0, **activation_constants(self.activation))
 
     def torch(self, y: Tensor) -> Tensor:
         """What torch computes behind a convolution that has added its bias already."""

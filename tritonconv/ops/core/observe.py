@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.core.backend import capture
-from tritonconv.ops.core.example import Example
 
 __all__ = [
-    "Call", "Decision", "Share", "is_observed", "is_watched", "notify", "notify_copy", "observe", "shared", "sharing",
+    "Call", "Decision", "Example", "Share", "is_observed", "is_watched", "notify", "notify_copy", "observe", "shared", "sharing",
     "wants_parts",
 ]  # fmt: skip
 
@@ -45,6 +45,35 @@ class Call:
     """The call itself, without memory, where our kernels can run it."""
     conditions: str
     """What a measurement must share with it to count for it."""
+
+
+class Example(NamedTuple):
+    """A call as a value without memory, to be made again: measured, captured, compiled ahead."""
+
+    family: Any
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[Any, ...]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Example:
+        """The same with every tensor mapped."""
+        return self._replace(tensors=tuple(t if t is None else function(t) for t in self.tensors))
+
+    def on_meta(self) -> Example:
+        """The same sizes, strides and dtypes without memory."""
+        return self.map(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"))
+
+    def key(self) -> tuple[Any, ...]:
+        """Equal for calls that do the same on tensors that lie alike."""
+        lie = tuple(t if t is None else (t.shape, t.stride(), t.dtype) for t in self.tensors)
+        return self.family.name, self.numbers[0], self.numbers[3:], lie
+
+    def run(self) -> Any:
+        """Make the call again."""
+        return self.family(self.tensors, self.numbers)
+
+    def on_torch(self) -> Any:
+        """What torch makes of it."""
+        return self.family.on_torch(self.tensors, self.numbers)
 
 
 class _Observer(threading.local):

@@ -13,73 +13,37 @@ from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry, Pass, Taps, Triple, best_box, boxes_over, pass_extents, phases_of, tap_hops
 from tritonconv.ops.conv.dense import output_format, plan_for
-from tritonconv.ops.conv.hopper.supports import aligned, unsupported
+from tritonconv.ops.conv.hopper.supports import why_no_boxes, why_unsupported
 from tritonconv.ops.conv.hopper.views import Image, View, as_boxes, of_phases
 from tritonconv.ops.conv.plan import lift
-from tritonconv.ops.conv.target import WHOLE, Sink
-from tritonconv.ops.core.cache import Dense, Prepared
+from tritonconv.ops.conv.target import WHOLE, Result, Target
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.launch import NO_NORM, NO_STATISTICS, Recipe, Slots, config_for, device_of, epilogue_constants
-from tritonconv.ops.core.layout import empty_output, is_dense
-from tritonconv.tuning import Device, Problem
+from tritonconv.ops.core.launch import Launch, aligned, config_for, device_of, launch
+from tritonconv.ops.core.layout import as_format, dense_strides, empty_output, is_dense
+from tritonconv.tuning import Problem
 
-__all__ = ["HopperRecipe", "axis_phases", "hopper_dgrad", "prepare_hopper", "rows_of"]
+__all__ = ["axis_phases", "hopper_convolution", "hopper_dgrad", "pixels_of", "rows_of"]
 
 Strides = tuple[int, int, int, int]
 """Elements between neighbors along N, D, H, W."""
 
 
-class HopperRecipe(Recipe):
-    """Of a kernel whose tensors all come by descriptors, several of one tensor where a stride has phases."""
-
-    def __init__(
-        self, kernel: Any, programs: int, config: Any, problem: Problem, slots: int, x: tuple[View, ...], w: View,
-        y: tuple[View, ...], constants: tuple[Any, ...],
-    ) -> None:  # fmt: skip
-        super().__init__(kernel, programs, config, problem, slots)
-        self.x, self.w, self.y, self.constants = x, w, y, constants
-
-    def arguments(
-        self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, statistics: Slots = NO_STATISTICS,
-        gate: Tensor | None = None,  # noqa: ARG002
-    ) -> tuple[Any, ...]:  # fmt: skip
-        bias, norm, residual, _ = epilogue
-        return (
-            *of_phases(self.x, x), self.w.of(weight), *of_phases(self.y, y), *of_phases(self.y, residual), bias,
-            *(NO_NORM if norm is None else norm[:4]), *statistics, *self.constants,
-        )  # fmt: skip
-
-    def run(
-        self, x: Tensor, weight: Tensor, y: Tensor, epilogue: Epilogue, device: torch.device,
-        statistics: Slots = NO_STATISTICS, gate: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        if y.data_ptr() % 16 == 0:
-            return super().run(x, weight, y, epilogue, device, statistics, gate)
-        # Channels of a wider tensor may start anywhere, and no box is written there.
-        aligned = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device)
-        super().run(x, weight, aligned, epilogue, device, statistics, gate)
-        y.copy_(aligned)
-
-
-def prepare_hopper(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, statistics: bool = False, sink: Sink = WHOLE,
-    gated: bool = False,
-) -> Prepared | str:  # fmt: skip
-    """A batched call, as `prepare.prepare_call` has it, or why the portable kernels run it."""
-    if gated:
-        return "a gated input comes through registers"
-    if sink.average:
+def hopper_convolution(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, target: Target = WHOLE
+) -> Result | str:
+    """A batched convolution, or a transposed one, or why the portable kernels run it."""
+    if target.average:
         return "averages are added by portable kernels"
     g = geometry.mirrored if geometry.transposed else geometry
     pass_: Pass = "dgrad" if geometry.transposed else "fprop"
-    refused = unsupported(g, x.dtype, device_of(x.device), pass_)
-    if refused is not None:
-        return refused
-    output = sink.output(geometry.output_shape, output_format(x, weight))
-    if output.strides[1] != 1 < geometry.out_channels:
+    reason = why_unsupported(g, x.dtype, device_of(x.device), pass_)
+    if reason is not None:
+        return reason
+    channels_last, shape = output_format(x, weight), geometry.output_shape
+    if not channels_last and dense_strides(shape, False)[1] != 1 < geometry.out_channels:
         return "the result is contiguous"
-    if sink.pitch is not None and sink.pitch % 8:
-        return f"results lie {sink.pitch} elements apart, which is no multiple of 8"
+    if target.pitch is not None and target.pitch % 8:
+        return f"results lie {target.pitch} elements apart, which is no multiple of 8"
     if geometry.transposed:
         seen, pixels = g, g.output
         read = lift(x.stride(), (g.batch, g.out_channels, *pixels))
@@ -91,96 +55,114 @@ def prepare_hopper(
         seen, pixels, read = plan.geometry, plan.geometry.input, plan.strides
         copy_x, copy_weight = plan.copy_input, plan.copy_weight
     source = None if copy_x else (read[0], *read[2:])
-    refused = aligned(source, (g.batch, *pixels), x.data_ptr()) if source is not None else None
-    if refused is not None:
-        return refused
+    reason = why_no_boxes(source, (g.batch, *pixels), x) if source is not None else None
+    if reason is not None:
+        return reason
     residual = epilogue.residual
-    in_place = [t for t, copied in ((weight, copy_weight), (residual, residual is None or not output.fits(residual)))
-                if t is not None and not copied]  # fmt: skip
-    if any(t.data_ptr() % 16 for t in in_place):
+    in_place = [] if copy_weight else [weight]
+    in_place += [residual] if residual is not None and is_dense(residual, channels_last) else []
+    if not all(map(aligned, in_place)):
         return "a tensor does not start on 16 bytes"
-    recipe = None
-    if 0 not in output.shape:
-        written = lift(output.strides, (geometry.batch, geometry.out_channels, *geometry.output))
-        recipe = _recipe(
-            seen, pass_, x.dtype, device_of(x.device), source, (written[0], *written[2:]), epilogue,
-            statistics or sink != WHOLE,
-        )  # fmt: skip
-    return Prepared.of(
-        "hopper.conv", recipe, output, x, epilogue, Dense.of(x.shape, True) if copy_x else None,
-        Dense.of(weight.shape, True) if copy_weight else None,
-    )  # fmt: skip
+    if 0 in shape:
+        return Result(empty_output(x, shape, channels_last, x.dtype))
+    x, weight = as_format(x, True) if copy_x else x, as_format(weight, True) if copy_weight else weight
+    return _launch(x, weight, epilogue.arranged(channels_last), seen, pass_, source, shape, channels_last, target)
 
 
 def hopper_dgrad(dy: Tensor, weight: Tensor, geometry: ConvGeometry, channels_last: bool = True) -> Tensor:
-    """Gradient of a batched convolution's input, dense in this format; only where `unsupported_gradient` has nothing.
+    """Gradient of a batched convolution's input, dense in this format; only where `why_no_gradient` has nothing.
 
     Args:
         dy: gradient of the output, (N, K, *spatial).
         weight: (K, C/groups, *filter).
     """
     g = geometry
-    dx = empty_output(dy, g.input_shape, channels_last, dy.dtype)
-    if dx.numel() == 0:
-        return dx
-    dy, weight = as_boxes(dy), as_boxes(weight)
-    recipe = _recipe(g, "dgrad", dy.dtype, device_of(dy.device), None, None, Epilogue(), False)
-    recipe.run(dy, weight, dx, Epilogue(), dy.device)
+    if 0 in g.input_shape:
+        return empty_output(dy, g.input_shape, channels_last, dy.dtype)
+    dx = _launch(as_boxes(dy), as_boxes(weight), Epilogue(), g, "dgrad", None, g.input_shape, channels_last, WHOLE).y
+    assert dx is not None
     return dx
 
 
-def _recipe(
-    g: ConvGeometry, pass_: Pass, dtype: torch.dtype, device: Device, source: Strides | None, target: Strides | None,
-    epilogue: Epilogue, statistics: bool,
-) -> HopperRecipe:  # fmt: skip
-    """The launch of a forward pass or a data gradient.
+def _launch(
+    x: Tensor, weight: Tensor, epilogue: Epilogue, g: ConvGeometry, pass_: Pass, source: Strides | None,
+    shape: tuple[int, ...], channels_last: bool, target: Target,
+) -> Result:  # fmt: skip
+    """Launch a forward pass or a data gradient.
 
     Args:
-        source, target: strides of what is read and written along N, D, H, W; None for dense ones.
+        x: what is read, with its channels side by side; source: its strides along N, D, H, W, None for dense ones.
+        shape, channels_last: of the result, whose channels lie side by side in any case.
     """
     from tritonconv.kernels.hopper.conv import hopper_conv_kernel
     from tritonconv.kernels.hopper.epilogue import SLICE_N
 
     back = pass_ == "dgrad"
-    g, source, target = rows_of(g, source, target)
-    problem = Problem("hopper.conv", g, str(dtype)[6:], False, True, device, pass_, statistics=statistics)
+    strides = dense_strides(shape, channels_last) if target.out is None else target.out.stride()
+    written = lift(strides, (g.batch, shape[1], *(g.input if back else g.output)))
+    g, source, into = rows_of(g, source, (written[0], *written[2:]))
+    device = device_of(x.device)
+    problem = Problem(
+        "hopper.conv", g, str(x.dtype)[6:], False, True, device, pass_, statistics=not target.is_plain
+    )  # fmt: skip
     config = config_for(problem)
     tiles = dict(config.kwargs)
     block_m, block_n, block_k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
     c, k = g.in_channels // g.groups, g.out_channels // g.groups
-    image = Image.of(g.batch, g.input, c, g.groups, g.nd, target if back else source)
-    result = Image.of(g.batch, g.output, k, g.groups, g.nd, source if back else target)
+    image = Image.of(g.batch, g.input, c, g.groups, g.nd, into if back else source)
+    output = Image.of(g.batch, g.output, k, g.groups, g.nd, source if back else into)
     extents = pass_extents(g, pass_)
     box = best_box(extents, block_m)
     axes = axis_phases(g, back)
     slice_n = min(SLICE_N.value, block_n)
     phases = list(pixels_of(axes))
-    x: tuple[View, ...]
-    y: tuple[View, ...]
+    xs: tuple[View, ...]
+    ys: tuple[View, ...]
     if back:
-        x, y = (result.view(box, block_k, dtype),), tuple(image.view(box, slice_n, dtype, p, g.stride) for p in phases)
+        xs, ys = (
+            (output.view(box, block_k, x.dtype),), tuple(image.view(box, slice_n, x.dtype, p, g.stride) for p in phases)
+        )  # fmt: skip
     else:
-        x, y = tuple(image.view(box, block_k, dtype, p, g.stride) for p in phases), (result.view(box, slice_n, dtype),)
+        xs, ys = (
+            tuple(image.view(box, block_k, x.dtype, p, g.stride) for p in phases), (output.view(box, slice_n, x.dtype),)
+        )  # fmt: skip
     # [groups, K, taps, C], as a channels-last weight lies.
     w = View(
         (g.groups, k, g.taps, c), (k * g.taps * c, g.taps * c, c, 1),
-        (1, block_k, 1, block_n) if back else (1, block_n, 1, block_k), dtype,
+        (1, block_k, 1, block_n) if back else (1, block_n, 1, block_k), x.dtype,
     )  # fmt: skip
     reduced, columns = (k, c) if back else (c, k)
-    slots = boxes_over(extents, box) * len(y)
+    slots = boxes_over(extents, box) * len(ys)
     count = slots * -(-columns // block_n) * g.groups
     hops = [tap_hops(stride, dilation) for stride, dilation in zip(g.stride, g.dilation, strict=True)]
-    values: dict[str, Any] = dict(
+    # Channels of a wider tensor may start anywhere, and no box is written there.
+    direct = target.out is None or aligned(target.out)
+    out = target.out if direct or target.out is None else empty_like(target.out)
+    result, room = target._replace(out=out).result(x, shape, channels_last, slots)
+    assert result.y is not None
+    values: dict[str, Any] = room | epilogue.arguments() | dict(
         N=extents[0], O=extents[1], P=extents[2], Q=extents[3], C=reduced, K=columns, GROUPS=g.groups,
         T=g.kernel[0], R=g.kernel[1], S=g.kernel[2], STEP=tuple(step for step, _ in hops),
         HOP=tuple(-hop if back else hop for _, hop in hops), GROUPS_ON_D=image.depth_is_groups, TURNED=back,
         **{f"TAPS_{name}": tuple(taps[1:] for taps in axis) for name, axis in zip("DHW", axes, strict=True)},
-        **epilogue_constants(epilogue), **tiles, STAGES=config.num_stages,
+        **tiles, STAGES=config.num_stages,
     )  # fmt: skip
     names = hopper_conv_kernel.arg_names
-    constants = tuple(values[name] for name in names[names.index("moments_ptr") + 1 :])
+    tensors = (
+        *of_phases(xs, x), w.of(weight), *of_phases(ys, result.y), *of_phases(ys, epilogue.residual),
+    )  # fmt: skip
+    arguments = dict(zip(names, tensors, strict=False)) | {name: values[name] for name in names[len(tensors) :]}
     programs = min(count, device.multiprocessors)
-    return HopperRecipe(hopper_conv_kernel, programs, config, problem, slots, x, w, y, constants)
+    launch(Launch(hopper_conv_kernel, programs, arguments, problem, config), x.device)
+    if target.out is not None and not direct:
+        target.out.copy_(result.y)
+        result = result._replace(y=target.out)
+    return result
+
+
+def empty_like(t: Tensor) -> Tensor:
+    """As `t` lies, in memory of its own, which starts on 16 bytes."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
 
 
 def rows_of(

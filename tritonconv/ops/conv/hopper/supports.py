@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass
+from tritonconv.ops.core.launch import aligned
 from tritonconv.tuning import Device
 
-__all__ = ["MOST_PHASES", "aligned", "unsupported", "unsupported_gradient"]
+__all__ = ["MOST_PHASES", "why_no_boxes", "why_no_gradient", "why_unsupported"]
 
 # Elements of 16 bytes: where boxes start, and how far apart their rows lie.
 ALIGNED = 8
@@ -21,7 +23,7 @@ WHOLE_BLOCKS = 128
 MOST_PHASES = 8
 
 
-def unsupported(g: ConvGeometry, dtype: torch.dtype, device: Device, pass_: Pass = "fprop") -> str | None:
+def why_unsupported(g: ConvGeometry, dtype: torch.dtype, device: Device, pass_: Pass = "fprop") -> str | None:
     """Why Hopper's kernels cannot run a pass of this convolution; None where they can. Tensors are not looked at."""
     if device.arch != "sm_90":
         return f"{device.name} ({device.arch}) is no Hopper GPU"
@@ -51,16 +53,16 @@ def _of_a_group(g: ConvGeometry) -> str:
     return " of a group" if g.groups > 1 else ""
 
 
-def aligned(strides: tuple[int, ...], sizes: tuple[int, ...], address: int) -> str | None:
-    """Why boxes cannot be read from a tensor with its channels side by side; `strides` of all other axes."""
-    if address % 16:
+def why_no_boxes(strides: tuple[int, ...], sizes: tuple[int, ...], t: Tensor) -> str | None:
+    """Why boxes cannot be read from a tensor with its channels side by side; `strides` and `sizes` of all other axes."""
+    if not aligned(t):
         return "a tensor does not start on 16 bytes"
     if any(stride % ALIGNED or stride <= 0 for stride, size in zip(strides, sizes, strict=True) if size > 1):
         return f"pixels lie {strides} elements apart, which are not positive multiples of {ALIGNED}"
     return None
 
 
-def unsupported_gradient(
+def why_no_gradient(
     g: ConvGeometry, dtype: torch.dtype, device: Device, pass_: Pass, contiguous: bool, computed: bool
 ) -> str | None:  # fmt: skip
     """Why Hopper's kernels cannot compute a gradient.
@@ -73,4 +75,4 @@ def unsupported_gradient(
         return "a gradient that is computed on its way in comes through registers"
     if contiguous:
         return "the result is contiguous"
-    return unsupported(g, dtype, device, pass_)
+    return why_unsupported(g, dtype, device, pass_)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tritonconv.geometry import Triple, phase_size
 from tritonconv.ops.conv.hopper.supports import MOST_PHASES
+from tritonconv.ops.core.launch import Box, aligned
 from tritonconv.ops.core.layout import empty_output, is_dense
 
 __all__ = ["Image", "View", "as_boxes", "of_phases"]
@@ -17,12 +18,12 @@ __all__ = ["Image", "View", "as_boxes", "of_phases"]
 
 def as_boxes(t: Tensor) -> Tensor:
     """`t` itself if it is dense, channels-last and starts on 16 bytes, else a copy that is and does."""
-    if is_dense(t, True) and t.data_ptr() % 16 == 0:
+    if is_dense(t, True) and aligned(t):
         return t
     return empty_output(t, tuple(t.shape), True, t.dtype).copy_(t)
 
 
-class View:
+class View(Box):
     """A TMA descriptor to be made of a tensor: sizes and strides in elements, the last 1, and the box moved at once."""
 
     def __init__(
@@ -31,23 +32,14 @@ class View:
         from triton.experimental.gluon import language as gl
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        self.kind: Any = TensorDescriptor
+        self.kind = TensorDescriptor
         layout = gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype)[6:]))
         self.arguments = (list(shape), list(strides), list(block), layout)
         self.offset = offset
-        self.checked: dict[str, Any] | None = None
+        self.checked = None
 
-    def of(self, t: Tensor) -> Any:
-        """The descriptor of a tensor that starts on 16 bytes. Triton checks the first; all others are like it."""
-        if self.offset:
-            t = t.as_strided((1,), (1,), t.storage_offset() + self.offset)
-        if self.checked is None:
-            result = self.kind(t, *self.arguments)
-            self.checked = {**vars(result), "base": None}
-            return result
-        result = object.__new__(self.kind)
-        result.__dict__.update(self.checked, base=t)
-        return result
+    def descriptor(self, t: Tensor) -> Any:
+        return super().descriptor(t.as_strided((1,), (1,), t.storage_offset() + self.offset) if self.offset else t)
 
 
 def of_phases(views: tuple[View, ...], t: Tensor | None) -> tuple[Any, ...]:

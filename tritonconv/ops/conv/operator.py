@@ -1,0 +1,315 @@
+"""Convolution's operators: forward with an epilogue, transposed, and both gradients, which are one another's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.conv.dense import check_convolution, output_format
+from tritonconv.ops.conv.route import convolve, data_gradient, weight_gradient
+from tritonconv.ops.core.activation import from_numbers, to_numbers
+from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.core.launch import Kind
+from tritonconv.ops.core.layout import empty_output, suggests_channels_last
+from tritonconv.ops.core.operator import Operator
+
+__all__ = [
+    "CONV", "CONV_DGRAD", "CONV_TRANSPOSE", "CONV_WGRAD", "EPILOGUE", "ConvNumbers", "bias_gradient", "conv_geometry",
+    "epilogue_numbers", "make_epilogue", "not_built",
+]  # fmt: skip
+
+# Names of an epilogue's tensors, in the order that operators take them.
+EPILOGUE = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias", "residual")
+CAST = ("x", "weight", "bias", "residual")
+
+
+class ConvNumbers(NamedTuple):
+    """What a convolution is called with beside tensors, as torch.nn.functional takes it."""
+
+    nd: int
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: Any = 1
+    output_padding: Any = 0
+    """Of a transposed one."""
+
+    def geometry(self, x: Sequence[int], weight: Sequence[int], transposed: bool = False) -> ConvGeometry:
+        """Of these sizes; raises what torch raises."""
+        nd, stride, padding, dilation, groups, output_padding = self
+        return ConvGeometry.parse(
+            x, weight, nd=nd, stride=stride, padding=padding, dilation=dilation, groups=groups, transposed=transposed,
+            output_padding=output_padding,
+        )  # fmt: skip
+
+    def for_operators(self) -> tuple[tuple[int, ...], tuple[int, ...], str, tuple[int, ...], Any]:
+        """(stride, padding, padding_name, dilation, groups) as operators take them."""
+        named = isinstance(self.padding, str)
+        padding = () if named else ints(self.padding)
+        return ints(self.stride), padding, self.padding if named else "", ints(self.dilation), self.groups
+
+
+def ints(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def conv_geometry(
+    x_shape: Sequence[int], w_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], padding_name: str,
+    dilation: Sequence[int], groups: int, transposed: bool = False, output_padding: Sequence[int] = (),
+) -> ConvGeometry:  # fmt: skip
+    """The geometry of an operator's sizes and numbers."""
+    return ConvGeometry.parse(
+        x_shape, w_shape, nd=len(x_shape) - 2, stride=list(stride), padding=padding_name or list(padding),
+        dilation=list(dilation), groups=groups, transposed=transposed,
+        output_padding=list(output_padding) if transposed else 0,
+    )  # fmt: skip
+
+
+def make_epilogue(tensors: Sequence[Tensor | None], eps: float, activation: str, a: float, b: float) -> Epilogue:
+    """An epilogue of the tensors that `EPILOGUE` names, and of its numbers."""
+    bias, mean, var, weight, shift, residual = tensors
+    norm = None if mean is None or var is None else BatchNorm(mean, var, weight, shift, eps)
+    return Epilogue(bias, norm, residual, from_numbers(activation, a, b))
+
+
+def epilogue_numbers(eps: float, activation: Any) -> tuple[float, str, float, float]:
+    """(eps, activation, a, b) as operators take them."""
+    return eps, *to_numbers(activation)
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """Gradient of a convolution's bias by torch, where no kernel computes it on its way."""
+    return dy.sum((0, *range(2, dy.dim())))
+
+
+def not_built(op: str, what: str) -> NotImplementedError:
+    """The error of an operator that has no gradient with an epilogue."""
+    return NotImplementedError(
+        f"{op}: the gradient of {what} with batch norm, residual or activation is not built; call the convolution alone "
+        "and what follows it with torch"
+    )
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], padding_name: str, dilation: Sequence[int], groups: int, eps: float, activation: str, a: float,
+    b: float, kind: str,
+) -> Tensor:  # fmt: skip
+    """act(bn(conv(x, weight) + bias) + residual) for a batched x, on Triton alone.
+
+    `padding_name` is "same", "valid", "causal" or "" (then `padding` counts); `activation` is a name or ""; `kind` "matmul"
+    takes the TF32 switch of matrix products.
+    """
+    g = conv_geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
+    epilogue = make_epilogue((bias, running_mean, running_var, bn_weight, bn_bias, residual), eps, activation, a, b)
+    check_convolution("tritonconv::conv", x, weight, epilogue, g)
+    y = convolve(x, weight, epilogue, g, "matmul" if kind == "matmul" else "conv").y
+    assert y is not None
+    return y
+
+
+def _outputs(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    g = conv_geometry(x.shape, weight.shape, *rest[6:11])
+    return empty_output(x, g.output_shape, output_format(x, weight), x.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, weight = inputs[:2]
+    ctx.numbers, ctx.kind = inputs[8:13], inputs[17]
+    ctx.fused = any(t is not None for t in inputs[3:8]) or bool(inputs[14])
+    ctx.shapes, ctx.formats = (x.shape, weight.shape), (suggests_channels_last(x), suggests_channels_last(weight))
+    # The data gradient needs the weight alone, the weight's gradient the input alone.
+    ctx.save_for_backward(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
+
+
+def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    if ctx.fused:
+        raise not_built("tritonconv::conv", "a convolution")
+    x, weight = ctx.saved_tensors
+    dx = dw = db = None
+    if ctx.needs[0]:
+        dx = CONV_DGRAD(dy, weight, tuple(ctx.shapes[0]), *ctx.numbers, ctx.formats[0], ctx.kind)
+    if ctx.needs[1]:
+        dw, db = CONV_WGRAD(dy, x, tuple(ctx.shapes[1]), *ctx.numbers, ctx.formats[1], ctx.needs[2], ctx.kind)
+    elif ctx.needs[2]:
+        db = bias_gradient(dy)
+    return [dx, dw, db, *(None,) * 5]
+
+
+def _flops(x: Sequence[int], weight: Sequence[int], *rest: Any) -> int:
+    return 2 * conv_geometry(x, weight, *rest[6:11]).macs
+
+
+CONV = Operator("conv", _forward, _outputs, save=_save, backward=_backward, flops=_flops, cast=CAST)
+
+
+# The data gradient.
+
+
+def _dgrad(
+    dy: Tensor, weight: Tensor, input_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    padding_name: str, dilation: Sequence[int], groups: int, channels_last: bool, kind: str,
+) -> Tensor:  # fmt: skip
+    """Gradient of tritonconv::conv's x, of this size and format, on Triton alone."""
+    g = conv_geometry(input_shape, weight.shape, stride, padding, padding_name, dilation, groups)
+    _check_gradient("conv_dgrad", dy, g)
+    return data_gradient(dy, weight, g, channels_last, "matmul" if kind == "matmul" else "conv")
+
+
+def _check_gradient(op: str, dy: Tensor, g: ConvGeometry) -> None:
+    if tuple(dy.shape) != g.output_shape:
+        raise RuntimeError(
+            f"tritonconv::{op}: expected a gradient of size {list(g.output_shape)}, but got {list(dy.shape)} ({g})"
+        )
+
+
+def _dgrad_outputs(dy: Tensor, _weight: Tensor, input_shape: Sequence[int], *rest: Any) -> Tensor:
+    return empty_output(dy, tuple(input_shape), rest[5], dy.dtype)
+
+
+def _dgrad_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    dy, weight, _, *ctx.numbers, _, ctx.kind = inputs
+    ctx.shape, ctx.channels_last = weight.shape, suggests_channels_last(weight)
+    ctx.save_for_backward(dy if ctx.needs[1] else None, weight if ctx.needs[0] else None)
+
+
+def _dgrad_backward(ctx: Any, ddx: Tensor) -> list[Tensor | None]:
+    dy, weight = ctx.saved_tensors
+    ddy = dw = None
+    if ctx.needs[0]:
+        ddy = CONV(ddx, weight, *NO_EPILOGUE, *ctx.numbers, *PLAIN, ctx.kind)
+    if ctx.needs[1]:
+        dw, _ = CONV_WGRAD(dy, ddx, tuple(ctx.shape), *ctx.numbers, ctx.channels_last, False, ctx.kind)
+    return [ddy, dw]
+
+
+NO_EPILOGUE, PLAIN = (None,) * 6, (0.0, "", 0.0, 0.0)
+
+
+def _dgrad_flops(_dy: Sequence[int], weight: Sequence[int], input_shape: Sequence[int], *given: Any) -> int:
+    return 2 * conv_geometry(input_shape, weight, *given[:5]).macs
+
+
+CONV_DGRAD = Operator(
+    "conv_dgrad", _dgrad, _dgrad_outputs, save=_dgrad_save, backward=_dgrad_backward, flops=_dgrad_flops
+)
+
+
+# The weight's gradient.
+
+
+def _wgrad(
+    dy: Tensor, x: Tensor, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    padding_name: str, dilation: Sequence[int], groups: int, channels_last: bool, bias: bool, kind: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of tritonconv::conv's weight, in this format, and of its bias (empty without one), on Triton alone."""
+    g = conv_geometry(x.shape, weight_shape, stride, padding, padding_name, dilation, groups)
+    _check_gradient("conv_wgrad", dy, g)
+    return weight_gradient(dy, x, g, channels_last, bias, "matmul" if kind == "matmul" else "conv")  # type: ignore[return-value]
+
+
+def _wgrad_outputs(dy: Tensor, _x: Tensor, weight_shape: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor | None]:
+    dw = empty_output(dy, tuple(weight_shape), rest[5], dy.dtype)
+    return dw, dy.new_empty(weight_shape[0]) if rest[6] else None
+
+
+def _wgrad_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    dy, x, _, *ctx.numbers, _, _, ctx.kind = inputs
+    ctx.x_shape, ctx.dy_shape, ctx.channels_last = x.shape, dy.shape, suggests_channels_last(x)
+    ctx.save_for_backward(dy if ctx.needs[1] else None, x if ctx.needs[0] else None)
+
+
+def _wgrad_backward(ctx: Any, ddw: Tensor | None, ddb: Tensor | None) -> list[Tensor | None]:
+    dy, x = ctx.saved_tensors
+    ddy = dx = None
+    if ctx.needs[0] and ddw is not None:
+        ddy = CONV(x, ddw, *NO_EPILOGUE, *ctx.numbers, *PLAIN, ctx.kind)
+    if ctx.needs[0] and ddb is not None:
+        rows = ddb.view(1, -1, *(1,) * (len(ctx.dy_shape) - 2)).expand(ctx.dy_shape)
+        ddy = rows if ddy is None else ddy + rows
+    if ctx.needs[1] and ddw is not None:
+        dx = CONV_DGRAD(dy, ddw, tuple(ctx.x_shape), *ctx.numbers, ctx.channels_last, ctx.kind)
+    return [ddy, dx]
+
+
+def _wgrad_flops(_dy: Sequence[int], x: Sequence[int], weight_shape: Sequence[int], *given: Any) -> int:
+    return 2 * conv_geometry(x, weight_shape, *given[:5]).macs
+
+
+CONV_WGRAD = Operator(
+    "conv_wgrad", _wgrad, _wgrad_outputs, save=_wgrad_save, backward=_wgrad_backward, differentiable=2, flops=_wgrad_flops
+)
+
+
+# Transposed convolution.
+
+
+def _transpose(
+    x: Tensor, weight: Tensor, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], output_padding: Sequence[int], groups: int, dilation: Sequence[int], eps: float,
+    activation: str, a: float, b: float,
+) -> Tensor:  # fmt: skip
+    """act(bn(conv_transpose(x, weight) + bias) + residual) for a batched x, on Triton alone; `activation` may be ""."""
+    g = conv_geometry(x.shape, weight.shape, stride, padding, "", dilation, groups, True, output_padding)
+    epilogue = make_epilogue((bias, running_mean, running_var, bn_weight, bn_bias, residual), eps, activation, a, b)
+    check_convolution("tritonconv::conv_transpose", x, weight, epilogue, g)
+    y = convolve(x, weight, epilogue, g, "conv_transpose").y
+    assert y is not None
+    return y
+
+
+def _transposed_geometry(x: Sequence[int], weight: Sequence[int], rest: Sequence[Any]) -> ConvGeometry:
+    stride, padding, output_padding, groups, dilation = rest[6:11]
+    return conv_geometry(x, weight, stride, padding, "", dilation, groups, True, output_padding)
+
+
+def _transpose_outputs(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    g = _transposed_geometry(x.shape, weight.shape, rest)
+    return empty_output(x, g.output_shape, output_format(x, weight), x.dtype)
+
+
+def _transpose_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, weight, *rest = inputs
+    stride, padding, _, groups, dilation = inputs[8:13]
+    ctx.numbers = stride, padding, "", dilation, groups
+    g = _transposed_geometry(x.shape, weight.shape, rest)
+    # Where output_padding reaches the stride, the convolution of dy has pixels after those of x: so many on each axis.
+    ctx.overhang = [extra // step for extra, step in zip(g.output_padding, g.stride, strict=True)][3 - g.nd :]
+    ctx.fused = any(t is not None for t in inputs[3:8]) or bool(inputs[14])
+    ctx.shapes, ctx.channels_last = (x.shape, weight.shape), suggests_channels_last(weight)
+    # As of a convolution: the input's gradient needs the weight alone, the weight's gradient the input alone.
+    ctx.save_for_backward(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
+
+
+def _transpose_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    """The input's gradient is a convolution of dy, the weight's that convolution's with dy as its input."""
+    if ctx.fused:
+        raise not_built("tritonconv::conv_transpose", "a transposed convolution")
+    x, weight = ctx.saved_tensors
+    x_shape, w_shape = ctx.shapes
+    dx = dw = None
+    if ctx.needs[0]:
+        dx = CONV(dy, weight, *NO_EPILOGUE, *ctx.numbers, *PLAIN, "conv")
+        for axis, over in enumerate(ctx.overhang, 2):
+            dx = dx.narrow(axis, 0, x_shape[axis]) if over else dx
+    if ctx.needs[1]:
+        if any(ctx.overhang):
+            x = torch.nn.functional.pad(x, [n for over in reversed(ctx.overhang) for n in (0, over)])
+        dw, _ = CONV_WGRAD(x, dy, tuple(w_shape), *ctx.numbers, ctx.channels_last, False, "conv")
+    return [dx, dw, bias_gradient(dy) if ctx.needs[2] else None, *(None,) * 5]
+
+
+def _transpose_flops(x: Sequence[int], weight: Sequence[int], *rest: Any) -> int:
+    return 2 * _transposed_geometry(x, weight, rest).macs
+
+
+CONV_TRANSPOSE = Operator(
+    "conv_transpose", _transpose, _transpose_outputs, save=_transpose_save, backward=_transpose_backward,
+    flops=_transpose_flops, cast=CAST,
+)  # fmt: skip

@@ -1,0 +1,237 @@
+"""Families of public calls: who runs a call (our kernels, or torch and why), resolved once for each signature.
+
+A family says how a user's arguments are parsed, what our kernels cannot do, what torch computes, what a call costs, and how
+operators make the result. From that follow the warm path, autocast, warnings, observers and gradients, the same for all.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.core.backend import (
+    FLOATS,
+    PLAIN,
+    Backend,
+    OnTorch,
+    asking_hopper,
+    cast_for_autocast,
+    current_backend,
+    decide,
+    needs_gradients,
+)
+from tritonconv.ops.core.observe import Call, Decision, is_observed, is_watched, notify
+from tritonconv.ops.core.operator import is_traced
+from tritonconv.ops.core.recording import Recording, record
+from tritonconv.ops.core.signature import Memo, signature_of
+
+__all__ = ["Cost", "Family", "Resolved", "Unsupported"]
+
+Parsed = TypeVar("Parsed")
+Tensors = Sequence[Any]
+
+
+class Unsupported(NamedTuple):
+    """Our kernels do not take these arguments: torch runs the call, or says what is wrong with it."""
+
+    reason: str = ""
+    """ "" where torch is expected to raise, or where there is nothing to compute."""
+
+
+class Cost(NamedTuple):
+    """What a call computes and moves."""
+
+    bytes: int
+    macs: int = 0
+    geometry: ConvGeometry | None = None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Who runs a call."""
+
+    refused: OnTorch | None
+    """Why torch does; None where our kernels do."""
+    recording: Recording | None
+    """What our kernels do; None where torch runs the call, or someone traces it."""
+
+
+class Family(abc.ABC, Generic[Parsed]):
+    """Public functions that share their arguments' form."""
+
+    tensors: ClassVar[tuple[str, ...]] = ("input",)
+    """Names of the tensors, as error messages have them; only the first must be there."""
+    required: ClassVar[int] = 1
+    """So many of them must be there."""
+    casts: ClassVar[tuple[int, ...]] = ()
+    """Which of them autocast casts."""
+    dtypes: ClassVar[Sequence[torch.dtype] | None] = FLOATS
+    """What the first of them may be; None: anything."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.signature = signature_of(name, [f"t{i}" for i in range(len(self.tensors))], packed=True)
+        self.found = Memo()
+
+    # What a family declares.
+
+    @abc.abstractmethod
+    def parse(self, tensors: Tensors, numbers: tuple[Any, ...]) -> Parsed | Unsupported:
+        """The call's geometry and numbers; without a geometry under torch.compile, which would guard all sizes."""
+
+    @abc.abstractmethod
+    def run(self, tensors: Tensors, parsed: Parsed) -> Any:
+        """The result, by operators."""
+
+    @abc.abstractmethod
+    def on_torch(self, tensors: Tensors, numbers: tuple[Any, ...]) -> Any:
+        """What torch computes, or raises."""
+
+    @abc.abstractmethod
+    def cost(self, tensors: Tensors, parsed: Parsed) -> Cost:
+        """What the call computes and moves at least."""
+
+    def why_unsupported(self, tensors: Tensors, parsed: Parsed) -> str | None:  # noqa: ARG002
+        """Why there is no kernel for a call that parses, beside what holds for all families."""
+        return None
+
+    def describe(self, tensors: Tensors, numbers: tuple[Any, ...], parsed: Parsed | None) -> str:
+        """The call, for warnings and errors."""
+        return f"{self.op(numbers)} of {list(tensors[0].shape)}" if parsed is None else str(parsed)
+
+    def op(self, numbers: tuple[Any, ...]) -> str:  # noqa: ARG002
+        """The public function's name."""
+        return self.name
+
+    def prefers_torch(self, recording: Recording, tensors: Tensors, parsed: Parsed) -> OnTorch | None:  # noqa: ARG002
+        """Why torch is to run a call that our kernels could: it was measured faster."""
+        return None
+
+    def observed(self, resolved: Resolved, tensors: Tensors, numbers: tuple[Any, ...], parsed: Parsed) -> Call:
+        """The call as observers see it."""
+        cost = self.cost(tensors, parsed)
+        x = tensors[0]
+        if resolved.refused is not None:
+            decision = Decision("torch", resolved.refused.reason)
+        else:
+            recording = resolved.recording or Recording(self.run)
+            decision = Decision("triton", recording.kernel, recording.copies)
+        return Call(self.op(numbers), decision, cost.geometry, cost.macs, cost.bytes, x.dtype, x.device, None, "")
+
+    def is_collective(self, parsed: Parsed) -> bool:  # noqa: ARG002
+        """Whether the call waits for other processes, and cannot be recorded."""
+        return False
+
+    def face(
+        self, tensors: Tensors, numbers: tuple[Any, ...]
+    ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """The public function of a call, its arguments and those by name: what __torch_function__ is given."""
+        return self.__call__, (tensors, numbers), {}
+
+    # What follows for each of them.
+
+    def __call__(self, tensors: Tensors, numbers: tuple[Any, ...], backend: Backend | None = None) -> Any:
+        """The result of a call.
+
+        Args:
+            tensors: one for each name, None for those that the call has not.
+            numbers: the user's own arguments in a tuple, then what is hashable and of settled types.
+            backend: the layer's own choice.
+        """
+        signature = None
+        if not torch.compiler.is_compiling() and not is_watched():
+            try:
+                signature = self.signature(tensors, numbers, backend)
+                found = self.found.get(signature)
+            # Symbolic, sparse and opaque tensors have no signature; what is no tensor or no number raises elsewhere.
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                signature = found = None
+            if found is not None:
+                return found(*tensors)
+        return self._first(signature, tensors, numbers, backend)
+
+    def _first(self, signature: Any, tensors: Tensors, numbers: tuple[Any, ...], backend: Backend | None) -> Any:
+        """The result of a call that was not seen before, or is seen by others one by one."""
+        self._check(tensors, numbers)
+        if not torch.compiler.is_compiling():
+            overriding = [t for t in tensors if t is not None and type(t) not in PLAIN]
+            if overriding and has_torch_function(overriding):
+                function, arguments, named = self.face(tensors, numbers)
+                return handle_torch_function(function, overriding, *arguments, **named)
+        dtype = self._autocast_dtype(tensors[0])
+        cast = self._cast(tensors, dtype)
+        given = tuple(t for t in cast if t is not None)
+        reason = why_no_views(given)
+        parsed = Unsupported(reason) if reason else self.parse(cast, numbers)
+        if isinstance(parsed, Unsupported):
+            # Torch judges the arguments first, and where it finds nothing wrong, its result is no silent one.
+            result = self.on_torch(cast, numbers)
+            if parsed.reason:
+                decide(given, backend, lambda: self.describe(cast, numbers, None), parsed.reason, self.dtypes)
+            return result
+        reason = self.why_unsupported(cast, parsed)
+        refused = decide(given, backend, lambda: self.describe(cast, numbers, parsed), reason, self.dtypes)
+        if is_traced(tensors) or (refused is None and self.is_collective(parsed) and not is_observed()):
+            # Times that were measured in eager mode say nothing of a compiler's, so that tables are not asked.
+            if refused is not None:
+                return self.on_torch(cast, numbers)
+            with asking_hopper(current_backend(backend) == "hopper"):
+                return self.run(cast, parsed)
+        resolved = Resolved(refused, None)
+        if refused is None:
+            with asking_hopper(current_backend(backend) == "hopper"):
+                recording = record(
+                    lambda *t: self.run(self._cast(t, dtype), parsed), tensors, tensors[0].device, needs_gradients(given)
+                )
+            resolved = Resolved(None, recording)
+            if current_backend(backend) == "auto":
+                resolved = Resolved(self.prefers_torch(recording, cast, parsed), recording)
+        run = self._by_torch(resolved.refused, numbers, dtype) if resolved.refused is not None else recording.run
+        # Another thread may have changed a setting since the signature was made: then this decision is not the signature's.
+        if signature is not None and signature == self.signature(tensors, numbers, backend):
+            self.found.remember(signature, run)
+        if notify(lambda: self.observed(resolved, cast, numbers, parsed)):
+            return _lies_like(self.on_torch(cast, numbers), resolved)
+        return run(*tensors)
+
+    def _by_torch(self, refused: OnTorch, numbers: tuple[Any, ...], dtype: torch.dtype | None) -> Callable[..., Any]:
+        def run(*tensors: Any) -> Any:
+            refused.warn()
+            return self.on_torch(self._cast(tensors, dtype), numbers)
+
+        return run
+
+    def _check(self, tensors: Tensors, numbers: tuple[Any, ...]) -> None:
+        """Raise TypeError for arguments that are no tensors."""
+        for i, (name, t) in enumerate(zip(self.tensors, tensors, strict=True)):
+            if not isinstance(t, Tensor) and not (t is None and i >= self.required) and not has_torch_function((t,)):
+                raise TypeError(f"{self.op(numbers)}(): argument '{name}' must be Tensor, not {type(t).__name__}")
+
+    def _autocast_dtype(self, x: Tensor) -> torch.dtype | None:
+        if not self.casts:
+            return None
+        kind = x.device.type
+        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if enabled else None
+
+    def _cast(self, tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
+        if dtype is None:
+            return tensors
+        return tuple(cast_for_autocast(t, dtype) if i in self.casts else t for i, t in enumerate(tensors))
+
+
+def _lies_like(result: Any, resolved: Resolved) -> Any:
+    """An observed run takes the format that the kernel would give, so that copies further on are counted right."""
+    recording = resolved.recording
+    if resolved.refused is not None or recording is None or not isinstance(result, Tensor):
+        return result
+    strides = recording.result.stride()
+    return result if result.stride() == strides else torch.empty_strided(
+        result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)  # fmt: skip

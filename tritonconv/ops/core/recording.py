@@ -1,0 +1,234 @@
+"""A call recorded once, on tensors without memory, and replayed on all tensors that lie like them.
+
+A recording is straight-line Python: allocations, views, copies and launches in order, with every number that a launch needs
+in place. The code that decides (layouts, configs, workspaces) runs once for a signature, and need not be fast. depend on sizes, strides, dtypes, alignment and settings that are part of the signature, and on no value in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tritonconv.ops.core.backend import hopper_asked
+from tritonconv.ops.core.launch import Described, Launch, Launcher, device_of, forced, recording_with
+from tritonconv.tuning import Problem
+
+__all__ = ["Recording", "record"]
+
+aten = torch.ops.aten
+# The same by a shorter way than an operator's own.
+SHORTER: dict[Any, Callable[..., Any]] = {
+    aten.empty_strided.default: torch.empty_strided, aten.copy_.default: Tensor.copy_, aten.view.default: Tensor.view,
+    aten.unsqueeze.default: torch.unsqueeze, aten.squeeze.dim: torch.squeeze, aten.as_strided.default: torch.as_strided,
+    aten.permute.default: torch.permute, aten.expand.default: Tensor.expand,
+}  # fmt: skip
+# What autocast leaves alone, beside those.
+UNCAST = (aten.clone, aten._to_copy, aten.zero_, aten.zeros, aten.empty, aten.new_empty, aten._unsafe_view, aten.slice)
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+@dataclass
+class Recording:
+    """A call without its tensors."""
+
+    run: Callable[..., Any]
+    """Takes the tensors, None for those that the call has not, and gives the results."""
+    launches: list[Launch] = field(default_factory=list)
+    """In order; their arguments hold tensors without memory."""
+    copies: int = 0
+    """Tensors that are copied to another memory format."""
+    note: str = ""
+    """What was said of the call while it was recorded."""
+    result: Any = None
+    """Results without memory."""
+    hopper: bool = field(default_factory=hopper_asked)
+    """Whether Hopper's kernels were asked for."""
+
+    @property
+    def kernel(self) -> str:
+        """What the first launch is called; "" where there is none."""
+        if not self.launches:
+            return ""
+        first = self.launches[0]
+        return first.problem.kernel if first.problem is not None else str(first.kernel.__name__).removesuffix("_kernel")
+
+    @property
+    def problem(self) -> Problem | None:
+        """What its config was chosen for."""
+        return self.launches[0].problem if self.launches else None
+
+
+def record(
+    function: Callable[..., Any], tensors: Sequence[Tensor | None], device: torch.device, gradients: bool = False
+) -> Recording:
+    """Record `function(*tensors)`, which may launch kernels on this device; nothing runs and nothing is read.
+
+    Args:
+        gradients: operators are recorded with their gradients, as one step each.
+
+    Raises:
+        Exception: what the function raises.
+    """
+    stand_ins = [t if t is None else _without_memory(t) for t in tensors]
+    recorder = _Recorder(stand_ins, device, gradients)
+    with (
+        torch.inference_mode(False), torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(AUTOCAST),
+        forced(device=device_of(device)), recording_with(recorder), recorder,
+    ):  # fmt: skip
+        result = function(*stand_ins)
+    return recorder.finish(result)
+
+
+def _without_memory(t: Tensor) -> Tensor:
+    """A tensor of the same size, strides, dtype and alignment on the meta device."""
+    itemsize = t.element_size()
+    address = t.storage_offset() * itemsize if t.is_meta else t.data_ptr()
+    offset = -(-(address % 16) // itemsize)
+    reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    return torch.empty(offset + reach, dtype=t.dtype, device="meta").as_strided(t.shape, t.stride(), offset)
+
+
+class _Step:
+    """A line of the recording."""
+
+    def __init__(self, text: str, made: Sequence[str], read: set[str], pure: bool) -> None:
+        self.text, self.made, self.read, self.pure = text, made, read, pure
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down what torch and our launcher are asked for."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], device: torch.device, gradients: bool) -> None:
+        super().__init__()
+        self.device, self.gradients = device, gradients
+        self.names: dict[int, str] = {}
+        # An address names a tensor only while it lives.
+        self.alive: list[Any] = []
+        self.scope: dict[str, Any] = {}
+        self.steps: list[_Step] = []
+        self.launches: list[Launch] = []
+        self.copies, self.note, self.casts = 0, "", False
+        self.parameters = [f"t{i}" for i in range(len(tensors))]
+        for name, t in zip(self.parameters, tensors, strict=True):
+            if t is not None:
+                self._name(t, name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # Vectors are too small to count.
+        self.copies += func in (aten.copy_.default, aten.clone.default) and args[0].dim() > 1
+        packet = func.overloadpacket
+        self.casts |= func not in SHORTER and packet not in UNCAST
+        read: set[str] = set()
+        arguments = [self._text(a, read) for a in args]
+        arguments += [f"{name}={self._text(a, read)}" for name, a in kwargs.items()]
+        call = f"{self._constant(SHORTER.get(func, func), packet.__name__)}({', '.join(arguments)})"
+        made = self._made(result)
+        target = f"{', '.join(made)} = " if made else ""
+        pure = not func._schema.is_mutable
+        self.steps.append(_Step(target + call, made, read, pure))
+        return result
+
+    def launch(self, one: Launch) -> None:
+        """Write a launch down."""
+        self.launches.append(one)
+        read: set[str] = set()
+        arguments = [self._text(a, read) for a in one.ordered()]
+        launcher = self._constant(Launcher(one, self.device).run, one.kernel.__name__)
+        self.steps.append(_Step(f"{launcher}({', '.join(arguments)})", (), read, False))
+
+    def differentiable(self, operator: Any, arguments: Sequence[Any]) -> Any:
+        """Write an operator down that is called with its gradient, and give its results."""
+        count = operator.count
+        tensors, numbers = arguments[:count], arguments[count:]
+        with self._paused():
+            inner = record(lambda *t: operator.forward(*t, *numbers), tensors, self.device)
+        self.launches += inner.launches
+        self.copies += inner.copies
+        self.note = inner.note or self.note
+        read: set[str] = set()
+        texts = [self._constant(inner, "forward"), *(self._text(a, read) for a in arguments)]
+        made = self._made(inner.result)
+        call = f"{self._constant(operator.function.apply, operator.name)}({', '.join(texts)})"
+        self.steps.append(_Step(f"{', '.join(made)}{',' * (type(inner.result) is tuple)} = {call}", made, read, False))
+        return inner.result
+
+    def mutated(self, t: Tensor) -> None:
+        """Write down that a kernel has written into a tensor, as autograd must know."""
+        read: set[str] = set()
+        text = f"{self._constant(torch.autograd.graph.increment_version, 'increment_version')}({self._text(t, read)})"
+        self.steps.append(_Step(text, (), read, False))
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        with recording_with(None), torch.utils._python_dispatch._disable_current_modes():
+            yield
+
+    def finish(self, result: Any) -> Recording:
+        read: set[str] = set()
+        lines = [f"return {self._text(result, read)}"]
+        for step in reversed(self.steps):
+            # Views that only their strides were asked of need not be made.
+            if not step.pure or any(name in read for name in step.made):
+                lines.append(step.text)
+                read |= step.read
+        body = "\n    ".join(reversed(lines))
+        source = f"def replay({', '.join(self.parameters)}):\n    {body}\n"
+        exec(compile(source, "<tritonconv: a recorded call>", "exec"), self.scope)
+        run: Callable[..., Any] = self.scope["replay"]
+        if self.casts:
+            run = _uncast(run)
+        return Recording(run, self.launches, self.copies, self.note, result)
+
+    def _made(self, result: Any) -> list[str]:
+        if isinstance(result, Tensor):
+            # What is written in place has its name already.
+            return [] if id(result) in self.names else [self._name(result, f"v{len(self.names)}")]
+        if isinstance(result, (tuple, list)):
+            return ["_" if t is None else self._name(t, f"v{len(self.names)}") for t in result]
+        return []
+
+    def _name(self, t: Tensor, name: str) -> str:
+        self.alive.append(t)
+        self.names[id(t)] = name
+        return name
+
+    def _text(self, value: Any, read: set[str]) -> str:
+        if isinstance(value, Tensor):
+            name = self.names[id(value)]
+            read.add(name)
+            return name
+        if isinstance(value, Described):
+            return f"{self._constant(value.box.descriptor, 'box')}({self._text(value.tensor, read)})"
+        if isinstance(value, (tuple, list)):
+            parts = ", ".join(self._text(v, read) for v in value)
+            return f"[{parts}]" if isinstance(value, list) else f"({parts},)" if len(value) == 1 else f"({parts})"
+        if value is None or type(value) in (bool, int, str):
+            return repr(value)
+        if isinstance(value, torch.device):
+            value = self.device
+        return self._constant(value, type(value).__name__)
+
+    def _constant(self, value: Any, name: str) -> str:
+        found = f"{name}_{len(self.scope)}"
+        self.scope[found] = value
+        return found
+
+
+def _uncast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same where autocast is on: what was recorded has its casts in it."""
+
+    def replay(*tensors: Tensor | None) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+            return run(*tensors)
+
+    return replay
