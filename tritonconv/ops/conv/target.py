@@ -8,11 +8,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import power, power_of_two_divisor
+from tritonconv.geometry import power_of_two_divisor
 from tritonconv.ops.core.cache import Dense
 from tritonconv.ops.core.launch import Launch, device_of, launch
 from tritonconv.ops.core.layout import empty_output
-from tritonconv.tuning import INTERPRETER
+from tritonconv.tuning.rules.blocks import average_block
 
 __all__ = ["MOST_IMAGES", "WHOLE", "Sink", "average", "images_of_tile"]
 
@@ -67,9 +67,7 @@ def average(sums: Tensor, shape: tuple[int, ...], tile: int, pixels: int, images
     n, c, *spatial = shape
     ones = (1,) * len(spatial)
     mean = empty_output(sums, (n, c, *ones), False, dtype)
-    interpreted = device_of(sums.device).arch == INTERPRETER.arch
-    block_c = power(c, 256) if interpreted else 64
-    block_s = power(math.ceil(pixels / tile) + 1, 64)
+    block_s, block_c = average_block(device_of(sums.device), math.ceil(pixels / tile) + 1, c)
     arguments = dict(
         sums_ptr=sums, mean_ptr=mean, C=c, UNITS=pixels, TILE=tile, COUNT=math.prod(spatial), IMAGES=images,
         VEC=power_of_two_divisor(c), BLOCK_S=block_s, BLOCK_C=block_c,
