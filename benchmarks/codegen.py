@@ -38,8 +38,8 @@ from tritonconv.measure import offline
 from tritonconv.measure.offline import TARGETS, inspect_launch
 from tritonconv.ops.core.launch import Launch
 from tritonconv.tuning import Problem, candidates
+from tritonconv.tuning.compiled import HOPPER_FLOP_PER_CLOCK, variant
 from tritonconv.tuning.configs import name_of
-from tritonconv.tuning.cost import HOPPER_FLOP_PER_CLOCK, variant
 from tritonconv.tuning.sources import kernel_hash
 
 __all__ = ["main"]

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 from tritonconv.ops.core.launch import Launch
 from tritonconv.tuning import Device, device_named
-from tritonconv.tuning.cost import HOPPER_FLOP_PER_CLOCK
+from tritonconv.tuning.compiled import HOPPER_FLOP_PER_CLOCK
 from tritonconv.tuning.devices import ISSUE_SLOTS
 
 __all__ = ["TARGETS", "IdleDriver", "Target", "compile_launch", "gpu_target", "inspect_launch"]
