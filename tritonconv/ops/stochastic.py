@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import PoolGeometry, power_of_two_divisor
-from tritonconv.ops.adaptive.launch import needs_int64
+from tritonconv.geometry import PoolGeometry, needs_int64, power_of_two_divisor
 from tritonconv.ops.conv.registered import is_traced
 from tritonconv.ops.core.backend import Backend, OnTorch, decide, needs_gradients
 from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch

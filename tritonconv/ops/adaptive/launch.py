@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, AdaptiveGeometry, power_of_two_divisor
+from tritonconv.geometry import AdaptiveGeometry, needs_int64, power_of_two_divisor
 from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, readable, suggests_channels_last, wide
 from tritonconv.tuning import Device
@@ -81,10 +81,6 @@ class View(NamedTuple):
         sizes = (g.batch, g.channels, *g.input)
         extent = sum((size - 1) * stride for size, stride in zip(sizes, self.strides, strict=True))
         return needs_int64(max(extent, g.results, g.elements))
-
-
-def needs_int64(elements: int) -> bool:
-    return elements > INT32_MAX
 
 
 def adaptive_average(x: Tensor, geometry: AdaptiveGeometry) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import power_of_two_divisor
+from tritonconv.geometry import needs_int64, power_of_two_divisor
 from tritonconv.ops.core.activation import ActivationSpec, table
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import Launch, device_of, epilogue_constants, forced_config, launch
@@ -114,10 +114,6 @@ def check_sizes(x: Tensor, residual: Tensor | None, **vectors: Tensor | None) ->
         raise RuntimeError(
             f"batch_norm: expected a tensor of the input's size {list(x.shape)}, but got {list(residual.shape)}"
         )
-
-
-def needs_int64(elements: int) -> bool:
-    return elements >= 2**31
 
 
 def statistics(z: Tensor) -> Statistics:

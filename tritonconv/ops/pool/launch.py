@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, PoolGeometry, power_of_two_divisor
+from tritonconv.geometry import INT32_MAX, PoolGeometry, needs_int64, power_of_two_divisor
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.launch import Launch, activation_constants, axis_constants, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, readable, suggests_channels_last
@@ -22,7 +22,7 @@ from tritonconv.tuning.rules.blocks import patch_block
 from tritonconv.tuning.rules.pooling import pool_gradient_patch, pool_patch, unpool_config
 
 __all__ = [
-    "Indices", "Pool", "index_dtype", "needs_int64", "pool_backward", "pool_forward", "unpool_backward",
+    "Indices", "Pool", "index_dtype", "pool_backward", "pool_forward", "unpool_backward",
     "unpool_forward",
 ]  # fmt: skip
 
@@ -66,13 +66,13 @@ class Side(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def needs_int64(g: PoolGeometry, side: Side | None = None) -> bool:
+def wide_offsets(g: PoolGeometry, side: Side | None = None) -> bool:
     """Whether 32-bit offsets could overflow: a large tensor, or a small view that strides over a large one."""
     if g.needs_int64 or side is None:
         return g.needs_int64
     axes = zip(g.input, g.stride, g.kernel, g.dilation, strict=True)
     sizes = (g.batch, g.channels, *(2 * n + 16 * s + k * d for n, s, k, d in axes))
-    return sum(n * s for n, s in zip(sizes, side.strides, strict=True)) > INT32_MAX
+    return needs_int64(sum(n * s for n, s in zip(sizes, side.strides, strict=True)))
 
 
 def index_dtype(g: PoolGeometry, indices: Indices) -> torch.dtype:
@@ -150,7 +150,7 @@ def pool_forward(
         return y, found
     side, device = _side(x, channels_last), device_of(x.device)
     stride_y = _pixel_stride(y) if channels_last else 1
-    index_64 = needs_int64(g, side) or y.numel() // g.channels * stride_y > INT32_MAX
+    index_64 = wide_offsets(g, side) or y.numel() // g.channels * stride_y > INT32_MAX
     programs, constants, config = _forward(
         g, pool, x.element_size(), side, stride_y, indices, activation, device, forced_config("PATCH_P"), index_64
     )
@@ -217,7 +217,7 @@ def pool_backward(
     found, x, y = (None if t is None else as_format(t, channels_last) for t in (found, x, y))
     flat = found is not None and found.dtype == torch.int64
     programs, constants, config = _backward(
-        g, pool, dy.element_size(), channels_last, flat, device_of(dy.device), forced_config("PATCH_P"), needs_int64(g)
+        g, pool, dy.element_size(), channels_last, flat, device_of(dy.device), forced_config("PATCH_P"), wide_offsets(g)
     )
     tensors = dict(dy_ptr=dy, index_ptr=found, x_ptr=x, y_ptr=y, dx_ptr=dx)
     launch(Launch(pool_backward_kernel, programs, tensors | constants, None, config), dy.device)

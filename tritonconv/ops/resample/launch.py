@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, ResampleGeometry, power_of_two_divisor
+from tritonconv.geometry import ResampleGeometry, needs_int64, power_of_two_divisor
 from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, readable, suggests_channels_last, wide
 from tritonconv.tuning import Device
@@ -21,10 +21,6 @@ __all__ = ["resample_forward", "resample_gradient"]
 
 # Programs of 4 warps a multiprocessor that hide each other's latencies; not measured.
 WAVES = 8
-
-
-def needs_int64(elements: int) -> bool:
-    return elements > INT32_MAX
 
 
 def resample_forward(x: Tensor, geometry: ResampleGeometry) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, power, power_of_two_divisor
+from tritonconv.geometry import needs_int64, power, power_of_two_divisor
 from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, suggests_channels_last
 from tritonconv.tuning.rules.resampling import shuffle_config
@@ -26,10 +26,6 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LONGEST = 64
 STRIDED, FLAT_IN, FLAT_OUT = range(3)
 Sizes = tuple[int, ...]
-
-
-def needs_int64(elements: int) -> bool:
-    return elements > INT32_MAX
 
 
 class Plan(NamedTuple):
