@@ -12,6 +12,7 @@ all.
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib
@@ -34,13 +35,13 @@ from rich.table import Table
 
 import tritonconv.tuning
 from tritonconv.bench.registry import Operation, Specimen, configs_of, module_of, operations, specimens
-from tritonconv.measure import offline
+from tritonconv.measure import assembly, offline
 from tritonconv.measure.offline import TARGETS, inspect_launch
 from tritonconv.ops.core.launch import Launch
 from tritonconv.tuning import Problem, candidates
+from tritonconv.tuning.compiled import HOPPER_FLOP_PER_CLOCK, variant
 from tritonconv.tuning.configs import name_of
-from tritonconv.tuning.cost import HOPPER_FLOP_PER_CLOCK, variant
-from tritonconv.tuning.sources import kernel_hash
+from tritonconv.tuning.sources import device_code, kernel_hash
 
 __all__ = ["main"]
 
@@ -51,8 +52,10 @@ RESOURCES = Path(tritonconv.tuning.__file__).with_name("resources.json")
 KEY = ("kernel", "case", "config", "target", "triton")
 # Of what has not changed one row in so many is compiled again.
 SAMPLED = 32
-# How code is read is part of what a row says.
-READING = hashlib.sha256(Path(offline.__file__).read_bytes()).hexdigest()
+# How code is read is part of what a row says; comments are not.
+READING = hashlib.sha256(
+    "\0".join(device_code(ast.parse(Path(str(module.__file__)).read_text())) for module in (assembly, offline)).encode()
+).hexdigest()
 
 
 def rows_of(task: tuple[int, str, bool]) -> tuple[list[dict[str, Any]], int]:

@@ -20,6 +20,7 @@ from tritonconv.ops.core.launch import Launch, captured
 from tritonconv.tuning import device_named
 from tritonconv.tuning.configs import name_of
 from tritonconv.tuning.cost import predict
+from tritonconv.tuning.families import HOPPER, family_of
 
 __all__ = ["PAGE", "page"]
 
@@ -45,7 +46,7 @@ def page() -> str:
         for pass_ in operations()[case.kind].passes:
             one = replace(case, pass_=pass_)
             ours, portable = launch_of(one, "hopper"), launch_of(one, "triton")
-            if ours is None or portable is None or ours.problem is None or not ours.problem.hopper:
+            if ours is None or portable is None or ours.problem is None or family_of(ours.problem) is not HOPPER:
                 continue
             times = [predict(launch.problem, launch.config).seconds for launch in (ours, portable) if launch.problem]
             macs, size = operations()[case.kind].count(one)

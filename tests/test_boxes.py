@@ -24,7 +24,7 @@ from tritonconv.geometry import (
 )
 from tritonconv.tuning import Problem, candidates, choose, device_named
 from tritonconv.tuning.cost import predict
-from tritonconv.tuning.hopper import LEAST_STEPS, WORKSPACE, hopper_ranges
+from tritonconv.tuning.families.hopper import LEAST_STEPS, WORKSPACE, hopper_ranges
 
 H200 = device_named("H200")
 PASSES: tuple[Pass, ...] = ("fprop", "dgrad", "wgrad")

@@ -18,8 +18,9 @@ from tritonconv.bench.registry import operation_for
 from tritonconv.geometry import ConvGeometry
 from tritonconv.tuning import Device, Problem, candidates, choose, device_named, known_devices, like
 from tritonconv.tuning.candidates import possible
+from tritonconv.tuning.compiled import blocks_of, resources_of
 from tritonconv.tuning.configs import as_dict, config_name
-from tritonconv.tuning.cost import blocks_of, perf_model, predict, resources_of
+from tritonconv.tuning.cost import perf_model, predict
 from tritonconv.tuning.devices import INTERPRETER
 
 H200 = device_named("H200")

@@ -17,6 +17,7 @@ from tritonconv.ops.adaptive.operator import global_average
 from tritonconv.ops.core.launch import forced, record_launches
 from tritonconv.ops.core.layout import as_format, is_dense, suggests_channels_last
 from tritonconv.tuning import device_named
+from tritonconv.tuning.rules.adaptive_pooling import global_pool_config
 
 F = torch.nn.functional
 OPS = torch.ops.tritonconv
@@ -123,7 +124,7 @@ def test_the_rule_covers_a_side_with_little_waste(name: str) -> None:
     for channels, pixels in ((64, 12544), (256, 3136), (2048, 49), (96, 196), (8, 50176), (24, 784), (130, 64)):
         for channels_last in (False, True):
             for walks in (False, True):
-                config = launches_of._choose_global(channels, pixels, channels_last, device_named(name), walks)
+                config = global_pool_config(channels, pixels, channels_last, device_named(name), walks)
                 side, block = (channels, "BLOCK_C") if channels_last else (pixels, "BLOCK_P")
                 length = config.kwargs[block]
                 assert -(-side // length) * length <= max(1.35 * side, 64) and (config.num_stages > 1) == walks

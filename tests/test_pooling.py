@@ -294,7 +294,7 @@ def test_64_bit_offsets_change_nothing(device: str, monkeypatch: pytest.MonkeyPa
 
             narrow = run()
             with monkeypatch.context() as patch:
-                patch.setattr(launches_of, "needs_int64", lambda *_: True)
+                patch.setattr(launches_of, "wide_offsets", lambda *_: True)
                 assert all(map(torch.equal, narrow, run()))
 
 

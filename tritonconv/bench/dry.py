@@ -19,7 +19,8 @@ from tritonconv.measure.ahead import pool
 from tritonconv.ops.core.launch import Launch
 from tritonconv.tuning import Device, device_named
 from tritonconv.tuning.configs import name_of
-from tritonconv.tuning.cost import Prediction, predict
+from tritonconv.tuning.cost import predict
+from tritonconv.tuning.model import Prediction
 
 __all__ = ["MARK", "dry_records", "predict_layer", "predicted", "prediction_table", "small_jobs", "verdict"]
 

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tritonconv.geometry.convolution import INT32_MAX, Triple
+from tritonconv.geometry.convolution import Triple
+from tritonconv.geometry.limits import INT32_MAX
 
 __all__ = ["AdaptiveGeometry"]
 

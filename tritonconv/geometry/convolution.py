@@ -15,12 +15,12 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["INT32_MAX", "ConvGeometry", "Pass", "Triple", "expand"]
+from tritonconv.geometry.limits import INT32_MAX
+
+__all__ = ["ConvGeometry", "Pass", "Triple", "expand"]
 
 Triple = tuple[int, int, int]
 Pass = Literal["fprop", "dgrad", "wgrad"]
-
-INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,9 @@ class ConvGeometry:
         return max(*self.elements(), halo * self.batch) > INT32_MAX
 
     def tuning_key(self, dtype: str, pass_: Pass = "fprop") -> tuple[object, ...]:
-        """Everything that changes the best config or the code, for tables and caches.
+        """All that tells a pass of this layer from others: sizes, options, element type and the width of offsets.
 
-        All sizes enter: peers left out dilation, groups or channels, and layers shared a wrong choice.
+        Tables of measurements leave batch and image size out, and find the nearest layer (tuning.tables.layer_key).
         """
         return (
             pass_, dtype, self.nd, self.batch, self.in_channels, self.out_channels, self.input, self.kernel,

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tritonconv.geometry.convolution import INT32_MAX, ConvGeometry, Pass, expand
+from tritonconv.geometry.convolution import ConvGeometry, Pass, expand
+from tritonconv.geometry.limits import INT32_MAX
 
 __all__ = ["DeformGeometry"]
 

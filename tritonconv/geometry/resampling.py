@@ -8,7 +8,8 @@ import struct
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from tritonconv.geometry.convolution import INT32_MAX, Triple
+from tritonconv.geometry.convolution import Triple
+from tritonconv.geometry.limits import INT32_MAX
 
 __all__ = ["CORNERS", "EXACT", "LINEAR", "NEAREST", "SAME", "ResampleGeometry", "Resampling"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
+from tritonconv.measure.assembly import AMDGCN, SASS, Code, counts, issue_ratio, lane_instructions
 from tritonconv.ops.core.launch import Launch
 from tritonconv.tuning import Device, device_named
-from tritonconv.tuning.cost import HOPPER_FLOP_PER_CLOCK
-from tritonconv.tuning.devices import ISSUE_SLOTS
 
 __all__ = ["TARGETS", "IdleDriver", "Target", "compile_launch", "gpu_target", "inspect_launch"]
 
@@ -52,13 +50,6 @@ TARGETS = {
     arch: Target(device_named(arch), mma)
     for arch, mma in dict(sm_80="HMMA", sm_90="HGMMA", sm_100="UTC", gfx942="v_mfma").items()
 }
-
-# Groups of instructions worth counting; the table keeps these names.
-SASS = (
-    r"\b(UTC\w*MMA\S*|HGMMA\S*|HMMA\S*|DMMA\S*|UTMALDG\S*|UTMASTG\S*|LDGSTS\S*|LDG\S*|STG\S*|LDSM\S*|STSM\S*|STS\b\S*"
-    r"|LDL\S*|STL\S*|FFMA|DFMA)"
-)
-AMDGCN = r"\b(v_mfma\w+|global_load\w+|buffer_load\w+|global_store\w+|buffer_store\w+|ds_read\w+|ds_write\w+|scratch_\w+)"
 
 
 class IdleDriver:
@@ -136,94 +127,16 @@ def inspect_launch(launch: Launch, target: Target) -> dict[str, Any]:
     if usage_of is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage}")
     registers, stack = map(int, usage_of.groups())
-    counts = dict(sorted(Counter(re.findall(SASS, sass)).items()))
+    code, warps = Code.parse(sass), launch.options["num_warps"]
+    found = counts(SASS, sass)
     # Blackwell's code keeps a frame of 16 bytes or less for its barriers; only accesses to it are spills.
-    spilled = any(name.startswith(("LDL", "STL")) for name in counts)
+    spilled = any(name.startswith(("LDL", "STL")) for name in found)
     return dict(
         registers=registers, stack=stack if spilled or target.gpu.arch < 100 else 0, shared=kernel.metadata.shared,
         serialized="instructions are serialized" in notes if target.gpu.arch == 90 else None,
-        issue_ratio=issue_ratio(sass, launch.options["num_warps"]) if target.gpu.arch == 90 else None,
-        lane_instructions_per_output=lane_instructions(sass, launch), counts=counts,
+        issue_ratio=issue_ratio(code, warps) if target.gpu.arch == 90 else None,
+        lane_instructions_per_output=lane_instructions(code, launch.kernel.__name__, launch.arguments, warps), counts=found,
     )  # fmt: skip
-
-
-def _loops(sass: str) -> tuple[int, list[int]]:
-    """(number of instructions, lengths of the loops from the innermost on)."""
-    code = [(int(a, 16), text) for a, text in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass, re.M)]
-    lengths = []
-    for address, text in code:
-        back = re.search(r"BRA.*?0x([0-9a-f]+)", text)
-        # The code ends in a branch to itself.
-        if back and int(back.group(1), 16) < address:
-            lengths.append(sum(int(back.group(1), 16) <= a <= address for a, _ in code))
-    return sum("NOP" not in text for _, text in code), sorted(lengths)
-
-
-DIRECT = (
-    "depthwise_kernel", "depthwise_wgrad_kernel", "separable_kernel", "causal_forward_kernel", "causal_backward_kernel",
-)  # fmt: skip
-
-
-def lane_instructions(sass: str, launch: Launch) -> float | None:
-    """Instructions that a direct kernel's lanes execute for each result; of a separable one, for each element between.
-
-    None for other kernels, and where the code's loops are not those of the source.
-    """
-    a, kernel = launch.arguments, launch.kernel.__name__
-    direct = (
-        "depthwise_kernel",
-        "depthwise_wgrad_kernel",
-        "separable_kernel",
-        "causal_forward_kernel",
-        "causal_backward_kernel",
-    )
-    if kernel not in direct:
-        return None
-    total, loops = _loops(sass)
-    lanes = 32 * launch.options["num_warps"]
-    if kernel.startswith("causal"):
-        results = a["BLOCK_T"] * a["BLOCK_C"] * a["PATCH"]
-        return round((loops[0] + (total - loops[0]) / a["RANGE"]) * lanes / results, 1) if len(loops) == 1 else None
-    if kernel == "separable_kernel":
-        # One pass of the loop over channels, in which the taps' runs once or row by row.
-        if len(loops) != 2:
-            return None
-        once = loops[1] + loops[0] * (a["STEPS"] - 1)
-        return round(once * lanes / (a["BLOCK_M"] * a["BLOCK_K"]), 1)
-    results = a["BLOCK_T"] * a["BLOCK_C"]
-    for extent, patch in (("P", "PATCH_P"), ("Q", "PATCH_Q")):
-        # Those that exist, of all patches of the image.
-        results *= a[extent] / -(-a[extent] // a[patch])
-    if kernel == "depthwise_wgrad_kernel":
-        # One step, of as many programs as share the taps.
-        programs = a["T"] * -(-a["R"] // a["ROWS"]) * -(-a["S"] // a["COLUMNS"])
-        return round(loops[0] * programs * lanes / results, 1) if len(loops) == 1 else None
-    trips = [n for n in (a["S"] // a["STEP_S"], a["R"] // a["STEP_R"], a["T"]) if n > 1]
-    if len(trips) != len(loops):
-        return None
-    length = executed = 0
-    for inner, trip in zip(loops, trips, strict=True):
-        length, executed = inner, (inner - length + executed) * trip
-    return round((total - length + executed) * lanes / results, 1)
-
-
-def issue_ratio(sass: str, num_warps: int) -> float | None:
-    """Share of the issue slots that the main loop takes while the tensor cores work; 1 is instruction-bound."""
-    code = [(int(a, 16), text) for a, text in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass, re.M)]
-    loops = []
-    for address, text in code:
-        back = re.search(r"BRA.*?0x([0-9a-f]+)", text)
-        if back and int(back.group(1), 16) < address:
-            body = [t for a, t in code if int(back.group(1), 16) <= a <= address]
-            if any("HGMMA" in t for t in body):
-                loops.append(body)
-    if not loops:
-        return None
-    body = min(loops, key=len)
-    shapes = re.findall(r"HGMMA\.64x(\d+)x(\d+)", "\n".join(body))
-    # A step is 32 bytes deep whatever the type, so that bytes count as the 2-byte types' 16 elements do.
-    cycles = sum(64 * int(n) * 16 * 2 for n, _ in shapes) * (num_warps // 4) / HOPPER_FLOP_PER_CLOCK
-    return round(len(body) * num_warps / (ISSUE_SLOTS * cycles), 2)
 
 
 def _inspect_amd(kernel: Any) -> dict[str, Any]:
@@ -238,5 +151,5 @@ def _inspect_amd(kernel: Any) -> dict[str, Any]:
     return dict(
         registers=field("vgpr_count"), stack=field("private_segment_fixed_size"), shared=kernel.metadata.shared,
         serialized=None, issue_ratio=None, lane_instructions_per_output=None,
-        counts=dict(sorted(Counter(re.findall(AMDGCN, text)).items())),
+        counts=counts(AMDGCN, text),
     )  # fmt: skip

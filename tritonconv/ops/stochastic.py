@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import PoolGeometry, power, power_of_two_divisor
-from tritonconv.ops.adaptive.launch import needs_int64
+from tritonconv.geometry import PoolGeometry, needs_int64, power_of_two_divisor
 from tritonconv.ops.conv.registered import is_traced
 from tritonconv.ops.core.backend import Backend, OnTorch, decide, needs_gradients
 from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, readable, reads_in_place, suggests_channels_last, wide
 from tritonconv.ops.core.observe import Call, Decision, notify
-from tritonconv.tuning import INTERPRETER, Device
+from tritonconv.tuning import Device
+from tritonconv.tuning.rules.pooling import stochastic_pool_config
 
 __all__ = ["on_torch", "stochastic_backward", "stochastic_forward", "stochastic_pool"]
 
@@ -169,23 +169,7 @@ def _constants(g: PoolGeometry) -> dict[str, int]:
 
 def _config(channels: int, pixels: int, channels_last: bool, device: Device) -> Any:
     """The forced config, or the chosen one."""
-    return forced_config("BLOCK_P") or _choose(channels, pixels, channels_last, device)
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(channels: int, pixels: int, channels_last: bool, device: Device) -> Any:
-    """By a rule, as none was measured: the tile of which least lies outside, in vectors of 16 bytes."""
-    from tritonconv.kernels.stochastic_pool import configs, tile
-
-    if device.arch == INTERPRETER.arch:
-        side = power(pixels, 256)
-        return tile(side, power(channels, (1 << 16) // side))
-
-    def cover(config: Any) -> int:
-        p, c = config.kwargs.values()
-        return math.ceil(pixels / p) * p * math.ceil(channels / c) * c
-
-    return min((config for config in configs() if (config.kwargs["BLOCK_C"] >= 64) == channels_last), key=cover)
+    return forced_config("BLOCK_P") or stochastic_pool_config(channels, pixels, channels_last, device)
 
 
 def _parsed(

@@ -26,7 +26,7 @@ class Problem:
     tf32: bool
     """Whether fp32 products run on tensor cores."""
     vectors: bool
-    """Whether the image is read by vectors; of kernels without products: whether it is channels-last."""
+    """Whether the image is read by vectors; of direct kernels: whether it is channels-last."""
     device: Device
     pass_: Pass = "fprop"
     computed: bool = False
@@ -53,26 +53,6 @@ class Problem:
         return self.products in ("16", "tf32")
 
     @property
-    def direct(self) -> bool:
-        """Whether its kernel multiplies no matrices: then its configs are patches of results, not tiles."""
-        return self.kernel.startswith("depthwise") and not self.banded
-
-    @property
-    def banded(self) -> bool:
-        """Whether its kernel multiplies by banded matrices: tuning/bands.py divides its tiles, not `gemm`."""
-        return self.kernel.startswith("depthwise_bands")
-
-    @property
-    def hopper(self) -> bool:
-        """Whether its kernel is one of kernels/hopper, whose tiles and times tuning/hopper.py knows."""
-        return self.kernel.startswith("hopper.")
-
-    @property
-    def sampled(self) -> bool:
-        """Whether an operand of its kernel, or what it adds up, is interpolated: four elements are read for each."""
-        return self.kernel.startswith("deform_conv")
-
-    @property
     def result(self) -> Triple:
         """Extents of the image that is written, or, for a weight gradient, of the one whose pixels are added up."""
         return self.geometry.input if self.pass_ == "dgrad" else self.geometry.output
@@ -86,6 +66,6 @@ class Problem:
     def run(self) -> int:
         """Length of the reduction's contiguous runs: a tap's channels, or all where no tap interrupts it."""
         g = self.geometry
-        if self.kernel == "conv_flat" or self.pass_ == "wgrad":
+        if self.pass_ == "wgrad":
             return self.gemm[2]
         return (g.out_channels if self.pass_ == "dgrad" else g.in_channels) // g.groups

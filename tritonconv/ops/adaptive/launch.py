@@ -9,15 +9,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, AdaptiveGeometry, power, power_of_two_divisor
+from tritonconv.geometry import AdaptiveGeometry, needs_int64, power_of_two_divisor
 from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, readable, suggests_channels_last, wide
-from tritonconv.tuning import INTERPRETER, Device
+from tritonconv.tuning import Device
+from tritonconv.tuning.rules.adaptive_pooling import (
+    adaptive_pool_config,
+    adaptive_pool_gradient_config,
+    global_join_config,
+    global_pool_config,
+    global_spread_config,
+)  # fmt: skip
 
 __all__ = [
     "adaptive_average", "adaptive_average_gradient", "adaptive_maximum", "adaptive_maximum_gradient",
@@ -27,8 +34,8 @@ __all__ = [
 # Programs of 4 warps a multiprocessor that hide each other's latencies, and blocks from which a slot is worth its place;
 # neither was measured.
 WAVES, LEAST_BLOCKS = 8, 4
-# Elements of a program that writes memory in a row, and of a vector.
-FLAT, VECTOR = 2048, 8
+# Elements of a vector.
+VECTOR = 8
 SUM, MEAN, MAXIMUM = 0, 1, 2
 
 
@@ -74,10 +81,6 @@ class View(NamedTuple):
         sizes = (g.batch, g.channels, *g.input)
         extent = sum((size - 1) * stride for size, stride in zip(sizes, self.strides, strict=True))
         return needs_int64(max(extent, g.results, g.elements))
-
-
-def needs_int64(elements: int) -> bool:
-    return elements > INT32_MAX
 
 
 def adaptive_average(x: Tensor, geometry: AdaptiveGeometry) -> Tensor:
@@ -139,7 +142,7 @@ def _reduce(x: Tensor, view: View, y: Tensor, index: Tensor | None, kind: int) -
     g, pixel = view.geometry, view.pixel_stride
     assert pixel is not None
     pixels = math.prod(g.input)
-    config = forced_config("BLOCK_P") or _choose_global(g.channels, pixels, view.channels_last, view.device, True)
+    config = forced_config("BLOCK_P") or global_pool_config(g.channels, pixels, view.channels_last, view.device, True)
     block_p, tiles = config.kwargs["BLOCK_P"], math.ceil(g.channels / config.kwargs["BLOCK_C"])
     blocks = math.ceil(pixels / block_p)
     wanted = math.ceil(WAVES * view.device.multiprocessors / (tiles * g.batch))
@@ -165,40 +168,16 @@ def _reduce(x: Tensor, view: View, y: Tensor, index: Tensor | None, kind: int) -
 def _join(
     parts: Tensor, part_index: Tensor | None, y: Tensor, index: Tensor | None, g: AdaptiveGeometry, pixels: int, kind: int
 ) -> None:
-    import triton
-
     from tritonconv.kernels.global_pool import global_join_kernel
 
-    slots, interpreted = parts.shape[1], device_of(parts.device).arch == INTERPRETER.arch
-    # Sectors of 32 bytes at least; many slots at once, for few programs must keep the memory busy.
-    block_c = power(g.channels, 256) if interpreted else 8
-    kwargs = dict(BLOCK_S=power(slots, 256), BLOCK_C=block_c)
-    config = triton.Config(kwargs, num_warps=4, num_stages=3)
+    slots = parts.shape[1]
+    config = global_join_config(g.channels, slots, device_of(parts.device))
     arguments = dict(
         parts_ptr=parts, part_index_ptr=part_index, y_ptr=y, index_ptr=index, SLOTS=slots, P=pixels, C=g.channels,
-        KIND=kind, STAGES=3, **kwargs,
+        KIND=kind, STAGES=config.num_stages, **config.kwargs,
     )  # fmt: skip
-    programs = g.batch * math.ceil(g.channels / block_c)
+    programs = g.batch * math.ceil(g.channels / config.kwargs["BLOCK_C"])
     launch(Launch(global_join_kernel, programs, arguments, None, config), parts.device)
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose_global(channels: int, pixels: int, channels_last: bool, device: Device, walks: bool) -> Any:
-    """By a rule, as none was measured: as long along what lies side by side as it can be without much of it outside."""
-    from tritonconv.kernels.global_pool import configs, tile
-
-    if device.arch == INTERPRETER.arch:
-        # One large tile: the interpreter's time goes per operation, hardly per element.
-        wide_c = power(channels, 256)
-        return tile(power(pixels, (1 << 17) // wide_c), wide_c, 2 if walks else 1)
-    allowed = [config for config in configs() if (config.num_stages > 1) == walks]
-    side, inner = (channels, "BLOCK_C") if channels_last else (pixels, "BLOCK_P")
-    return min(allowed, key=lambda config: _cover(side, config.kwargs[inner]))
-
-
-def _cover(side: int, block: int) -> tuple[float, int]:
-    """What blocks cover of a side, in eighths of it, and then the widest first."""
-    return math.ceil(8 * math.ceil(side / block) * block / side), -block
 
 
 # Bins.
@@ -209,7 +188,7 @@ def _pool(x: Tensor, view: View, y: Tensor, index: Tensor | None, maximum: bool)
 
     g = view.geometry
     longest = g.longest(2)
-    config = forced_config("BLOCK_K") or _choose_pool(g, longest, view.channels_last, view.device)
+    config = forced_config("BLOCK_K") or adaptive_pool_config(g, longest, view.channels_last, view.device)
     (n, c, d, h, w), (_, _, width), tiles = view.strides, g.input, config.kwargs
     even = g.even(2)
     if view.channels_last:
@@ -230,28 +209,6 @@ def _pool(x: Tensor, view: View, y: Tensor, index: Tensor | None, maximum: bool)
     launch(Launch(adaptive_forward_kernel, programs, arguments, None, config), x.device)
 
 
-@functools.lru_cache(maxsize=4096)
-def _choose_pool(g: AdaptiveGeometry, longest: int, channels_last: bool, device: Device) -> Any:
-    """By a rule, as none was measured: the tile of which least lies outside."""
-    from tritonconv.kernels.adaptive_pool import configs, tile
-
-    if device.arch == INTERPRETER.arch:
-        results, lanes = power(g.output[2], 32), power(longest, 16)
-        return tile(results, lanes, power(g.channels, (1 << 16) // (results * lanes)))
-
-    def cover(config: Any) -> tuple[int, int]:
-        o, k, c = config.kwargs.values()
-        covered = math.prod(math.ceil(n / b) * b for n, b in ((g.output[2], o), (longest, k), (g.channels, c)))
-        return covered, -k
-
-    def fits(config: Any) -> bool:
-        o, k, c = config.kwargs.values()
-        # Side by side, a line of memory or half of one.
-        return c >= 64 if channels_last else o * k >= 32
-
-    return min(filter(fits, configs()), key=cover)
-
-
 # Gradients.
 
 
@@ -268,23 +225,21 @@ def _gradient(dy: Tensor, index: Tensor | None, g: AdaptiveGeometry, channels_la
 
 def _spread(dy: Tensor, index: Tensor | None, dx: Tensor, g: AdaptiveGeometry, channels_last: bool) -> None:
     """Every pixel takes its image's number, or one of them."""
-    import triton
-
     from tritonconv.kernels.global_pool import global_spread_flat_kernel, global_spread_kernel
 
     pixels, rows, device = math.prod(g.input), g.batch * g.channels, device_of(dy.device)
     shared = dict(dy_ptr=dy, index_ptr=index, dx_ptr=dx, P=pixels, INDEX_64=needs_int64(g.elements))
     if channels_last:
-        config = forced_config("BLOCK_P") or _choose_global(g.channels, pixels, True, device, False)
+        config = forced_config("BLOCK_P") or global_pool_config(g.channels, pixels, True, device, False)
         tiles = config.kwargs
         programs = g.batch * math.ceil(pixels / tiles["BLOCK_P"]) * math.ceil(g.channels / tiles["BLOCK_C"])
         arguments = dict(shared, C=g.channels, VEC=power_of_two_divisor(g.channels), **tiles)
         launch(Launch(global_spread_kernel, programs, arguments, None, config), dy.device)
         return
-    block = power(g.elements, 1 << 17) if device.arch == INTERPRETER.arch else FLAT
+    config = global_spread_config(g.elements, device)
+    block = config.kwargs["BLOCK"]
     vector = min(VECTOR, 1 << (pixels.bit_length() - 1), block)
     arguments = dict(shared, ROWS=rows, EVEN=g.elements % vector == 0, VEC=vector, BLOCK=block)
-    config = triton.Config(dict(BLOCK=block), num_warps=4, num_stages=1)
     launch(Launch(global_spread_flat_kernel, math.ceil(g.elements / block), arguments, None, config), dy.device)
 
 
@@ -293,7 +248,7 @@ def _gather(dy: Tensor, index: Tensor | None, dx: Tensor, g: AdaptiveGeometry, c
     from tritonconv.kernels.adaptive_pool_backward import adaptive_backward_kernel
 
     device, (depth, height, width) = device_of(dy.device), g.input
-    config = forced_config("BLOCK_P") or _choose_gather(g, channels_last, device)
+    config = forced_config("BLOCK_P") or adaptive_pool_gradient_config(g, channels_last, device)
     tiles = config.kwargs
     lines = (
         g.batch * depth * math.ceil(width / tiles["BLOCK_P"]) * math.ceil(g.channels / tiles["BLOCK_C"])
@@ -308,23 +263,6 @@ def _gather(dy: Tensor, index: Tensor | None, dx: Tensor, g: AdaptiveGeometry, c
     )  # fmt: skip
     programs = lines * math.ceil(height / size)
     launch(Launch(adaptive_backward_kernel, programs, arguments, None, config), dy.device)
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose_gather(g: AdaptiveGeometry, channels_last: bool, device: Device) -> Any:
-    from tritonconv.kernels.adaptive_pool_backward import configs, tile
-
-    if device.arch == INTERPRETER.arch:
-        pixels = power(g.input[2], 256)
-        return tile(pixels, power(g.channels, (1 << 16) // pixels))
-
-    def cover(config: Any) -> tuple[int, int]:
-        p, c = config.kwargs.values()
-        covered = math.prod(math.ceil(n / b) * b for n, b in ((g.input[2], p), (g.channels, c)))
-        return covered, -c if channels_last else -p
-
-    # Channels-last, at least half a line of memory.
-    return min((config for config in configs() if (config.kwargs["BLOCK_C"] >= 32) == channels_last), key=cover)
 
 
 def geometry_of(sizes: Sequence[int], output_size: Sequence[int]) -> AdaptiveGeometry:

@@ -6,19 +6,19 @@ Vectors (C,) may have any strides.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import power, power_of_two_divisor
+from tritonconv.geometry import needs_int64, power_of_two_divisor
 from tritonconv.ops.core.activation import ActivationSpec, table
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import Launch, device_of, epilogue_constants, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, is_dense, keeps_channels_last, pitch_of, wide
-from tritonconv.tuning import INTERPRETER, Device
+from tritonconv.tuning import Device
+from tritonconv.tuning.rules.normalization import batch_norm_config, norm_join_config
 
 __all__ = [
     "Statistics", "check_sizes", "combine", "gradient_table", "input_gradient", "normalize", "reduce_gradients",
@@ -28,8 +28,6 @@ __all__ = [
 # So many programs of 4 warps a multiprocessor hide each other's latencies, and a slot is worth its place from so many
 # blocks on; neither was measured.
 WAVES, LEAST_BLOCKS = 4, 4
-# A tile may be wider than what it covers by this factor.
-WASTE = 1.125
 
 
 class Statistics(NamedTuple):
@@ -74,7 +72,8 @@ class View(NamedTuple):
         Args:
             walks: whether a program goes over many blocks.
         """
-        return forced_config("BLOCK_P") or _choose(self, walks)
+        rule = (self.pixels, self.channels, self.channels_last, self.device)
+        return forced_config("BLOCK_P") or batch_norm_config(*rule, walks)
 
     def sizes(self, config: Any) -> dict[str, Any]:
         """The kernels' arguments that say where a tile lies."""
@@ -100,25 +99,6 @@ class View(NamedTuple):
         return max(1, math.ceil(blocks / size)), size
 
 
-@functools.lru_cache(maxsize=4096)
-def _choose(view: View, walks: bool) -> Any:
-    """By a simple rule: none was measured on a GPU.
-
-    The tile is as long, along what lies side by side in memory, as it can be without much of it outside.
-    """
-    from tritonconv.kernels.batch_norm import configs, tile
-
-    if view.device.arch == INTERPRETER.arch:
-        # One large tile: the interpreter's time goes per operation, hardly per element.
-        channels = power(view.channels, 256)
-        return tile(power(view.pixels, (1 << 17) // channels), channels, 2)
-    side, inner = (view.channels, "BLOCK_C") if view.channels_last else (view.pixels, "BLOCK_P")
-    by_length = {config.kwargs[inner]: config for config in configs() if (config.num_stages > 1) == walks}
-    covered = {length: math.ceil(side / length) * length for length in sorted(by_length, reverse=True)}
-    fits = [length for length, cover in covered.items() if cover <= WASTE * side]
-    return by_length[fits[0] if fits else min(covered, key=lambda length: covered[length])]
-
-
 def check_sizes(x: Tensor, residual: Tensor | None, **vectors: Tensor | None) -> None:
     """Raise RuntimeError for tensors that kernels would read beyond their ends."""
     channels = x.shape[1]
@@ -134,10 +114,6 @@ def check_sizes(x: Tensor, residual: Tensor | None, **vectors: Tensor | None) ->
         raise RuntimeError(
             f"batch_norm: expected a tensor of the input's size {list(x.shape)}, but got {list(residual.shape)}"
         )
-
-
-def needs_int64(elements: int) -> bool:
-    return elements >= 2**31
 
 
 def statistics(z: Tensor) -> Statistics:
@@ -314,14 +290,10 @@ def _gradient_constants(activation: ActivationSpec | None) -> dict[str, Any]:
 
 def _over_slots(kernel: Any, like: Tensor, slots: int, columns: int, arguments: dict[str, Any]) -> None:
     """Launch a kernel whose programs own some columns and join all slots of them."""
-    import triton
-
-    # Sectors of 32 bytes at least; many slots at once, for few programs must keep the memory busy.
-    interpreted = device_of(like.device).arch == INTERPRETER.arch
-    block_c = power(columns, 256) if interpreted else 8
-    config = triton.Config(dict(BLOCK_S=power(slots, 512), BLOCK_C=block_c), num_warps=8, num_stages=3)
-    one = Launch(kernel, math.ceil(columns / block_c), arguments | config.kwargs | dict(STAGES=3), None, config)
-    launch(one, like.device)
+    config = norm_join_config(slots, columns, device_of(like.device))
+    programs = math.ceil(columns / config.kwargs["BLOCK_C"])
+    arguments = arguments | config.kwargs | dict(STAGES=config.num_stages)
+    launch(Launch(kernel, programs, arguments, None, config), like.device)
 
 
 def _over_channels(kernel: Any, like: Tensor, arguments: dict[str, Any]) -> None:

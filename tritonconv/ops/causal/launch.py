@@ -13,7 +13,7 @@ from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, wide
-from tritonconv.tuning import INTERPRETER
+from tritonconv.tuning.rules.causal import causal_blocks, causal_config, causal_update_block
 
 __all__ = [
     "LONGEST", "Gradients", "causal_backward", "causal_forward", "causal_geometry", "causal_update", "check_causal",
@@ -22,12 +22,6 @@ __all__ = [
 
 # Taps that the kernels take, as kernels/causal_conv1d.py has it; no import of triton here.
 LONGEST = 8
-# Programs a multiprocessor; least patches of a walk, whose ends cost K - 1 steps more, and most.
-WAVES, LEAST_WALK, LONGEST_WALK = 6, 4, 64
-# Time steps from which a contiguous sequence takes the longer patch.
-SHORT = 512
-# Channels of an update's program.
-UPDATED = 128
 
 
 def causal_geometry(x_shape: tuple[int, ...], taps: int) -> ConvGeometry:
@@ -136,34 +130,11 @@ class Walk(NamedTuple):
     def over(cls, x: Tensor, channels_last: bool, taps: int, backward: bool) -> Walk:
         """By a forced config, or by the rule."""
         family = ("BACK" if backward else "WALK") if channels_last else "PATCH"
-        config = forced_config(family) or rule(x, channels_last, taps, backward)
-        (b, d, t), device, patch = x.shape, device_of(x.device), config.kwargs[family]
-        vector = config.kwargs.get("BYTES", 16) // x.element_size()
-        threads = device.warp_size * config.num_warps
-        patches = -(-t // patch)
-        if device.arch == INTERPRETER.arch:
-            # One large block: the interpreter's time goes per operation, hardly per element.
-            block_c = power(d, 256)
-            block_t = power(b * patches if channels_last else patches, 64)
-        elif channels_last:
-            # A line of memory, if there are so many channels.
-            block_c = power(d, 128 // x.element_size())
-            block_t = max(1, threads * vector // block_c)
-        else:
-            # A warp to a channel, so that walks are long; its vectors are side by side all the same.
-            block_t = power(patches, device.warp_size)
-            block_c = power(d, threads // block_t)
-        tiles = -(-d // block_c)
-        if channels_last:
-            blocks, most = -(-b * patches // block_t) * tiles, patches
-        else:
-            most = -(-patches // block_t)
-            blocks = b * most * tiles
-        wanted = max(LEAST_WALK, min(LONGEST_WALK, blocks // (WAVES * device.multiprocessors)))
-        # Powers of two, which divide most lengths: then no walk ends behind the last step.
-        steps = min(1 << (wanted.bit_length() - 1), power(most, LONGEST_WALK))
-        slots = -(-b * -(-t // (steps * patch)) // block_t) if channels_last else b * -(-most // steps)
-        return cls(config, patch, channels_last, block_t, block_c, steps, slots)
+        b, d, t = x.shape
+        config = forced_config(family) or causal_config(t, channels_last, taps, x.element_size(), backward)
+        patch = config.kwargs[family]
+        blocks = causal_blocks(config, patch, (b, d, t), x.element_size(), channels_last, device_of(x.device))
+        return cls(config, patch, channels_last, *blocks)
 
     def programs(self, channels: int) -> int:
         return self.slots * -(-channels // self.block_c)
@@ -187,14 +158,6 @@ class Walk(NamedTuple):
             f"stride_{name}b": b, f"stride_{name}d": d, f"STRIDE_{name.upper()}T": s,
             f"VEC_{name.upper()}": power_of_two_divisor(b) if self.channels_last else power_of_two_divisor(b, d),
         }  # fmt: skip
-
-
-def rule(x: Tensor, channels_last: bool, taps: int, backward: bool) -> Any:
-    """The config without a measurement: the first that fits, the last for contiguous sequences of few patches."""
-    from tritonconv.kernels.causal_conv1d import fitting
-
-    allowed = fitting(channels_last=channels_last, backward=backward, taps=taps, itemsize=x.element_size())
-    return allowed[-1] if not channels_last and x.shape[2] < SHORT else allowed[0]
 
 
 def activation_constants(activation: ActivationSpec | None, gradient: bool = False) -> dict[str, Any]:
@@ -287,8 +250,7 @@ def causal_update(
     y = empty_output(x, (b, d, steps), False, x.dtype)
     if y.numel() == 0:
         return y
-    length, interpreted = state.shape[2], device_of(x.device).arch == INTERPRETER.arch
-    block = power(d, 1024 if interpreted else UPDATED)
+    length, block = state.shape[2], causal_update_block(d, device_of(x.device))
     xb, xd, xt = x.stride()
     arguments = activation_constants(activation) | state_arguments(state) | dict(
         x_ptr=x, stride_xb=xb, stride_xd=xd, stride_xt=xt, w=weight.contiguous(), bias_ptr=_contiguous(bias), y_ptr=y,

@@ -22,9 +22,9 @@ from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import Launch, axis_constants, device_of, forced_config, launch, precision
 from tritonconv.ops.core.layout import as_format, empty_output
 from tritonconv.tuning import INTERPRETER, Device, Problem, candidates, choose, device_named
-from tritonconv.tuning.bands import BAND_WAVES, shape_of
 from tritonconv.tuning.cost import predict
 from tritonconv.tuning.devices import LAUNCH
+from tritonconv.tuning.families.bands import BAND_WAVES, shape_of
 
 __all__ = ["bands_dgrad", "bands_wgrad", "convolve_banded", "prefers_bands", "supports_bands"]
 
@@ -40,9 +40,9 @@ def prefers_bands(view: View, dtype: torch.dtype, pass_: Pass = "fprop", tf32: b
     """Whether the products are predicted to be faster than the direct kernel, with the copies that they need.
 
     The direct form issues about 1.75 instructions a tap and result (counted: 782 for 448 FFMA in the loop of 7x7, 1694 for
-    960 in that of 31x31), 29.6e12 of which an H200 can issue a second; tuning/cost.py predicts its time. Products take
-    issue slots and tensor cores: tuning/bands.py. A channels-last image is copied to rows, and its result back, each read
-    and written once. Forward in bf16 on an H200, in microseconds, nothing measured:
+    960 in that of 31x31), 29.6e12 of which an H200 can issue a second; tuning/families/direct.py predicts its time.
+    Products take issue slots and tensor cores: tuning/families/bands.py. A channels-last image is copied to rows, and its
+    result back, each read and written once. Forward in bf16 on an H200, in microseconds, nothing measured:
 
                                     direct      products   copies    taken: contiguous, channels-last
         ConvNeXt    7x7, 56x56      128            79         77            yes           no

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass, Triple, power, power_of_two_divisor, width
+from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass, Triple, power_of_two_divisor
 from tritonconv.ops.conv.dense import output_format
 from tritonconv.ops.conv.plan import Strides, lift
 from tritonconv.ops.conv.target import WHOLE, Result, Target
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import Launch, axis_constants, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, is_dense, wide
-from tritonconv.tuning import INTERPRETER, Device, Problem, choose
+from tritonconv.tuning import Device, Problem, choose
+from tritonconv.tuning.rules.blocks import patch_block, slot_block
 
 __all__ = ["convolve_depthwise", "depthwise_dgrad", "depthwise_wgrad", "is_depthwise"]
 
@@ -65,23 +66,8 @@ class View(NamedTuple):
         return self.conv.batch * o * -(-(p + before[1]) // patch[0]), -(-(q + before[2]) // patch[1])
 
     def block(self, across: int, lines: int, warps: int) -> tuple[int, int]:
-        """(patches, channels) of a program: each thread has 16 bytes of channels of a patch.
-
-        Half of that where channels cannot be read by vectors: every element has an address of its own then.
-        """
-        vector = 16 // self.itemsize
-        if self.channels_last and self.channels % vector:
-            vector = max(1, vector // 2)
-        elements = self.device.warp_size * warps * vector
-        if self.device.arch == INTERPRETER.arch:
-            # One large block: the interpreter's time goes per operation, hardly per element.
-            c = power(self.channels, 256)
-            return power(across * lines if self.channels_last else across, (1 << 16) // c), c
-        if self.channels_last:
-            c = width(self.channels, 128 // self.itemsize, 32 // self.itemsize)
-            return elements // c, c
-        c = min(power(self.channels, elements), max(1, elements // power(across, self.device.warp_size * warps)))
-        return elements // c, c
+        """(patches, channels) of a program."""
+        return patch_block(self.device, self.channels_last, self.channels, self.itemsize, across, lines, warps=warps)
 
 
 def _launch(
@@ -227,9 +213,9 @@ def add_slots(sums: Tensor, dw: Tensor, db: Tensor | None) -> None:
     from tritonconv.kernels.depthwise_wgrad import depthwise_reduce_kernel
 
     slots, rows, k = sums.shape
-    block_k = power(k, 256) if device_of(sums.device).arch == INTERPRETER.arch else 8
+    block_s, block_k = slot_block(device_of(sums.device), slots, k, 128)
     arguments: dict[str, Any] = dict(
-        sums_ptr=sums, dw_ptr=dw, db_ptr=db, SLOTS=slots, K=k, TAPS=rows - 1, BLOCK_S=power(slots, 128), BLOCK_K=block_k
+        sums_ptr=sums, dw_ptr=dw, db_ptr=db, SLOTS=slots, K=k, TAPS=rows - 1, BLOCK_S=block_s, BLOCK_K=block_k
     )  # fmt: skip
     programs = (rows - (db is None)) * -(-k // block_k)
     launch(Launch(depthwise_reduce_kernel, programs, arguments, None, None), sums.device)

@@ -28,7 +28,7 @@ from tritonconv.ops.core.launch import (
 )  # fmt: skip
 from tritonconv.ops.core.layout import as_format, empty_output, is_dense, suggests_channels_last
 from tritonconv.tuning import INTERPRETER, Device, Problem
-from tritonconv.tuning.cost import BETWEEN_INSTRUCTIONS
+from tritonconv.tuning.families.separable import BETWEEN_INSTRUCTIONS
 
 __all__ = ["is_separable", "is_worth_it", "one_by_one", "pointwise_geometry", "separable", "takes"]
 

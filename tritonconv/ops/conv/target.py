@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import power, power_of_two_divisor
+from tritonconv.geometry import power_of_two_divisor
 from tritonconv.ops.batch_norm.launch import Statistics
 from tritonconv.ops.core.launch import Launch, device_of, launch
 from tritonconv.ops.core.layout import empty_output, pitch_of, wide
-from tritonconv.tuning import INTERPRETER
+from tritonconv.tuning.rules.blocks import average_block
 
 __all__ = ["MOST_IMAGES", "WHOLE", "Result", "Sums", "Target", "images_of_tile", "pixel_means"]
 
@@ -110,11 +110,8 @@ def pixel_means(sums: Sums, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
     from tritonconv.kernels.average import average_kernel
 
     n, c, *spatial = shape
-    values = sums.values
     mean = empty_output(values, (n, c, *(1,) * len(spatial)), False, dtype)
-    interpreted = device_of(values.device).arch == INTERPRETER.arch
-    block_c = power(c, 256) if interpreted else 64
-    block_s = power(math.ceil(sums.units / sums.tile) + 1, 64)
+    block_s, block_c = average_block(c, sums.units, sums.tile, device_of(values.device))
     arguments = dict(
         sums_ptr=values, mean_ptr=mean, C=c, UNITS=sums.units, TILE=sums.tile, COUNT=math.prod(spatial),
         IMAGES=values.shape[1], VEC=power_of_two_divisor(c), BLOCK_S=block_s, BLOCK_C=block_c,

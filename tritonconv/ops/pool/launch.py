@@ -13,30 +13,21 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, PoolGeometry, power, power_of_two_divisor, width
+from tritonconv.geometry import INT32_MAX, PoolGeometry, needs_int64, power_of_two_divisor
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.launch import Launch, activation_constants, axis_constants, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, readable, suggests_channels_last
-from tritonconv.tuning import INTERPRETER, Device
+from tritonconv.tuning import Device
+from tritonconv.tuning.rules.blocks import patch_block
+from tritonconv.tuning.rules.pooling import pool_gradient_patch, pool_patch, unpool_config
 
 __all__ = [
-    "Indices", "Pool", "index_dtype", "needs_int64", "pool_backward", "pool_forward", "unpool_backward",
+    "Indices", "Pool", "index_dtype", "pool_backward", "pool_forward", "unpool_backward",
     "unpool_forward",
 ]  # fmt: skip
 
 Indices = Literal["", "tap", "flat"]
 """What is written beside a maximum: nothing, the number of its tap in the window, or its position in the image."""
-
-# What a thread holds: results of 8 channels in fp32, fewer where each has an index too.
-MOST_RESULTS, MOST_INDEXED = 8, 4
-# Elements that a patch reads: beyond that registers spill. Fewer in the loop over planes, and of single elements, each of
-# which has an address of its own.
-MOST_READ, MOST_READ_OF_PLANES, MOST_SINGLE = 48, 32, 32
-# Pixels of the gradient that a thread holds; of strides whose cells are larger each pixel looks for itself.
-MOST_PIXELS = 16
-# Windows that a patch of several cells reads, and pairs of a window and a pixel that it covers.
-MOST_WINDOWS, MOST_PAIRS = 30, 50
-MOST_TAPS_FLAT = 16
 
 
 class Pool(NamedTuple):
@@ -75,13 +66,13 @@ class Side(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def needs_int64(g: PoolGeometry, side: Side | None = None) -> bool:
+def wide_offsets(g: PoolGeometry, side: Side | None = None) -> bool:
     """Whether 32-bit offsets could overflow: a large tensor, or a small view that strides over a large one."""
     if g.needs_int64 or side is None:
         return g.needs_int64
     axes = zip(g.input, g.stride, g.kernel, g.dilation, strict=True)
     sizes = (g.batch, g.channels, *(2 * n + 16 * s + k * d for n, s, k, d in axes))
-    return sum(n * s for n, s in zip(sizes, side.strides, strict=True)) > INT32_MAX
+    return needs_int64(sum(n * s for n, s in zip(sizes, side.strides, strict=True)))
 
 
 def index_dtype(g: PoolGeometry, indices: Indices) -> torch.dtype:
@@ -96,28 +87,6 @@ def _side(x: Tensor, channels_last: bool) -> Side:
     lifted = (n, c, *(0,) * (3 - len(spatial)), *spatial)
     sizes = (*x.shape[:2], *(1,) * (3 - len(spatial)), *x.shape[2:])
     return Side(channels_last, tuple(s if size > 1 else 0 for s, size in zip(lifted, sizes, strict=True)))
-
-
-def _block(
-    device: Device, channels_last: bool, channels: int, itemsize: int, across: int, lines: int, vectors: bool
-) -> tuple[int, int]:
-    """(patches, channels) of a program of 4 warps: each thread has 16 bytes of channels of a patch.
-
-    Half of that where they cannot be read by vectors: every element has an address of its own then.
-    """
-    vector = 16 // itemsize
-    if not vectors or (channels_last and channels % vector):
-        vector = max(1, vector // 2)
-    if device.arch == INTERPRETER.arch:
-        # One large block: the interpreter's time goes per operation, hardly per element.
-        c = power(channels, 256)
-        return power(across * lines if channels_last else across, (1 << 16) // c), c
-    elements = device.warp_size * 4 * vector
-    if channels_last:
-        c = width(channels, 128 // itemsize, 32 // itemsize)
-    else:
-        c = min(power(channels, elements), max(1, elements // power(across, device.warp_size * 4)))
-    return elements // c, c
 
 
 def _vector(side: Side, channels: int) -> int:
@@ -136,48 +105,17 @@ def _forward(
 
     By simple rules: none was measured on a GPU.
     """
-    from tritonconv.kernels import pool as kernels
+    from tritonconv.kernels.pool import COLUMNS
 
-    (_, r, s), (_, stride_h, stride_w) = g.kernel, g.stride
-    walked = r * s > kernels.WHOLE
-    overlap = r > stride_h
-    if config is None:
-        if not x.channels_last:
-            wanted = ((4, 1) if stride_w == 1 else (2, 1)) if overlap else (1, 1)
-        elif walked or r == 1:
-            wanted = (1, 4) if s > stride_w else (1, 2)
-        else:
-            wanted = ((4, 2) if stride_h == 1 else (2, 2)) if overlap else (1, 2)
-        config = next(c for c in kernels.configs() if (c.kwargs["PATCH_P"], c.kwargs["PATCH_Q"]) == wanted)
-    # None of a gradient's that was forced, which goes pixel by pixel.
-    down, across = max(1, config.kwargs["PATCH_P"]), max(1, config.kwargs["PATCH_Q"])
-    if not x.channels_last:
-        # Lanes have neighboring results. Of strides they hold whole ones, and more rows spill.
-        down, across = (down if stride_w == 1 else min(down, 2)), 1
-    if walked:
-        # Rows that are walked one by one share nothing.
-        down = 1
-    most = MOST_INDEXED if indices else MOST_RESULTS
-    read = MOST_SINGLE if not x.channels_last else MOST_READ if g.kernel[0] == 1 else MOST_READ_OF_PLANES
-
-    def fits(down: int, across: int) -> bool:
-        # Dilated windows share little.
-        rows = (down - 1) * stride_h + r if g.dilation[1] == 1 else down * r
-        columns = (across - 1) * stride_w + s if g.dilation[2] == 1 else across * s
-        # Those of a row are held at once.
-        return down * across <= most and columns <= 12 and (walked or rows * columns <= read)
-
-    while down * across > 1 and not fits(down, across):
-        down, across = (down, across // 2) if across >= down else (down // 2, across)
-    # No more than there is.
-    down, across = min(down, power(g.output[1], down)), min(across, power(g.output[2], across))
+    (_, r, s), stride_w = g.kernel, g.stride[2]
+    config, down, across, walked = pool_patch(g, x.channels_last, bool(indices), config)
     columns = -(-g.output[2] // across)
     lines = g.batch * g.output[0] * -(-g.output[1] // down)
     # Single elements have an address each.
-    step_s = min(s, kernels.COLUMNS if x.channels_last else kernels.COLUMNS // 2)
+    step_s = min(s, COLUMNS if x.channels_last else COLUMNS // 2)
     grouped = not x.channels_last and stride_w in (2, 4) and step_s == s and g.dilation[2] == 1
     vectors = x.channels_last or grouped
-    block_t, block_c = _block(device, x.channels_last, g.channels, itemsize, columns, lines, vectors)
+    block_t, block_c = patch_block(device, x.channels_last, g.channels, itemsize, columns, lines, vectors=vectors)
     blocks = -(-lines * columns // block_t) if x.channels_last else lines * -(-columns // block_t)
     vec_y = power_of_two_divisor(g.channels, stride_y) if x.channels_last else power_of_two_divisor(g.output[2])
     arguments = axis_constants(g) | pool.constants(g) | dict(
@@ -212,7 +150,7 @@ def pool_forward(
         return y, found
     side, device = _side(x, channels_last), device_of(x.device)
     stride_y = _pixel_stride(y) if channels_last else 1
-    index_64 = needs_int64(g, side) or y.numel() // g.channels * stride_y > INT32_MAX
+    index_64 = wide_offsets(g, side) or y.numel() // g.channels * stride_y > INT32_MAX
     programs, constants, config = _forward(
         g, pool, x.element_size(), side, stride_y, indices, activation, device, forced_config("PATCH_P"), index_64
     )
@@ -243,48 +181,12 @@ def _backward(
     g: PoolGeometry, pool: Pool, itemsize: int, channels_last: bool, flat: bool, device: Device, config: Any, index_64: bool
 ) -> tuple[int, dict[str, Any], Any]:
     """(programs, all arguments but tensors, config) of a backward pass, by simple rules."""
-    from tritonconv.kernels import pool_backward as kernels
-    from tritonconv.kernels.pool import WHOLE
-
-    (_, r, s), (_, stride_h, stride_w) = g.kernel, g.stride
     covering = [-(-((k - 1) * d + 1) // step) for k, d, step in zip(g.kernel, g.dilation, g.stride, strict=True)]
-    # A cell's columns are woven by powers of two.
-    by_pixel = stride_h * stride_w > MOST_PIXELS or r * s > WHOLE or (not channels_last and stride_w not in (1, 2, 4))
-    # Indices of 64 bits take twice the registers while they are loaded.
-    by_pixel = by_pixel or (flat and r * s > MOST_TAPS_FLAT)
-    if config is None:
-        if by_pixel:
-            wanted = (0, 0)
-        else:
-            wanted = (1, 1) if stride_h * stride_w > 1 else (2, 2) if channels_last and s > 1 else (2, 1)
-        config = next(c for c in kernels.configs() if (c.kwargs["PATCH_P"], c.kwargs["PATCH_Q"]) == wanted)
-    down, across = config.kwargs["PATCH_P"], config.kwargs["PATCH_Q"]
-    by_pixel = by_pixel or not down
-    if by_pixel:
-        pixels_h = pixels_w = 1
-    else:
-        if not channels_last:
-            across = 1
-
-        def windows(cells: int, axis: int) -> int:
-            return (cells * g.stride[axis] - 1 + (g.kernel[axis] - 1) * g.dilation[axis]) // g.stride[axis] + 1
-
-        def fits(down: int, across: int) -> bool:
-            pairs, pixels = down * across * r * s, down * across * stride_h * stride_w
-            return (
-                not flat
-                and pixels <= MOST_PIXELS
-                and pairs <= MOST_PAIRS
-                and windows(down, 1) * windows(across, 2) <= MOST_WINDOWS
-            )
-
-        while down * across > 1 and not fits(down, across):
-            down, across = (down, across // 2) if across > 1 else (down // 2, across)
-        pixels_h, pixels_w = down * stride_h, across * stride_w
+    config, pixels_h, pixels_w, by_pixel = pool_gradient_patch(g, channels_last, flat, config)
     _, height, wide_ = g.input
     columns, lines = -(-wide_ // pixels_w), g.batch * g.input[0] * -(-height // pixels_h)
     vectors = channels_last or pixels_w > 1
-    block_t, block_c = _block(device, channels_last, g.channels, itemsize, columns, lines, vectors)
+    block_t, block_c = patch_block(device, channels_last, g.channels, itemsize, columns, lines, vectors=vectors)
     blocks = -(-lines * columns // block_t) if channels_last else lines * -(-columns // block_t)
     arguments = axis_constants(g) | pool.constants(g) | dict(
         N=g.batch, C=g.channels, FLAT=flat, CHANNELS_LAST=channels_last, INDEX_64=index_64, PIXELS_H=pixels_h,
@@ -315,7 +217,7 @@ def pool_backward(
     found, x, y = (None if t is None else as_format(t, channels_last) for t in (found, x, y))
     flat = found is not None and found.dtype == torch.int64
     programs, constants, config = _backward(
-        g, pool, dy.element_size(), channels_last, flat, device_of(dy.device), forced_config("PATCH_P"), needs_int64(g)
+        g, pool, dy.element_size(), channels_last, flat, device_of(dy.device), forced_config("PATCH_P"), wide_offsets(g)
     )
     tensors = dict(dy_ptr=dy, index_ptr=found, x_ptr=x, y_ptr=y, dx_ptr=dx)
     launch(Launch(pool_backward_kernel, programs, tensors | constants, None, config), dy.device)
@@ -326,19 +228,7 @@ def pool_backward(
 def _unpool(
     batch: int, channels: int, small: int, large: int, channels_last: bool, device: Device, config: Any, backward: bool
 ) -> tuple[int, dict[str, Any], Any]:
-    from tritonconv.kernels.unpool import configs, tile
-
-    if config is None and device.arch == INTERPRETER.arch:
-        planes = power(channels, 256)
-        config = tile(power(small, (1 << 16) // planes), planes)
-    elif config is None:
-        # As few of a tile's values outside as can be, then as many side by side.
-        def cover(one: Any) -> tuple[int, int]:
-            values, planes = one.kwargs["BLOCK_P"], one.kwargs["BLOCK_C"]
-            whole = -(-small // values) * values * -(-channels // planes) * planes
-            return (whole, -planes) if channels_last else (whole, -values)
-
-        config = min(configs(), key=cover)
+    config = config or unpool_config(channels, small, channels_last, device)
     side = channels if channels_last else small
     arguments = dict(
         N=batch, C=channels, SMALL=small, LARGE=large, BACKWARD=backward, CHANNELS_LAST=channels_last,

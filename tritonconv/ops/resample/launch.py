@@ -6,25 +6,21 @@ another one whose rows' elements, do not lie side by side is copied first.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, ResampleGeometry, power, power_of_two_divisor
+from tritonconv.geometry import ResampleGeometry, needs_int64, power_of_two_divisor
 from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, readable, suggests_channels_last, wide
-from tritonconv.tuning import INTERPRETER, Device
+from tritonconv.tuning import Device
+from tritonconv.tuning.rules.resampling import resample_config
 
 __all__ = ["resample_forward", "resample_gradient"]
 
 # Programs of 4 warps a multiprocessor that hide each other's latencies; not measured.
 WAVES = 8
-
-
-def needs_int64(elements: int) -> bool:
-    return elements > INT32_MAX
 
 
 def resample_forward(x: Tensor, geometry: ResampleGeometry) -> Tensor:
@@ -37,7 +33,7 @@ def resample_forward(x: Tensor, geometry: ResampleGeometry) -> Tensor:
     n, c, *spatial = x.stride()
     d, h, w = (*(0,) * (3 - g.nd), *spatial)
     device = device_of(x.device)
-    config = forced_config("BLOCK_P") or _choose("forward", g.output[2], g.channels, channels_last, device)
+    config = forced_config("BLOCK_P") or resample_config("forward", g.output[2], g.channels, channels_last, device)
     programs, size = _programs(g.batch, g.channels, *g.output, config, device)
     axes = zip((g.batch, g.channels, *g.input), (n, c, d, h, w), strict=True)
     extent = sum((length - 1) * stride for length, stride in axes)
@@ -60,7 +56,7 @@ def resample_gradient(dy: Tensor, geometry: ResampleGeometry, channels_last: boo
     dx = empty_output(dy, (g.batch, g.channels, *g.input[3 - g.nd :]), channels_last, dy.dtype)
     dy = as_format(dy, channels_last)
     device = device_of(dy.device)
-    config = forced_config("BLOCK_P") or _choose("backward", g.input[2], g.channels, channels_last, device)
+    config = forced_config("BLOCK_P") or resample_config("backward", g.input[2], g.channels, channels_last, device)
     programs, size = _programs(g.batch, g.channels, *g.input, config, device)
     inverse = {f"inverse_{name}": g.inverse(axis) for axis, name in enumerate("dhw")}
     arguments = dict(
@@ -93,24 +89,3 @@ def _programs(
     lines = batch * depth * math.ceil(width / tiles["BLOCK_P"]) * math.ceil(channels / tiles["BLOCK_C"])
     size = math.ceil(height / max(1, math.ceil(WAVES * device.multiprocessors / lines)))
     return lines * math.ceil(height / size), size
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(pass_: str, width: int, channels: int, channels_last: bool, device: Device) -> Any:
-    """By a rule, as none was measured: the tile of which least lies outside."""
-    from tritonconv.kernels import resample, resample_backward
-
-    module = resample if pass_ == "forward" else resample_backward
-
-    if device.arch == INTERPRETER.arch:
-        # One large tile: the interpreter's time goes per operation, hardly per element.
-        pixels = power(width, 256)
-        return module.tile(pixels, power(channels, (1 << 16) // pixels))
-
-    def cover(config: Any) -> tuple[int, int]:
-        p, c = config.kwargs.values()
-        covered = math.prod(math.ceil(n / b) * b for n, b in ((width, p), (channels, c)))
-        return covered, -c if channels_last else -p
-
-    # Channels-last, at least half a line of memory.
-    return min((config for config in module.configs() if (config.kwargs["BLOCK_C"] >= 32) == channels_last), key=cover)

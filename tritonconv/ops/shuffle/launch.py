@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import INT32_MAX, power, power_of_two_divisor
+from tritonconv.geometry import needs_int64, power, power_of_two_divisor
 from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, suggests_channels_last
-from tritonconv.tuning import INTERPRETER, Device
+from tritonconv.tuning.rules.resampling import shuffle_config
 
 __all__ = ["BITS", "Kind", "follows_channels_last", "needs_copy", "result_shape", "shuffle"]
 
@@ -26,10 +26,6 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LONGEST = 64
 STRIDED, FLAT_IN, FLAT_OUT = range(3)
 Sizes = tuple[int, ...]
-
-
-def needs_int64(elements: int) -> bool:
-    return elements > INT32_MAX
 
 
 class Plan(NamedTuple):
@@ -139,7 +135,7 @@ def _launch(plan: Plan, x: Tensor, y: Tensor) -> None:
     from tritonconv.kernels.shuffle import shuffle_kernel
 
     device, itemsize = device_of(x.device), x.element_size()
-    config = forced_config("BYTES") or _choose(device, plan.outer[3] * plan.many * math.prod(plan.few) * itemsize)
+    config = forced_config("BYTES") or shuffle_config(device, plan.outer[3] * plan.many * math.prod(plan.few) * itemsize)
     constants, programs = _constants(plan, config.kwargs["BYTES"] // itemsize)
     bits = BITS[itemsize]
     arguments = dict(x_ptr=x.view(bits), y_ptr=y.view(bits), **constants, **config.kwargs)
@@ -168,11 +164,3 @@ def _constants(plan: Plan, elements: int) -> tuple[dict[str, Any], int]:
         * math.ceil(few / block_f)
     )  # fmt: skip
     return constants, programs
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(device: Device, size: int) -> Any:
-    """None was measured; in the interpreter one tile for all `size` bytes behind the outer axes that programs are for."""
-    from tritonconv.kernels.shuffle import tile
-
-    return tile(power(size, 1 << 17, least=1024) if device.arch == INTERPRETER.arch else 8192)

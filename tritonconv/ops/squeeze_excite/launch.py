@@ -12,14 +12,12 @@ from tritonconv.ops.conv.target import average
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.launch import Launch, activation_constants, device_of, launch
 from tritonconv.ops.core.layout import as_format, empty_output, is_dense, suggests_channels_last, wide
-from tritonconv.tuning import INTERPRETER
+from tritonconv.tuning.rules.normalization import excite_block
 
 __all__ = ["MOST_HIDDEN", "excite", "scale", "scale_gradients"]
 
 # Channels between the two products that a program holds at once.
 MOST_HIDDEN = 1024
-# Elements of a tile of weights.
-TILE = 4096
 
 
 def excite(
@@ -40,8 +38,7 @@ def excite(
     if gate.numel() == 0:
         return gate
     block_r = power(hidden, MOST_HIDDEN, 16)
-    interpreted = device_of(mean.device).arch == INTERPRETER.arch
-    block_c = power(c, 1 << 12) if interpreted else power(c, max(16, TILE // block_r))
+    block_c = excite_block(c, block_r, device_of(mean.device))
     gating = {f"GATE{name[3:]}": value for name, value in activation_constants(gate_act).items()}
     arguments = dict(
         mean_ptr=mean.contiguous(), gate_ptr=gate, w1_ptr=w1.reshape(hidden, c), b1_ptr=_contiguous(b1),

@@ -14,7 +14,7 @@ from tritonconv.ops.conv.hopper.views import Image, View, as_boxes, of_phases
 from tritonconv.ops.core.launch import Launch, config_for, device_of, launch
 from tritonconv.ops.core.layout import empty_output
 from tritonconv.tuning import Problem
-from tritonconv.tuning.hopper import hopper_ranges
+from tritonconv.tuning.families.hopper import hopper_ranges
 
 __all__ = ["hopper_wgrad"]
 

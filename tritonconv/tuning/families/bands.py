@@ -8,9 +8,11 @@ from typing import Any
 
 from tritonconv.geometry import power
 from tritonconv.tuning.devices import ISSUE_SLOTS, LAUNCH
+from tritonconv.tuning.families.family import KernelFamily, kernel_module
+from tritonconv.tuning.model import Prediction
 from tritonconv.tuning.problem import Problem
 
-__all__ = ["BAND_WAVES", "band_candidates", "band_seconds", "band_tile", "shape_of"]
+__all__ = ["BANDS", "BAND_WAVES", "shape_of"]
 
 # Programs a multiprocessor, of the weight gradient.
 BAND_WAVES = 4
@@ -40,9 +42,7 @@ def align_of(problem: Problem) -> int:
 
 def band_candidates(problem: Problem) -> list[Any]:
     """Every config of the problem's kernel that suits it."""
-    from tritonconv.kernels import depthwise_bands, depthwise_bands_wgrad
-
-    module = depthwise_bands_wgrad if problem.pass_ == "wgrad" else depthwise_bands
+    module = kernel_module(problem)
     return list(
         module.fitting(
             module.configs(), itemsize=problem.itemsize, tensor_cores=problem.tensor_cores,
@@ -100,7 +100,12 @@ def _seconds(problem: Problem, m: int, n: int, k: int, warps: int, stages: int) 
     return max(busy, g.bytes(problem.itemsize, problem.pass_) / device.bandwidth) + LAUNCH
 
 
-def band_seconds(problem: Problem, config: Any) -> float:
-    """A model of a launch's time, as tuning/cost.py has them for other kernels; nothing is measured."""
+def predict_bands(problem: Problem, config: Any) -> Prediction:
+    """A time alone: what it is made of is not told apart."""
     blocks = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    return _seconds(problem, *blocks, config.num_warps, config.num_stages)
+    seconds = _seconds(problem, *blocks, config.num_warps, config.num_stages)
+    return Prediction(seconds, "products", {"products": seconds}, 1, 1, 1)
+
+
+# Tiles are divided by the geometry, so that those that suit a problem are those that are possible.
+BANDS = KernelFamily(band_candidates, band_candidates, predict_bands, band_tile)
