@@ -37,7 +37,7 @@ import tritonconv.functional as ours
 from tritonconv.fused.call import fused_call
 from tritonconv.measure.offline import IdleDriver
 from tritonconv.ops.core import backend, launch
-from tritonconv.ops.core.cache import clear_caches
+from tritonconv.ops.core.signature import clear_caches
 from tritonconv.tuning import Device
 from tritonconv.tuning.devices import device_named
 
@@ -77,7 +77,7 @@ def counting_launches(gpu: Device) -> Iterator[_Counter]:
         counter.launches += 1
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(backend, "device_cannot", lambda _device: None))
+        stack.enter_context(mock.patch.object(backend, "why_unsupported_device", lambda _device: None))
         stack.enter_context(mock.patch.object(launch, "described", lambda _device: gpu))
         # The current device is the CPU's, which has no index.
         stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: None))

@@ -7,23 +7,19 @@ from collections.abc import Sequence
 import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
-from tritonconv.ops.conv.dispatch import convolution, transposed_convolution
-from tritonconv.ops.conv.dispatch import linear as _linear
-from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.conv.call import CONVOLUTIONS, LINEAR
 
 __all__ = [
     "Padding", "Size", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
-    "torchs_padding",
 ]  # fmt: skip
 
 Size = int | Sequence[int]
 Padding = str | int | Sequence[int]
 
 
-def torchs_padding(padding: object, op: str) -> None:
-    """Raise where the geometry knows a padding by name that torch has not."""
-    if isinstance(padding, str) and padding == "causal":
-        raise RuntimeError(f"{op}: invalid padding string 'causal', expected 'same' or 'valid'")
+# Batch norm and residual of a convolution alone.
+NO_EPILOGUE = (None,) * 5
+CONV, CONV_TRANSPOSE = CONVOLUTIONS["conv"], CONVOLUTIONS["conv_transpose"]
 
 
 def conv1d(
@@ -49,8 +45,9 @@ def conv1d(
     >>> conv1d(torch.ones(1, 1, 4), torch.ones(1, 1, 3)).tolist()
     [[[3.0, 3.0]]]
     """
-    torchs_padding(padding, "conv1d")
-    return convolution("conv1d", input, weight, Epilogue(bias), 1, stride, padding, dilation, groups)
+    numbers = (1, stride, padding, dilation, groups)
+    y: Tensor = CONV((input, weight, bias, *NO_EPILOGUE), (numbers, "conv1d", 0.0, None))
+    return y
 
 
 def conv2d(
@@ -76,8 +73,9 @@ def conv2d(
     >>> conv2d(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), padding="same").shape
     torch.Size([1, 1, 4, 4])
     """
-    torchs_padding(padding, "conv2d")
-    return convolution("conv2d", input, weight, Epilogue(bias), 2, stride, padding, dilation, groups)
+    numbers = (2, stride, padding, dilation, groups)
+    y: Tensor = CONV((input, weight, bias, *NO_EPILOGUE), (numbers, "conv2d", 0.0, None))
+    return y
 
 
 def conv3d(
@@ -103,8 +101,9 @@ def conv3d(
     >>> conv3d(torch.ones(1, 2, 4, 4, 4), torch.ones(3, 2, 2, 2, 2), stride=2).shape
     torch.Size([1, 3, 2, 2, 2])
     """
-    torchs_padding(padding, "conv3d")
-    return convolution("conv3d", input, weight, Epilogue(bias), 3, stride, padding, dilation, groups)
+    numbers = (3, stride, padding, dilation, groups)
+    y: Tensor = CONV((input, weight, bias, *NO_EPILOGUE), (numbers, "conv3d", 0.0, None))
+    return y
 
 
 def conv_transpose1d(
@@ -131,8 +130,9 @@ def conv_transpose1d(
     >>> conv_transpose1d(torch.ones(1, 1, 2), torch.ones(1, 1, 3), stride=2).tolist()
     [[[1.0, 1.0, 2.0, 1.0, 1.0]]]
     """
-    numbers = (stride, padding, output_padding, groups, dilation)
-    return transposed_convolution("conv_transpose1d", input, weight, Epilogue(bias), 1, *numbers)
+    numbers = (1, stride, padding, output_padding, groups, dilation)
+    y: Tensor = CONV_TRANSPOSE((input, weight, bias, *NO_EPILOGUE), (numbers, "conv_transpose1d", 0.0, None))
+    return y
 
 
 def conv_transpose2d(
@@ -159,8 +159,9 @@ def conv_transpose2d(
     >>> conv_transpose2d(torch.ones(1, 4, 8, 8), torch.ones(4, 2, 2, 2), stride=2).shape
     torch.Size([1, 2, 16, 16])
     """
-    numbers = (stride, padding, output_padding, groups, dilation)
-    return transposed_convolution("conv_transpose2d", input, weight, Epilogue(bias), 2, *numbers)
+    numbers = (2, stride, padding, output_padding, groups, dilation)
+    y: Tensor = CONV_TRANSPOSE((input, weight, bias, *NO_EPILOGUE), (numbers, "conv_transpose2d", 0.0, None))
+    return y
 
 
 def conv_transpose3d(
@@ -187,8 +188,9 @@ def conv_transpose3d(
     >>> conv_transpose3d(torch.ones(1, 4, 3, 3, 3), torch.ones(4, 2, 3, 3, 3), stride=2, output_padding=1).shape
     torch.Size([1, 2, 8, 8, 8])
     """
-    numbers = (stride, padding, output_padding, groups, dilation)
-    return transposed_convolution("conv_transpose3d", input, weight, Epilogue(bias), 3, *numbers)
+    numbers = (3, stride, padding, output_padding, groups, dilation)
+    y: Tensor = CONV_TRANSPOSE((input, weight, bias, *NO_EPILOGUE), (numbers, "conv_transpose3d", 0.0, None))
+    return y
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -208,4 +210,5 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> linear(torch.ones(2, 3), torch.ones(4, 3)).shape
     torch.Size([2, 4])
     """
-    return _linear(input, weight, Epilogue(bias))
+    y: Tensor = LINEAR((input, weight, bias, *NO_EPILOGUE), ((), "linear", 0.0, None))
+    return y

@@ -7,12 +7,10 @@ from typing import Any, Literal
 import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
-from tritonconv.functional.convolution import Padding, Size, torchs_padding
-from tritonconv.ops.conv.dispatch import convolution, transposed_convolution
-from tritonconv.ops.conv.dispatch_training import convolution_batch_norm, parts_on_torch
-from tritonconv.ops.conv.library_training import OwnNorm
+from tritonconv.functional.convolution import Padding, Size
+from tritonconv.ops.conv.call import CONVOLUTIONS
+from tritonconv.ops.conv.norm_call import CONV_NORMS
 from tritonconv.ops.core.activation import parse_activation
-from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
 
 __all__ = [
     "conv1d_bn_act", "conv2d_bn_act", "conv3d_bn_act", "conv_transpose1d_bn_act", "conv_transpose2d_bn_act",
@@ -156,19 +154,14 @@ def _conv_bn_act(
     numbers: tuple[Any, ...], training: bool, momentum: float, eps: float, activation: object, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`numbers`: what torch's convolution takes behind its bias, in its order."""
-    op = f"{kind}{nd}d_bn_act"
-    torchs_padding(numbers[1], op)
-    act = parse_activation(activation)
+    op, act = f"{kind}{nd}d_bn_act", parse_activation(activation)
+    tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual)
+    y: Tensor
     if training:
-        own = OwnNorm(running_mean, running_var, bn_weight, bn_bias, eps)
-        behind, numbers = Epilogue(bias, None, residual, act), (nd, *numbers)
-        y = convolution_batch_norm(op, kind, input, weight, behind, own, numbers, lambda: momentum)
-        return parts_on_torch(kind, input, weight, behind, own, numbers, momentum) if y is None else y
+        y = CONV_NORMS[kind](tensors, ((nd, *numbers), op, eps, act, momentum, ""))
+        return y
     affine_alone = running_mean is None and (bn_weight is not None or bn_bias is not None)
     if affine_alone or (running_mean is None) != (running_var is None):
         raise ValueError(f"{op}: expected running_mean and running_var to be defined when training=False")
-    norm = None
-    if running_mean is not None and running_var is not None:
-        norm = BatchNorm(running_mean, running_var, bn_weight, bn_bias, eps)
-    run = convolution if kind == "conv" else transposed_convolution
-    return run(op, input, weight, Epilogue(bias, norm, residual, act), nd, *numbers)
+    y = CONVOLUTIONS[kind](tensors, ((nd, *numbers), op, eps, act))
+    return y

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
-from tritonconv.ops.batch_norm.dispatch import batch_norm as _batch_norm
+from tritonconv.ops.batch_norm.call import BATCH_NORM
 
 __all__ = ["batch_norm"]
 
@@ -35,4 +35,6 @@ def batch_norm(
     >>> batch_norm(torch.tensor([[1.0], [3.0]]), None, None, training=True, eps=1e-12).tolist()
     [[-1.0], [1.0]]
     """
-    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    tensors = (input, running_mean, running_var, weight, bias, None)
+    y: Tensor = BATCH_NORM(tensors, ((training, momentum, eps), None, ""))
+    return y

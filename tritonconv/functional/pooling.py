@@ -8,7 +8,7 @@ from typing import Any
 import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
-from tritonconv.ops.pool.dispatch import pool, pool_with_indices, unpool
+from tritonconv.ops.pool.call import pool, pool_with_indices, unpool
 
 __all__ = [
     "max_pool1d", "max_pool1d_with_indices", "max_pool2d", "max_pool2d_with_indices", "max_pool3d",

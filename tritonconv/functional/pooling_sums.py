@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch  # noqa: F401 - the examples' name
 from torch import Tensor
 
-from tritonconv.ops.pool.dispatch import lp_pool, pool
+from tritonconv.ops.pool.call import lp_pool, pool
 
 __all__ = [
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool1d", "lp_pool2d", "lp_pool3d", "sum_pool1d", "sum_pool2d",

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from tritonconv.fused.join import Join
-from tritonconv.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, begin_batch, group_of
+from tritonconv.nn.batch_norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    SyncBatchNorm,
+    count_batch,
+    group_of,
+    normalize,
+)
 from tritonconv.nn.conv import (
     Conv1d,
     Conv2d,
@@ -21,25 +29,22 @@ from tritonconv.nn.conv import (
     ConvTranspose1d,
     ConvTranspose2d,
     ConvTranspose3d,
-    convolve,
     member,
     numbers_of,
     output_shape,
 )
 from tritonconv.nn.linear import Linear
-from tritonconv.ops.batch_norm.dispatch import batch_norm
-from tritonconv.ops.conv.dispatch import linear, replay
-from tritonconv.ops.conv.dispatch_extended import convolution_into
-from tritonconv.ops.conv.dispatch_separable import Part, separable_convolution, would_join
-from tritonconv.ops.conv.dispatch_training import convolution_batch_norm
-from tritonconv.ops.conv.library_training import OwnNorm
+from tritonconv.ops.conv.call import CONVOLUTIONS, LINEAR, ResidualError
+from tritonconv.ops.conv.extended import convolution_into
+from tritonconv.ops.conv.norm_call import CONV_NORMS
+from tritonconv.ops.conv.separable_call import SEPARABLE_LAUNCH, separable_convolution
 from tritonconv.ops.core.activation import ActivationSpec, from_module, parse_activation
-from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.core.observe import Share, is_observed, shared, sharing
+from tritonconv.ops.core.operator import is_traced
 
 __all__ = [
-    "Group", "carries_hook", "fused_call", "fused_norm",
-    "fused_pair", "observe_groups", "running", "shown", "unchanged",
+    "Group", "carries_hook", "eval_call", "fused_call", "fused_norm", "fused_pair", "observe_groups", "observed_group",
+    "unchanged",
 ]  # fmt: skip
 
 BATCH_NORMS: dict[int, tuple[type[torch.nn.Module], ...]] = {
@@ -95,8 +100,7 @@ def fused_call(
     """activation(norm(layer(input)) + residual) in one kernel, or member by member where that would not be the same.
 
     Decided at each call: members that carry hooks or have changed their class are called themselves, in the order they
-    stand; so is everything where the residual is broadcast, and where torch is to run a batch norm that normalizes with the
-    batch's own statistics.
+    stand; so is everything where the residual is broadcast.
 
     Args:
         layer: our Conv1d, Conv2d, Conv3d, one of their transposed ones, or Linear.
@@ -105,38 +109,146 @@ def fused_call(
         in_place: the sum has the dtype of norm(layer(input)), as `+=` gives it.
         into: a concatenation that the result has a place in, and which; without a residual.
     """
-    spec = from_module(activation) if isinstance(activation, Module) else parse_activation(activation)
     if into is not None and not torch.compiler.is_compiling():
         found = _joined(layer, norm, activation, input, *into)
         if found is not None:
             return found
-    if _one_kernel(layer, norm, activation, spec, input):
-        epilogue = Epilogue(member(layer, "bias"), None, residual, spec)
-        if norm is not None and (norm.training or norm._buffers.get("running_mean") is None):
-            y = _train(layer, norm, input, epilogue, in_place)
+    own = norm is not None and (norm.training or norm._buffers.get("running_mean") is None)
+    call = (_training_call if own else eval_call)(layer, norm, activation, input, residual, in_place)
+    if call is not None:
+        family, tensors, numbers = call
+        try:
+            y: Tensor = family(tensors, numbers, layer.backend)
+        # Found before anything ran.
+        except ResidualError:
+            pass
         else:
-            batch_norm = None if norm is None else _batch_norm(norm)
-            y = _run(layer, input, epilogue._replace(batch_norm=batch_norm), in_place)
-        if y is not None:
-            return shown(y, layer, norm, residual, activation if isinstance(activation, Module) else spec, input)
+            if own and norm is not None and norm.training and norm.momentum is not None:
+                count_batch(norm)  # type: ignore[arg-type]
+            if not torch.compiler.is_compiling() and _observer.callback is not None:
+                observed_group(y, layer, norm, residual, activation, input)
+            return y
     y = layer(input)
     if norm is not None:
         y = norm(y)
-    return _behind(y, residual, in_place, activation, spec)
+    return _after(y, residual, in_place, activation)
+
+
+Call = tuple[Any, tuple[Any, ...], tuple[Any, ...]]
+
+
+def eval_call(
+    layer: Any, norm: Any, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool
+) -> Call | None:
+    """(family, tensors, numbers) of a layer with what follows it, in eval mode; None where its members run one by one.
+
+    Args:
+        layer, norm, activation, input, residual, in_place: as `fused_call` takes them.
+    """
+    spec = _spec(activation)
+    if (
+        spec is CHANGED
+        or type(layer) not in LAYERS
+        or _is_changed(layer)
+        or layer.__dict__.get("padding_mode") not in ZEROS
+    ):
+        return None
+    if residual is not None and not _can_add(layer, input, residual, in_place):
+        return None
+    kind, numbers = ("matmul", ()) if type(layer) is Linear else numbers_of(layer)
+    mean = var = gamma = beta = None
+    eps = 0.0
+    if norm is not None:
+        nd = len(layer.kernel_size)
+        # A batch norm takes an unbatched image's channels for its batch, or refuses it.
+        if type(norm) not in BATCH_NORMS[nd] or _is_changed(norm) or input.dim() != nd + 2 or norm.training:
+            return None
+        try:
+            # As in `member`.
+            parameters, buffers = norm._parameters, norm._buffers
+            gamma, beta = parameters["weight"], parameters["bias"]
+            mean, var = buffers["running_mean"], buffers["running_var"]
+        except KeyError:
+            mean, var, gamma, beta = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        if mean is None:
+            return None
+        eps = norm.eps
+    parameters = layer._parameters
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:
+        weight, bias = layer.weight, layer.bias
+    tensors = (input, weight, bias, mean, var, gamma, beta, residual)
+    family = LINEAR if kind == "matmul" else CONVOLUTIONS[kind]
+    return family, tensors, (numbers, OPS[type(layer)], eps, spec)
+
+
+# A linear layer has no padding mode.
+ZEROS = ("zeros", None)
+OPS: dict[type[Module], str] = {
+    Conv1d: "conv1d_bn_act", Conv2d: "conv2d_bn_act", Conv3d: "conv3d_bn_act", ConvTranspose1d: "conv_transpose1d_bn_act",
+    ConvTranspose2d: "conv_transpose2d_bn_act", ConvTranspose3d: "conv_transpose3d_bn_act", Linear: "linear",
+}  # fmt: skip
+CHANGED: Any = object()
+"""Stands for an activation whose module must be called itself."""
+
+
+def _spec(activation: Any) -> ActivationSpec | None:
+    """What a launch computes for an activation, or `CHANGED`."""
+    if activation is None:
+        return None
+    if not isinstance(activation, Module):
+        return parse_activation(activation)
+    spec = from_module(activation)
+    return CHANGED if spec is None or _is_changed(activation) else spec
+
+
+def _training_call(
+    layer: Any, norm: Any, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool
+) -> Call | None:
+    """The same with a batch norm by the batch's own statistics."""
+    spec = _spec(activation)
+    if spec is CHANGED or type(layer) not in LAYERS or type(layer) is Linear or _is_changed(layer):
+        return None
+    nd = len(layer.kernel_size)
+    if type(norm) not in BATCH_NORMS[nd] or _is_changed(norm) or input.dim() != nd + 2 or layer.padding_mode != "zeros":
+        return None
+    if residual is not None and not _can_add(layer, input, residual, in_place):
+        return None
+    kind, given = numbers_of(layer)
+    group = group_of(norm) if isinstance(norm, torch.nn.SyncBatchNorm) else ""
+    # As `begin_batch` has it.
+    keeps = norm.track_running_stats or not norm.training
+    mean, var = (norm.running_mean, norm.running_var) if keeps else (None, None)
+    tensors = (input, member(layer, "weight"), member(layer, "bias"), mean, var, norm.weight, norm.bias, residual)
+    family = CONV_NORMS[kind]
+    numbers = (given, OPS[type(layer)], norm.eps, spec)
+    if group and family.refuses(tensors, (*numbers, 0.0, group), layer.backend):
+        return None
+    # Its weight must be known before; elsewhere a batch is counted once it is normalized.
+    momentum = norm.momentum if norm.momentum is not None else count_batch(norm) if norm.training else 0.0
+    return family, tensors, (*numbers, momentum, group)
+
+
+def _can_add(layer: Any, input: Tensor, residual: Any, in_place: bool) -> bool:
+    """Whether a kernel can add the residual, as far as that costs little to ask: sizes are checked with the call's."""
+    if not isinstance(residual, Tensor) or (in_place and residual.dtype != input.dtype):
+        return False
+    if not is_traced((input, residual)):
+        return True
+    if isinstance(layer, Linear):
+        return bool(residual.shape == (*input.shape[:-1], layer.weight.shape[0]))
+    return bool(residual.shape == output_shape(layer, input))
 
 
 def _joined(layer: Any, norm: Any, activation: Any, input: Tensor, join: Join, place: int) -> Tensor | None:
     """The result in its place of a concatenation, or None where it gets memory of its own."""
-    if isinstance(layer, Linear) or layer.padding_mode != "zeros":
+    call = eval_call(layer, norm, activation, input, None, False)
+    if call is None or call[0] is not CONVOLUTIONS["conv"]:
         return None
-    epilogue = running(layer, norm, activation, input, None, False)
-    if epilogue is None:
-        return None
-    kind, numbers = numbers_of(layer)
-    if kind != "conv":
-        return None
+    _, tensors, numbers = call
     memory = functools.partial(join.memory, place)
-    return convolution_into(input, member(layer, "weight"), epilogue, numbers, layer.backend, join.pitch, memory)
+    return convolution_into(tensors, numbers, layer.backend, join.pitch, join.starts[place], memory)
 
 
 def fused_norm(
@@ -145,19 +257,20 @@ def fused_norm(
     """activation(norm(input) + residual) in one pass, or member by member where that would not be the same.
 
     Args:
-        norm: our BatchNorm1d, BatchNorm2d or BatchNorm3d, behind anything but a convolution of ours.
+        norm: our BatchNorm1d, BatchNorm2d or BatchNorm3d, after anything but a convolution of ours.
         activation, in_place: as `fused_call` takes them.
     """
-    spec = from_module(activation) if isinstance(activation, Module) else parse_activation(activation)
-    known = not isinstance(activation, Module) or (spec is not None and not _is_changed(activation))
+    spec = _spec(activation)
     fits = residual is None or (
         isinstance(residual, Tensor) and (residual.shape, residual.dtype) == (input.shape, input.dtype)
     )
-    if isinstance(norm, (BatchNorm1d, BatchNorm2d, BatchNorm3d)) and known and fits and not _is_changed(norm):
+    if isinstance(norm, (BatchNorm1d, BatchNorm2d, BatchNorm3d)) and spec is not CHANGED and fits and not _is_changed(norm):
         norm._check_input_dim(input)
-        y = batch_norm(input, *begin_batch(norm), backend=norm.backend, residual=residual, activation=spec)
-        return shown(y, norm, None, residual, activation if isinstance(activation, Module) else spec, input)
-    return _behind(norm(input), residual, in_place, activation, spec)
+        y = normalize(norm, input, residual, spec)
+        if not torch.compiler.is_compiling() and _observer.callback is not None:
+            observed_group(y, norm, None, residual, activation, input)
+        return y
+    return _after(norm(input), residual, in_place, activation)
 
 
 def fused_pair(
@@ -173,132 +286,56 @@ def fused_pair(
         first, layer: our Conv2d, the former of as many groups as channels, the latter with a filter of one tap.
         first_norm, first_activation, norm, activation, in_place: as `fused_call` takes them.
     """
-    parts = _parts(first, first_norm, first_activation, layer, norm, activation, input, residual, in_place)
-    y = separable_convolution(input, *parts) if parts else None
-    if y is not None:
-        return y
-    joined = is_observed() and parts is not None and would_join(input, *parts)
+    joined = False
+    calls = _pair(first, first_norm, first_activation, layer, norm, activation, input, residual, in_place)
+    if calls is not None:
+        tensors, numbers, backend = calls
+        y = separable_convolution(tensors, numbers, backend)
+        if y is not None:
+            return y
+        joined = is_observed() and SEPARABLE_LAUNCH.resolve(tensors, numbers, backend) is not None
     with sharing(Share("separable, its first part", unwritten=True)) if joined else nullcontext():
         between = fused_call(first, first_norm, first_activation, input)
     with sharing(Share("separable, its second part", unread=True)) if joined else nullcontext():
         return fused_call(layer, norm, activation, between, residual, in_place)
 
 
-def _parts(
+def _pair(
     first: Any, first_norm: Any, first_activation: Any, layer: Any, norm: Any, activation: Any, input: Tensor,
     residual: Tensor | None, in_place: bool,
-) -> tuple[Part, Part] | None:  # fmt: skip
-    """Both for one kernel, or None where each is to run on its own."""
-    parts = []
-    for conv, bn, act, added in ((first, first_norm, first_activation, None), (layer, norm, activation, residual)):
-        epilogue = running(conv, bn, act, input, added, in_place)
-        if epilogue is None or type(conv) is not Conv2d or conv.padding_mode != "zeros":
-            return None
-        parts.append(Part(member(conv, "weight"), epilogue, numbers_of(conv)[1], conv.backend))
-    return parts[0], parts[1]
-
-
-def running(
-    layer: Any, norm: Any, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool
-) -> Epilogue | None:
-    """What follows a layer in one kernel in eval mode; None where its members are to run one by one, or train.
-
-    Args:
-        layer, norm, activation, input, residual, in_place: as `fused_call` takes them.
-    """
-    if in_place and residual is not None and getattr(residual, "dtype", None) != input.dtype:
+) -> tuple[tuple[Any, ...], tuple[Any, ...], Any] | None:  # fmt: skip
+    """Both for one kernel, as `separable_convolution` takes them, or None where each is to run on its own."""
+    if type(first) is not Conv2d or type(layer) is not Conv2d:
         return None
-    spec = from_module(activation) if isinstance(activation, Module) else parse_activation(activation)
-    own = norm is not None and (norm.training or norm._buffers.get("running_mean") is None)
-    if own or not _one_kernel(layer, norm, activation, spec, input):
+    before = eval_call(first, first_norm, first_activation, input, None, False)
+    after = eval_call(layer, norm, activation, input, residual, in_place)
+    backends = (first.backend, layer.backend)
+    if before is None or after is None:
         return None
-    return Epilogue(member(layer, "bias"), None if norm is None else _batch_norm(norm), residual, spec)
+    (_, tensors1, (given1, _, eps1, act1)), (_, tensors2, (given2, _, eps2, act2)) = before, after
+    backend = "torch" if "torch" in backends else first.backend
+    return (*tensors1[:7], *tensors2[1:]), ((given1, given2), eps1, act1, eps2, act2), backend
 
 
-def shown(
-    y: Tensor, layer: Module, norm: Module | None, residual: Tensor | None, activation: Module | ActivationSpec | None,
-    input: Tensor,
-) -> Tensor:  # fmt: skip
-    """The result of a fused call, once its observer has seen it."""
-    if not torch.compiler.is_compiling() and _observer.callback is not None:
+def observed_group(
+    y: Tensor, layer: Module, norm: Module | None, residual: Tensor | None, activation: Any, input: Tensor
+) -> None:
+    """Show a fused call to its observer, if there is one."""
+    if _observer.callback is not None:
+        what = activation if isinstance(activation, Module) else parse_activation(activation)
         share = shared()
-        _observer.callback(Group(layer, norm, residual, activation, input, y, share.members if share else ()))
-    return y
+        _observer.callback(Group(layer, norm, residual, what, input, y, share.members if share else ()))
 
 
-def _behind(y: Tensor, residual: Tensor | None, in_place: bool, activation: Any, spec: ActivationSpec | None) -> Tensor:
+def _after(y: Tensor, residual: Tensor | None, in_place: bool, activation: Any) -> Tensor:
     """What follows, one by one."""
     if residual is not None:
         y = y.add_(residual) if in_place else y + residual
     if isinstance(activation, Module):
         result: Tensor = activation(y)
         return result
+    spec = parse_activation(activation)
     return y if spec is None else spec.torch(y)
-
-
-def _batch_norm(norm: Any) -> BatchNorm:
-    try:
-        # As in `member`.
-        parameters, buffers = norm._parameters, norm._buffers
-        return BatchNorm(
-            buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"], norm.eps
-        )
-    except KeyError:
-        return BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-
-
-def _train(layer: Any, norm: Any, input: Tensor, epilogue: Epilogue, in_place: bool) -> Tensor | None:
-    """The layer with a batch norm by the batch's own statistics, or None where the parts are to run one by one."""
-    residual = epilogue.residual
-    if in_place and residual is not None and getattr(residual, "dtype", None) != input.dtype:
-        return None
-    if isinstance(layer, Linear) or layer.padding_mode != "zeros" or not _fits(layer, input, residual):
-        return None
-    kind, numbers = numbers_of(layer)
-    # As `begin_batch` has it.
-    keeps = norm.track_running_stats or not norm.training
-    mean, var = (norm.running_mean, norm.running_var) if keeps else (None, None)
-    return convolution_batch_norm(
-        f"{kind}{numbers[0]}d_bn_act", kind, input, member(layer, "weight"), epilogue,
-        OwnNorm(mean, var, norm.weight, norm.bias, norm.eps), numbers, lambda: begin_batch(norm).momentum, layer.backend,
-        group_of(norm),
-    )  # fmt: skip
-
-
-def _run(layer: Any, input: Tensor, epilogue: Epilogue, in_place: bool) -> Tensor | None:
-    """The layer with its epilogue, or None where the residual does not fit."""
-    weight, residual = member(layer, "weight"), epilogue.residual
-    if in_place and residual is not None and getattr(residual, "dtype", None) != input.dtype:
-        return None
-    is_linear = type(layer) is Linear
-    # The short way, for most calls were seen before. Then the residual fits, and asking would cost as much as all the rest.
-    y = None
-    if is_linear:
-        y = replay("matmul", input, weight, epilogue, (), layer.backend)
-    elif layer.padding_mode == "zeros":
-        kind, numbers = numbers_of(layer)
-        y = replay(kind, input, weight, epilogue, numbers, layer.backend)
-    if y is not None or not _fits(layer, input, residual):
-        return y
-    if is_linear:
-        return linear(input, weight, epilogue, layer.backend)
-    return convolve(layer, f"{numbers_of(layer)[0]}{len(layer.kernel_size)}d_bn_act", input, epilogue)
-
-
-def _one_kernel(
-    layer: torch.nn.Module, norm: torch.nn.Module | None, activation: Any, spec: ActivationSpec | None, input: Tensor
-) -> bool:
-    """Whether the members are what they were when they were put together, and no one watches them."""
-    if type(layer) not in LAYERS or _is_changed(layer):
-        return False
-    if norm is not None:
-        nd = len(layer.kernel_size)  # type: ignore[arg-type]
-        if type(norm) not in BATCH_NORMS[nd] or _is_changed(norm):
-            return False
-        # A batch norm takes an unbatched image's channels for its batch, or refuses it.
-        if input.dim() != nd + 2:
-            return False
-    return not isinstance(activation, Module) or (spec is not None and not _is_changed(activation))
 
 
 def unchanged(member: torch.nn.Module) -> bool:
@@ -314,14 +351,3 @@ def _is_changed(member: torch.nn.Module) -> bool:
         "forward" in state or state.get("_forward_hooks") or state.get("_forward_pre_hooks") or state.get("_backward_hooks")
         or state.get("_backward_pre_hooks")
     )  # fmt: skip
-
-
-def _fits(layer: torch.nn.Module, input: Tensor, residual: Any) -> bool:
-    """Whether a kernel can add the residual: it has the output's size."""
-    if residual is None:
-        return True
-    if not isinstance(residual, Tensor):
-        return False
-    if isinstance(layer, Linear):
-        return bool(residual.shape == (*input.shape[:-1], layer.weight.shape[0]))
-    return bool(residual.shape == output_shape(layer, input))  # type: ignore[arg-type]

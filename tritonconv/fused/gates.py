@@ -7,15 +7,14 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from tritonconv.fused.call import fused_call, running, unchanged
-from tritonconv.nn.conv import Conv1d, Conv2d, Conv3d, member, numbers_of
+from tritonconv.fused.call import eval_call, fused_call, unchanged
+from tritonconv.nn.conv import Conv1d, Conv2d, Conv3d, member
 from tritonconv.nn.linear import Linear
 from tritonconv.ops.adaptive.operator import adaptive_pool, global_average
-from tritonconv.ops.conv.dispatch_extended import averaged_convolution, gated_convolution, would_average, would_gate
+from tritonconv.ops.conv.extended import AVERAGED, GATED, averaged_convolution, gated_convolution
 from tritonconv.ops.core.activation import from_module, parse_activation
-from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.observe import Call, Decision, Share, is_observed, notify, sharing
-from tritonconv.ops.squeeze_excite.operator import excited, scale_channels, would_excite
+from tritonconv.ops.squeeze_excite.operator import EXCITE, scale_channels
 
 __all__ = ["all_pixels", "fused_average", "fused_gate", "fused_gated", "fused_scale", "pixel_mean"]
 
@@ -38,11 +37,16 @@ def fused_average(
     parts = _parts(layer, norm, activation, input, residual, in_place)
     plain = pool is None or unchanged(pool)
     if parts is not None and plain:
-        found = averaged_convolution(input, *parts, keep)
+        found = averaged_convolution(*parts, keep)
         if found is not None:
             y, mean = found
             return y, mean if dim is None else _shaped(mean, keepdim)
-    if parts is not None and plain and is_observed() and would_average(input, *parts, keep):
+    if (
+        parts is not None
+        and plain
+        and is_observed()
+        and AVERAGED.resolve(parts[0], (*parts[1], keep), parts[2]) is not None
+    ):
         named: Any = "mean" if pool is None else pool
         with sharing(Share("{}, with its global average", unwritten=not keep, members=(named,))):
             y = fused_call(layer, norm, activation, input, residual, in_place)
@@ -88,10 +92,13 @@ def fused_gate(first: Module, activation: Any, second: Module, gate: Any, mean: 
     if known and _single(first) and _single(second) and first.backend == second.backend:
         whole = mean if mean.dim() > 2 else mean[..., None]
         w1, b1, w2, b2 = (member(layer, name) for layer in (first, second) for name in ("weight", "bias"))
-        found = excited(whole, w1, b1, acts[0], w2, b2, acts[1], first.backend)  # type: ignore[arg-type]
+        tensors, numbers = (whole, w1, b1, w2, b2), ((), *acts)
+        backend: Any = first.backend
+        found = EXCITE.find(tensors, numbers, backend)
         if found is not None:
-            return found.view(mean.shape)
-        if is_observed() and would_excite(whole, w1, b1, w2, b2, first.backend):  # type: ignore[arg-type]
+            gated: Tensor = found.run(*tensors)
+            return gated.view(mean.shape)
+        if is_observed() and EXCITE.resolve(tensors, numbers, backend) is not None:
             with sharing(Share("excite, its first product", unwritten=True)):
                 hidden = fused_call(first, None, activation, mean)
             with sharing(Share("excite, its second product", unread=True)):
@@ -126,11 +133,11 @@ def fused_gated(
     """
     parts = _parts(layer, norm, activation, input, residual, in_place)
     if parts is not None:
-        weight, epilogue, numbers, backend = parts
-        y = gated_convolution(input, gate, weight, epilogue, numbers, backend)
+        tensors, numbers, backend = parts
+        y = gated_convolution(tensors, gate, numbers, backend)
         if y is not None:
             return y
-        if is_observed() and would_gate(input, weight, epilogue, numbers, backend):
+        if is_observed() and GATED.resolve((*tensors, gate), numbers, backend) is not None:
             with sharing(Share("{}, gated on its way in", members=("mul",))):
                 return fused_call(layer, norm, activation, input * gate, residual, in_place)
     return fused_call(layer, norm, activation, scale_channels(input, gate), residual, in_place)
@@ -148,9 +155,9 @@ def _single(layer: Any) -> bool:
 
 def _parts(
     layer: Any, norm: Any, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool
-) -> tuple[Tensor, Epilogue, tuple[Any, ...], Any] | None:
-    """(weight, epilogue, numbers, backend) of a convolution in eval mode, or None where its members run one by one."""
-    if type(layer) not in CONVOLUTIONS or layer.padding_mode != "zeros":
+) -> tuple[tuple[Any, ...], tuple[Any, ...], Any] | None:
+    """(tensors, numbers, backend) of a convolution in eval mode, or None where its members run one by one."""
+    if type(layer) not in CONVOLUTIONS:
         return None
-    epilogue = running(layer, norm, activation, input, residual, in_place)
-    return None if epilogue is None else (member(layer, "weight"), epilogue, numbers_of(layer)[1], layer.backend)
+    call = eval_call(layer, norm, activation, input, residual, in_place)
+    return None if call is None else (*call[1:], layer.backend)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from tritonconv.fused.call import shown, unchanged
+from tritonconv.fused.call import observed_group, unchanged
 from tritonconv.fused.join import Join
 from tritonconv.geometry import PoolGeometry
 from tritonconv.nn.pooling import AvgPool1d, AvgPool2d, AvgPool3d, MaxPool1d, MaxPool2d, MaxPool3d
@@ -16,7 +16,7 @@ from tritonconv.ops.core.activation import from_module, parse_activation
 from tritonconv.ops.core.backend import Backend, needs_gradients
 from tritonconv.ops.core.layout import suggests_channels_last
 from tritonconv.ops.core.observe import Share, is_watched, sharing
-from tritonconv.ops.pool.dispatch import Kind, pool
+from tritonconv.ops.pool.call import Kind, pool
 
 __all__ = ["Window", "fused_pool", "window_of"]
 
@@ -88,8 +88,9 @@ def fused_pool(
     if torch.compiler.is_compiling() or is_watched():
         if spec is None or isinstance(layer, Module):
             y = window(input, spec)
-            fused = activation if isinstance(activation, Module) else spec
-            return shown(y, layer, None, None, fused, input) if isinstance(layer, Module) else y
+            if isinstance(layer, Module):
+                observed_group(y, layer, None, None, activation, input)
+            return y
         with sharing(Share(f"{{}}, with {spec}")):
             return window(input, spec)
     out = None

@@ -23,12 +23,10 @@ from tritonconv.convert.explain import restored
 from tritonconv.measure.ahead import Compilation, case_launches, compile_ahead
 from tritonconv.measure.check import compare
 from tritonconv.measure.clock import copies_for_cold_cache, time_calls
-from tritonconv.ops.conv.dispatch import on_torch, run
 from tritonconv.ops.core.backend import interpreting, set_backend
-from tritonconv.ops.core.cache import clear_caches
-from tritonconv.ops.core.example import Example
 from tritonconv.ops.core.launch import Launch, captured, device_of, forced
-from tritonconv.ops.core.observe import Call, observe
+from tritonconv.ops.core.observe import Call, Example, observe
+from tritonconv.ops.core.signature import clear_caches
 from tritonconv.tuning import Device, Problem, candidates, choose
 from tritonconv.tuning.cache import cache_path, remember, triton_version, write
 from tritonconv.tuning.configs import config_name
@@ -196,7 +194,7 @@ def tried(problem: Problem) -> list[Any]:
 def example_launches(example: Example, config: Any, device: Device) -> list[Launch]:
     """The launches of a call with a config; nothing runs."""
     with torch.no_grad(), set_backend("triton"), forced(config=config), captured(device) as launches:
-        run(example)
+        example.run()
     return launches
 
 
@@ -217,7 +215,7 @@ def tune_example(layer: str, call: Call, seconds: float) -> Tuned:
     real = example.map(lambda t: materialize(t, device, generator))
     wide = real.map(lambda t: t.double() if t.is_floating_point() else t)
     with torch.no_grad(), without_search():
-        reference = on_torch(wide)
+        reference = wide.on_torch()
     del wide
     configs = tried(problem)
     sets = [real] + [
@@ -232,10 +230,10 @@ def tune_example(layer: str, call: Call, seconds: float) -> Tuned:
             with forced(config=config):
                 try:
                     complaint = compare(
-                        run(real), reference, depth=problem.gemm[2], tf32=problem.tf32 and problem.products == "tf32"
+                        real.run(), reference, depth=problem.gemm[2], tf32=problem.tf32 and problem.products == "tf32"
                     ).complaint
                     if complaint is None:
-                        times[id(config)] = time_calls([functools.partial(run, s) for s in sets], seconds=seconds).ms
+                        times[id(config)] = time_calls([s.run for s in sets], seconds=seconds).ms
                         continue
                 # Whatever the compiler or the launch could not do.
                 except Exception as error:
@@ -245,8 +243,8 @@ def tune_example(layer: str, call: Call, seconds: float) -> Tuned:
             wrong.append(f"{config}: {complaint}")
         with set_backend("torch"):
             for each in sets[:2]:
-                on_torch(each)
-            peer = time_calls([functools.partial(on_torch, s) for s in sets], seconds=seconds).ms
+                each.on_torch()
+            peer = time_calls([s.on_torch for s in sets], seconds=seconds).ms
     best = min((c for c in configs if id(c) in times), key=lambda c: times[id(c)], default=None)
     entry = None
     if best is not None:

@@ -7,10 +7,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonconv.ops.batch_norm.dispatch import batch_norm, norm_act, refused
+from tritonconv.ops.batch_norm.call import BATCH_NORM
+from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.backend import Backend
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Norm", "SyncBatchNorm", "begin_batch", "group_of"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Norm",
+    "SyncBatchNorm",
+    "begin_batch",
+    "count_batch",
+    "group_of",
+    "normalize",
+]
 
 
 class Norm(NamedTuple):
@@ -27,16 +38,21 @@ class Norm(NamedTuple):
 
 def begin_batch(norm: torch.nn.modules.batchnorm._BatchNorm) -> Norm:
     """Count the batch, as the module's forward does, and say how it is to be normalized."""
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
+    momentum = count_batch(norm) if norm.training else 0.0 if norm.momentum is None else norm.momentum
     running_mean, running_var = norm.running_mean, norm.running_var
     training = norm.training or (running_mean is None and running_var is None)
     if norm.training and not norm.track_running_stats:
         running_mean = running_var = None
     return Norm(running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps)
+
+
+def count_batch(norm: torch.nn.modules.batchnorm._BatchNorm) -> float:
+    """Count a batch of training, and give its weight in the running statistics."""
+    if norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            return 1.0 / float(norm.num_batches_tracked)
+    return 0.0 if norm.momentum is None else norm.momentum
 
 
 def group_of(norm: torch.nn.Module) -> str:
@@ -51,7 +67,17 @@ def group_of(norm: torch.nn.Module) -> str:
 
 def _forward(norm: Any, input: Tensor) -> Tensor:
     norm._check_input_dim(input)
-    return batch_norm(input, *begin_batch(norm), backend=norm.backend)
+    return normalize(norm, input)
+
+
+def normalize(
+    norm: Any, input: Tensor, residual: Tensor | None = None, activation: ActivationSpec | None = None, group: str = ""
+) -> Tensor:
+    """activation(norm(input) + residual); `group` names the process group whose pixels are normalized together."""
+    mean, var, weight, bias, *numbers = begin_batch(norm)
+    tensors = (input, mean, var, weight, bias, residual)
+    y: Tensor = BATCH_NORM(tensors, (tuple(numbers), activation, group), norm.backend)
+    return y
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
@@ -115,8 +141,7 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         group = group_of(self)
-        if not group:
-            return batch_norm(input, *begin_batch(self), backend=self.backend)
-        if refused(input, self.running_mean, self.running_var, self.weight, self.bias, True, self.backend):
+        tensors = (input, self.running_mean, self.running_var, self.weight, self.bias, None)
+        if group and BATCH_NORM.refuses(tensors, ((True, 0.0, self.eps), None, group), self.backend):
             return super().forward(input)
-        return norm_act(input, *begin_batch(self), group=group)
+        return normalize(self, input, group=group)

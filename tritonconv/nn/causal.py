@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.nn.conv import member
+from tritonconv.nn.conv import NO_EPILOGUE, member
 from tritonconv.ops.causal.launch import LONGEST
 from tritonconv.ops.causal.operator import causal_convolution, causal_step, last_steps, with_state
-from tritonconv.ops.conv.dispatch import convolution
+from tritonconv.ops.conv.call import CONVOLUTIONS
 from tritonconv.ops.core.activation import parse_activation
 from tritonconv.ops.core.backend import Backend
-from tritonconv.ops.core.epilogue import Epilogue
 
 __all__ = ["CausalConv1d"]
 
@@ -87,10 +86,9 @@ class CausalConv1d(torch.nn.Conv1d):
                 f"{list(state.shape)} (input {list(x.shape)}, {self.extra_repr()})"
             )
         x, padding = with_state(x, state)
-        return convolution(
-            "causal_conv1d", x, weight, Epilogue(bias, activation=self.act), 1, self.stride, padding, self.dilation,
-            self.groups, self.backend,
-        )  # fmt: skip
+        numbers = ((1, self.stride, padding, self.dilation, self.groups), "causal_conv1d", 0.0, self.act)
+        y: Tensor = CONVOLUTIONS["conv"]((x, weight, bias, *NO_EPILOGUE), numbers, self.backend)
+        return y
 
     def step(self, input: Tensor, state: Tensor) -> Tensor:
         """The next time step (B, C), or a few (B, C, S), with the state (B, C, L), L >= state_steps, moved on in place.

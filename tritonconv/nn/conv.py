@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,15 +9,18 @@ from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.nn.format import as_original
-from tritonconv.ops.conv.dispatch import convolution, transposed_convolution
+from tritonconv.ops.conv.call import CONVOLUTIONS
 from tritonconv.ops.core.backend import Backend
-from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import Kind
 
 __all__ = [
-    "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "convolve", "member",
+    "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "member",
     "numbers_of", "output_shape",
 ]  # fmt: skip
+
+
+# Batch norm and residual of a convolution alone.
+NO_EPILOGUE = (None,) * 5
 
 
 def member(module: torch.nn.Module, name: str) -> Any:
@@ -29,50 +31,41 @@ def member(module: torch.nn.Module, name: str) -> Any:
 
 
 def numbers_of(conv: torch.nn.modules.conv._ConvNd) -> tuple[Kind, tuple[Any, ...]]:
-    """Which convolution the module is, and its numbers, as ops/conv/dispatch.py takes them."""
+    """Which convolution the module is, and its numbers, as ops/conv/call.py takes them."""
     nd = len(conv.kernel_size)
     if conv.transposed:
         return "conv_transpose", (nd, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
     return "conv", (nd, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def convolve(conv: torch.nn.modules.conv._ConvNd, op: str, input: Tensor, epilogue: Epilogue) -> Tensor:
-    """The module's convolution with an epilogue; padding modes other than zeros pad beforehand, as torch does."""
-    if conv.transposed:
-        return _transposed(conv, op, input, epilogue, conv.output_padding)
-    padding: str | tuple[int, ...] = conv.padding
+def _convolve(conv: Any, op: str, input: Tensor) -> Tensor:
+    """The forward of torch's convolutions; padding modes other than zeros pad beforehand, as torch does."""
+    padding, parameters, source = conv.padding, conv._parameters, input
     if conv.padding_mode != "zeros":
-        input = torch.nn.functional.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        source = torch.nn.functional.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = (0,) * len(conv.kernel_size)
-    return convolution(
-        op, input, member(conv, "weight"), epilogue, len(conv.kernel_size), conv.stride, padding, conv.dilation,
-        conv.groups, getattr(conv, "backend", None),
-    )  # fmt: skip
-
-
-def _alone(conv: Any, op: str, input: Tensor) -> Tensor:
-    """The forward of torch's convolutions."""
-    return as_original(conv, input, convolve(conv, op, input, Epilogue(member(conv, "bias"))))
-
-
-def _transposed(
-    conv: torch.nn.modules.conv._ConvNd, op: str, input: Tensor, epilogue: Epilogue, output_padding: Sequence[int]
-) -> Tensor:
-    if conv.padding_mode != "zeros":
-        raise ValueError(f"Only `zeros` padding mode is supported for {type(conv).__name__}, got {conv.padding_mode!r}")
-    return transposed_convolution(
-        op, input, member(conv, "weight"), epilogue, len(conv.kernel_size), conv.stride, conv.padding, output_padding,
-        conv.groups, conv.dilation, getattr(conv, "backend", None),
-    )  # fmt: skip
+    try:
+        # Past Module.__getattr__, as in `member`.
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:
+        weight, bias = conv.weight, conv.bias
+    numbers = (len(conv.kernel_size), conv.stride, padding, conv.dilation, conv.groups)
+    y: Tensor = CONVOLUTIONS["conv"]((source, weight, bias, *NO_EPILOGUE), (numbers, op, 0.0, None), conv.backend)
+    return as_original(conv, input, y) if conv.weight_moved else y
 
 
 def _transpose(conv: Any, op: str, input: Tensor, output_size: list[int] | None) -> Tensor:
     """The forward of torch's transposed convolutions: an output size that is asked for decides the output padding."""
-    extra: Sequence[int] = conv.output_padding
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"Only `zeros` padding mode is supported for {type(conv).__name__}, got {conv.padding_mode!r}")
+    extra: Any = conv.output_padding
     if output_size is not None:
         sizes = conv.stride, conv.padding, conv.kernel_size, len(conv.kernel_size), conv.dilation
-        extra = conv._output_padding(input, output_size, *sizes)
-    return as_original(conv, input, _transposed(conv, op, input, Epilogue(member(conv, "bias")), extra))
+        extra = tuple(conv._output_padding(input, output_size, *sizes))
+    numbers = (len(conv.kernel_size), conv.stride, conv.padding, extra, conv.groups, conv.dilation)
+    tensors = (input, member(conv, "weight"), member(conv, "bias"), *NO_EPILOGUE)
+    y: Tensor = CONVOLUTIONS["conv_transpose"](tensors, (numbers, op, 0.0, None), conv.backend)
+    return as_original(conv, input, y) if conv.weight_moved else y
 
 
 def output_shape(conv: torch.nn.modules.conv._ConvNd, input: Tensor) -> tuple[int, ...]:
@@ -103,7 +96,7 @@ class Conv1d(torch.nn.Conv1d):
     weight_moved = False
 
     def forward(self, input: Tensor) -> Tensor:
-        return _alone(self, "conv1d", input)
+        return _convolve(self, "conv1d", input)
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -119,7 +112,7 @@ class Conv2d(torch.nn.Conv2d):
     weight_moved = False
 
     def forward(self, input: Tensor) -> Tensor:
-        return _alone(self, "conv2d", input)
+        return _convolve(self, "conv2d", input)
 
 
 class Conv3d(torch.nn.Conv3d):
@@ -135,7 +128,7 @@ class Conv3d(torch.nn.Conv3d):
     weight_moved = False
 
     def forward(self, input: Tensor) -> Tensor:
-        return _alone(self, "conv3d", input)
+        return _convolve(self, "conv3d", input)
 
 
 class ConvTranspose1d(torch.nn.ConvTranspose1d):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonconv.nn.conv import member
-from tritonconv.ops.conv.dispatch import linear
+from tritonconv.nn.conv import NO_EPILOGUE, member
+from tritonconv.ops.conv.call import LINEAR
 from tritonconv.ops.core.backend import Backend
-from tritonconv.ops.core.epilogue import Epilogue
 
 __all__ = ["Linear"]
 
@@ -25,4 +24,6 @@ class Linear(torch.nn.Linear):
     backend: Backend | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, member(self, "weight"), Epilogue(member(self, "bias")), self.backend)
+        tensors = (input, member(self, "weight"), member(self, "bias"), *NO_EPILOGUE)
+        y: Tensor = LINEAR(tensors, ((), "linear", 0.0, None), self.backend)
+        return y

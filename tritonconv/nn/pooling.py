@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonconv.ops.core.backend import Backend
-from tritonconv.ops.pool.dispatch import Kind, lp_pool, pool, pool_with_indices, unpool
+from tritonconv.ops.pool.call import Kind, lp_pool, pool, pool_with_indices, unpool
 
 __all__ = [
     "AvgPool1d", "AvgPool2d", "AvgPool3d", "LPPool1d", "LPPool2d", "LPPool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d",

@@ -1,7 +1,7 @@
 """Stochastic pooling (M. D. Zeiler and R. Fergus, "Stochastic Pooling for Regularization of Deep CNNs", 2013).
 
 The numbers that elements are drawn by are torch's, one for each result, so that a seed gives the same choice on any
-backend; they lie in memory as the result does. Operators are registered here, and calls without gradients go past them.
+backend; they lie in memory as the result does.
 """
 
 from __future__ import annotations
@@ -9,72 +9,26 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonconv.geometry import PoolGeometry, needs_int64, power_of_two_divisor
-from tritonconv.ops.conv.registered import is_traced
-from tritonconv.ops.core.backend import Backend, OnTorch, decide, needs_gradients
+from tritonconv.ops.core.backend import Backend
+from tritonconv.ops.core.family import Cost, Family, Unsupported
 from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch
-from tritonconv.ops.core.layout import as_format, empty_output, readable, reads_in_place, suggests_channels_last, wide
-from tritonconv.ops.core.observe import Call, Decision, notify
+from tritonconv.ops.core.layout import as_format, empty_output, readable, suggests_channels_last, wide
+from tritonconv.ops.core.operator import Operator, differentiate, gradients_wanted
+from tritonconv.ops.pool.operator import gather_taps
 from tritonconv.tuning import Device
 from tritonconv.tuning.rules.pooling import stochastic_pool_config
 
-__all__ = ["on_torch", "stochastic_backward", "stochastic_forward", "stochastic_pool"]
+__all__ = ["STOCHASTIC_POOL", "on_torch", "stochastic_backward", "stochastic_forward", "stochastic_pool"]
 
 OP = "stochastic_pool2d"
-# Places in a window are saved in a byte where one suffices; 255 stands for none.
+# Places in a window are saved in a byte where one suffices; 255 stands for none, in 32 bits -1.
 BYTE = 255
-
-
-def stochastic_pool(
-    x: Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, training: bool,
-    generator: torch.Generator | None, backend: Backend | None = None,
-) -> Tensor:  # fmt: skip
-    """Drawn elements in training, else weighted means, on the backend that is chosen for it.
-
-    Args:
-        x: (N, C, H, W) or (C, H, W).
-        backend: the layer's own choice.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{OP}(): argument 'input' must be Tensor, not {type(x).__name__}")
-    if x.dim() not in (3, 4):
-        raise RuntimeError(f"{OP}: expected 3D or 4D input, but got input of size {list(x.shape)}")
-    if not x.is_floating_point():
-        raise RuntimeError(f"{OP}: expected a floating-point input, but got {x.dtype} (input {list(x.shape)})")
-    if x.dim() == 3:
-        batch = x.unsqueeze(0)
-        return stochastic_pool(batch, kernel_size, stride, padding, ceil_mode, training, generator, backend).squeeze(0)
-    g = PoolGeometry.parse(x.shape, kernel_size, stride, padding, 1, ceil_mode, nd=2, name="stochastic_pool")
-    u = _uniform(x, g, generator) if training else None
-    if x.numel() == 0:
-        return on_torch(x, u, g)
-    refused = decide((x,), backend, lambda: str(g))
-    observed = notify(lambda: _as_call(x, g, refused))
-    if observed or refused is not None:
-        return on_torch(x, u, g)
-    if is_traced((x,)) or needs_gradients((x,)):
-        y: Tensor = torch.ops.tritonconv.stochastic_pool(x, u, g.kernel[1:], g.stride[1:], g.padding[1:], g.ceil_mode)[0]
-        return y
-    return stochastic_forward(x, u, g, False)[0]
-
-
-def _uniform(x: Tensor, g: PoolGeometry, generator: torch.Generator | None) -> Tensor:
-    n, c, p, q = g.output_shape
-    if suggests_channels_last(x):
-        return torch.rand((n, p, q, c), generator=generator, dtype=wide(x.dtype), device=x.device).permute(0, 3, 1, 2)
-    return torch.rand((n, c, p, q), generator=generator, dtype=wide(x.dtype), device=x.device)
-
-
-def _as_call(x: Tensor, g: PoolGeometry, refused: OnTorch | None) -> Call:
-    size = (x.numel() + math.prod(g.output_shape)) * x.element_size()
-    copies = int(not reads_in_place(x, suggests_channels_last(x)))
-    decision = Decision("torch", refused.reason) if refused else Decision("triton", "stochastic", copies)
-    return Call(OP, decision, None, 0, size, x.dtype, x.device, None, "")
 
 
 def on_torch(x: Tensor, u: Tensor | None, g: PoolGeometry) -> Tensor:
@@ -172,7 +126,7 @@ def _config(channels: int, pixels: int, channels_last: bool, device: Device) -> 
     return forced_config("BLOCK_P") or stochastic_pool_config(channels, pixels, channels_last, device)
 
 
-def _parsed(
+def _geometry(
     x_shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool
 ) -> PoolGeometry:
     return PoolGeometry.parse(
@@ -180,59 +134,145 @@ def _parsed(
     )
 
 
-@torch.library.custom_op("tritonconv::stochastic_pool", mutates_args=())
-def pool(
-    x: Tensor, u: Tensor | None, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool
-) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, u: Tensor | None, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool,
+    gradients: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Elements drawn by u, (N, C, P, Q) wide, or weighted means where it is None, and what the gradient needs."""
-    g = _parsed(x.shape, kernel, stride, padding, ceil_mode)
+    g = _geometry(x.shape, kernel, stride, padding, ceil_mode)
     if u is not None and (tuple(u.shape) != g.output_shape or u.dtype != wide(x.dtype)):
         raise RuntimeError(
             f"tritonconv::stochastic_pool: expected u of size {list(g.output_shape)} and {wide(x.dtype)}, but got "
             f"{list(u.shape)} and {u.dtype} ({g})"
         )
-    y, saved = stochastic_forward(x, u, g, True)
-    assert saved is not None
-    return y, saved
+    return stochastic_forward(x, u, g, gradients)  # type: ignore[return-value]
 
 
-@pool.register_fake
-def _(
-    x: Tensor, u: Tensor | None, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool
-) -> tuple[Tensor, Tensor]:
-    g, channels_last = _parsed(x.shape, kernel, stride, padding, ceil_mode), suggests_channels_last(x)
-    saved = _saved_type(x, g, u is None)
-    return empty_output(x, g.output_shape, channels_last, x.dtype), empty_output(x, g.output_shape, channels_last, saved)
-
-
-@torch.library.custom_op("tritonconv::stochastic_pool_backward", mutates_args=())
-def pool_backward(
-    dy: Tensor, saved: Tensor, x: Tensor | None, y: Tensor | None, sizes: Sequence[int], kernel: Sequence[int],
-    stride: Sequence[int], padding: Sequence[int], ceil_mode: bool, channels_last: bool,
-) -> Tensor:  # fmt: skip
-    """The gradient of an input of these sizes, in that format; x and y in eval mode alone."""
-    return stochastic_backward(dy, saved, x, y, _parsed(sizes, kernel, stride, padding, ceil_mode), channels_last)
-
-
-@pool_backward.register_fake
-def _(
-    dy: Tensor, saved: Tensor, x: Tensor | None, y: Tensor | None, sizes: Sequence[int], kernel: Sequence[int],  # noqa: ARG001
-    stride: Sequence[int], padding: Sequence[int], ceil_mode: bool, channels_last: bool,  # noqa: ARG001
-) -> Tensor:  # fmt: skip
-    return empty_output(dy, tuple(sizes), channels_last, dy.dtype)
+def _outputs(x: Tensor, u: Tensor | None, *numbers: Any) -> tuple[Tensor, Tensor | None]:
+    g, channels_last = _geometry(x.shape, *numbers[:4]), suggests_channels_last(x)
+    saved = empty_output(x, g.output_shape, channels_last, _saved_type(x, g, u is None)) if numbers[4] else None
+    return empty_output(x, g.output_shape, channels_last, x.dtype), saved
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, u, *numbers = inputs
+    x, u, *numbers, _ = inputs
     y, saved = output
-    ctx.mark_non_differentiable(saved)
     ctx.numbers = (tuple(x.shape), *numbers, suggests_channels_last(x))
     # A drawn element passes its gradient on whatever it was.
     ctx.save_for_backward(saved, *((None, None) if u is not None else (x, y)))
 
 
-def _gradient(ctx: Any, dy: Tensor, _saved: Tensor | None) -> tuple[Tensor | None, ...]:
-    return torch.ops.tritonconv.stochastic_pool_backward(dy, *ctx.saved_tensors, *ctx.numbers), *(None,) * 5
+def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    _, x, _ = ctx.saved_tensors
+    if x is not None and torch.is_grad_enabled():
+        g = _geometry(*ctx.numbers[:-1])
+        return [*differentiate(lambda x: on_torch(x, None, g), (x,), (True,), dy), None]
+    return [STOCHASTIC_POOL_BACKWARD(dy, *ctx.saved_tensors, *ctx.numbers), None]
 
 
-pool.register_autograd(_gradient, setup_context=_save)
+STOCHASTIC_POOL = Operator("stochastic_pool", _forward, _outputs, save=_save, backward=_backward)
+
+
+def _gradient(
+    dy: Tensor, saved: Tensor, x: Tensor | None, y: Tensor | None, sizes: Sequence[int], kernel: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], ceil_mode: bool, channels_last: bool,
+) -> Tensor:  # fmt: skip
+    """The gradient of an input of these sizes, in that format; x and y in eval mode alone."""
+    return stochastic_backward(dy, saved, x, y, _geometry(sizes, kernel, stride, padding, ceil_mode), channels_last)
+
+
+def _gradient_outputs(dy: Tensor, _saved: Any, _x: Any, _y: Any, sizes: Sequence[int], *numbers: Any) -> Tensor:
+    return empty_output(dy, tuple(sizes), numbers[-1], dy.dtype)
+
+
+def _gradient_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.numbers = inputs[4:-1]
+    ctx.save_for_backward(inputs[1])
+
+
+def _gradient_backward(ctx: Any, ddx: Tensor) -> list[Tensor | None]:
+    (saved,) = ctx.saved_tensors
+    return [gather_taps(ddx, saved, _geometry(*ctx.numbers), BYTE if saved.dtype == torch.uint8 else -1), None, None, None]
+
+
+STOCHASTIC_POOL_BACKWARD = Operator(
+    "stochastic_pool_backward", _gradient, _gradient_outputs, save=_gradient_save, backward=_gradient_backward
+)
+
+
+class StochasticCall(NamedTuple):
+    """A call that parsed."""
+
+    geometry: PoolGeometry
+
+
+class Stochastic(Family[StochasticCall]):
+    """Elements drawn by the second tensor, one number for each result, or weighted means without it.
+
+    A call's numbers are ((kernel_size, stride, padding, ceil_mode),).
+    """
+
+    tensors = ("input", "u")
+
+    def parse(self, tensors: Any, numbers: tuple[Any, ...]) -> StochasticCall | Unsupported:
+        x = tensors[0]
+        if x.dim() != 4:
+            raise RuntimeError(f"{OP}: expected 3D or 4D input, but got input of size {list(x.shape)}")
+        kernel, stride, padding, ceil_mode = numbers[0]
+        g = PoolGeometry.parse(x.shape, kernel, stride, padding, 1, ceil_mode, nd=2, name="stochastic_pool")
+        return Unsupported() if x.numel() == 0 else StochasticCall(g)
+
+    def run(self, tensors: Any, parsed: StochasticCall) -> Tensor:
+        (x, u), g = tensors, parsed.geometry
+        y: Tensor = STOCHASTIC_POOL(x, u, g.kernel[1:], g.stride[1:], g.padding[1:], g.ceil_mode, gradients_wanted((x,)))[0]
+        return y
+
+    def on_torch(self, tensors: Any, numbers: tuple[Any, ...]) -> Tensor:
+        kernel, stride, padding, ceil_mode = numbers[0]
+        x, u = tensors
+        return on_torch(
+            x, u, PoolGeometry.parse(x.shape, kernel, stride, padding, 1, ceil_mode, nd=2, name="stochastic_pool")
+        )
+
+    def describe(self, tensors: Any, numbers: tuple[Any, ...], parsed: StochasticCall | None) -> str:
+        return super().describe(tensors, numbers, None) if parsed is None else str(parsed.geometry)
+
+    def cost(self, tensors: Any, parsed: StochasticCall) -> Cost:
+        x = tensors[0]
+        return Cost((x.numel() + math.prod(parsed.geometry.output_shape)) * x.element_size())
+
+
+STOCHASTIC = Stochastic(OP)
+
+
+def stochastic_pool(
+    x: Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, training: bool,
+    generator: torch.Generator | None, backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
+    """Drawn elements in training, else weighted means, on the backend that is chosen for it.
+
+    Args:
+        x: (N, C, H, W) or (C, H, W).
+        backend: the layer's own choice.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{OP}(): argument 'input' must be Tensor, not {type(x).__name__}")
+    if not x.is_floating_point():
+        raise RuntimeError(f"{OP}: expected a floating-point input, but got {x.dtype} (input {list(x.shape)})")
+    if x.dim() == 3:
+        batch = x.unsqueeze(0)
+        return stochastic_pool(batch, kernel_size, stride, padding, ceil_mode, training, generator, backend).squeeze(0)
+    numbers = (kernel_size, stride, padding, ceil_mode)
+    u = None
+    if training and x.dim() == 4:
+        g = PoolGeometry.parse(x.shape, kernel_size, stride, padding, 1, ceil_mode, nd=2, name="stochastic_pool")
+        u = _uniform(x, g, generator)
+    y: Tensor = STOCHASTIC((x, u), (numbers,), backend)
+    return y
+
+
+def _uniform(x: Tensor, g: PoolGeometry, generator: torch.Generator | None) -> Tensor:
+    n, c, p, q = g.output_shape
+    if suggests_channels_last(x):
+        return torch.rand((n, p, q, c), generator=generator, dtype=wide(x.dtype), device=x.device).permute(0, 3, 1, 2)
+    return torch.rand((n, c, p, q), generator=generator, dtype=wide(x.dtype), device=x.device)

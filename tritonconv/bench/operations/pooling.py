@@ -12,7 +12,7 @@ from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import PoolGeometry
 from tritonconv.ops.core.layout import as_format, empty_output, suggests_channels_last
-from tritonconv.ops.pool.dispatch import lp_pool, pool
+from tritonconv.ops.pool.call import lp_pool, pool
 from tritonconv.ops.pool.launch import Pool, index_dtype, pool_backward, pool_forward, unpool_backward, unpool_forward
 
 __all__ = ["Pooling"]

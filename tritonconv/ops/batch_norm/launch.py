@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tritonconv.geometry import needs_int64, power_of_two_divisor
 from tritonconv.ops.core.activation import ActivationSpec, table
-from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.launch import Launch, device_of, epilogue_constants, forced_config, launch
+from tritonconv.ops.core.launch import Launch, activation_constants, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, is_dense, keeps_channels_last, pitch_of, wide
 from tritonconv.tuning import Device
 from tritonconv.tuning.rules.normalization import batch_norm_config, norm_join_config
@@ -184,9 +183,9 @@ def normalize(
     config = view.config(walks=False)
     arguments = dict(
         z_ptr=z, residual_ptr=_as(residual, view), y_ptr=y, stride_z=view.pitch, **_vectors(mean, var, weight, bias),
-        **epilogue_constants(Epilogue(activation=activation)), **view.sizes(config),
+        **activation_constants(activation), EPS=float(eps),
+        **view.sizes(config),
     )  # fmt: skip
-    arguments["EPS"] = float(eps)
     launch(Launch(batch_norm_normalize_kernel, view.blocks(config) * view.tiles(config), arguments, None, config), z.device)
     return y
 

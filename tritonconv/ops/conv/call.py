@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry, expand
-from tritonconv.ops.conv.conv_norm import NormNumbers, conv_batch_norm
 from tritonconv.ops.conv.dense import check_convolution
+from tritonconv.ops.conv.norm_operator import conv_batch_norm
 from tritonconv.ops.conv.operator import CONV, CONV_TRANSPOSE, EPILOGUE, ConvNumbers, epilogue_numbers, ints
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.backend import OnTorch
-from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.core.epilogue import BatchNorm, Epilogue, ResidualError
 from tritonconv.ops.core.family import Cost, Family, Resolved
 from tritonconv.ops.core.launch import Kind
 from tritonconv.ops.core.observe import Call, Decision, Example, shared
@@ -23,7 +23,16 @@ from tritonconv.ops.core.operator import gradients_wanted, is_traced
 from tritonconv.ops.core.recording import Recording
 from tritonconv.tuning import judge
 
-__all__ = ["CONVOLUTIONS", "LINEAR", "Convolution", "ConvCall", "conv_numbers", "epilogue_of"]
+__all__ = [
+    "CONVOLUTIONS",
+    "LINEAR",
+    "ConvCall",
+    "Convolution",
+    "ResidualError",
+    "conv_numbers",
+    "epilogue_of",
+    "why_no_convolution",
+]  # fmt: skip
 
 NO_EPILOGUE = (None,) * 6
 
@@ -87,6 +96,8 @@ class Convolution(Family[ConvCall]):
     def parse(self, tensors: Any, numbers: tuple[Any, ...]) -> ConvCall:
         given, op, eps, activation = numbers
         parsed = ConvCall(conv_numbers(self.kind, given), None, eps, activation)
+        if parsed.numbers.padding == "causal" and not op.startswith("causal"):
+            raise RuntimeError(f"{op}: invalid padding string 'causal', expected 'same' or 'valid'")
         if is_traced(tensors):
             return parsed
         x, weight = tensors[:2]
@@ -104,17 +115,13 @@ class Convolution(Family[ConvCall]):
         check_convolution(op, x, weight, epilogue, geometry)
         return parsed._replace(geometry=geometry)
 
-    def why_unsupported(self, tensors: Any, parsed: ConvCall) -> str | None:
-        x, weight, residual = tensors[0], tensors[1], tensors[7]
+    def why_unsupported(self, tensors: Any, parsed: ConvCall) -> str | None:  # noqa: ARG002
+        x, weight = tensors[:2]
         if self.kind == "matmul" and (x.dim() == 0 or weight.dim() != 2 or 0 in weight.shape):
             return f"a weight of size {list(weight.shape)} has no kernel"
-        if weight.shape[1] == 0:
-            return f"a weight of size {list(weight.shape)} has no kernel"
-        if residual is not None and residual.dtype != x.dtype:
-            return f"a residual of {residual.dtype} under an input of {x.dtype} has no kernel"
-        return None
+        return why_no_convolution(x, weight, tensors[7])
 
-    def describe(self, tensors: Any, numbers: tuple[Any, ...], parsed: ConvCall | None) -> str:
+    def describe(self, tensors: Any, numbers: tuple[Any, ...], parsed: ConvCall | None) -> str:  # noqa: ARG002
         op = self.op(numbers)
         if parsed is None or parsed.geometry is None:
             return op
@@ -137,8 +144,8 @@ class Convolution(Family[ConvCall]):
         if gradients_wanted((x, weight, *epilogue.tensors())):
             norm = epilogue.batch_norm
             if self.kind != "matmul" and norm is not None:
-                plain = epilogue._replace(batch_norm=None)
-                return conv_batch_norm(self.kind, x, weight, plain, norm, numbers, NormNumbers(norm.eps, fixed=True))[0]
+                bias, _, residual, act = epilogue
+                return conv_batch_norm(self.kind, x, weight, bias, norm, residual, act, numbers)[0]
             after, epilogue = epilogue, Epilogue(epilogue.bias)
         norm, eps = epilogue.batch_norm, 0.0 if epilogue.batch_norm is None else epilogue.batch_norm.eps
         tensors = (epilogue.bias, *((None,) * 4 if norm is None else norm[:4]), epilogue.residual)
@@ -184,7 +191,7 @@ class Convolution(Family[ConvCall]):
         problem = recording.problem
         if problem is None:
             return None
-        conditions = _conditions(recording, epilogue_of(tensors, parsed.eps, parsed.activation))
+        conditions = recording.conditions(epilogue_of(tensors, parsed.eps, parsed.activation).describe())
         verdict = judge(problem, conditions)
         return OnTorch(verdict.reason, conditions=conditions) if verdict.torch else None
 
@@ -197,7 +204,7 @@ class Convolution(Family[ConvCall]):
             reason, conditions = ("", None) if refused is None else (refused.reason, refused.conditions)
             decision = Decision("torch", reason)
         else:
-            conditions, problem = _conditions(recording, epilogue), recording.problem
+            conditions, problem = recording.conditions(epilogue.describe()), recording.problem
             measured = judge(problem, conditions).reason if problem is not None else ""
             parts = (recording.kernel, recording.note, measured)
             decision = Decision("triton", ", ".join(filter(None, parts)), recording.copies)
@@ -223,18 +230,21 @@ class Convolution(Family[ConvCall]):
         public: Any = functional
         if all(t is None for t in (*norm, residual)) and activation is None:
             return getattr(public, f"{self.kind}{nd}d"), (x, weight, bias, *rest), {}
-        names = ("stride", "padding", "dilation", "groups")
+        names: tuple[str, ...] = ("stride", "padding", "dilation", "groups")
         if self.kind == "conv_transpose":
             names = ("stride", "padding", "output_padding", "groups", "dilation")
         named = dict(zip(names, rest, strict=True), eps=eps, residual=residual)
-        named["activation"] = None if activation is None else tuple(activation[: 1 + activation.parameters])
+        named["activation"] = None if activation is None else activation.given()
         return getattr(public, f"{self.kind}{nd}d_bn_act"), (x, weight, bias, *norm), named
 
 
-def _conditions(recording: Recording, epilogue: Epilogue) -> str:
-    """What a measurement must share with a call: what follows in the same kernel, and hidden copies before it."""
-    copies = [f"{recording.copies} hidden copies"] if recording.copies else []
-    return "+".join([epilogue.describe()] * bool(epilogue.describe()) + copies)
+def why_no_convolution(x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:
+    """Why there is no kernel for a convolution, beside what holds for all families."""
+    if weight.shape[1] == 0:
+        return f"a weight of size {list(weight.shape)} has no kernel"
+    if residual is not None and residual.dtype != x.dtype:
+        return f"a residual of {residual.dtype} under an input of {x.dtype} has no kernel"
+    return None
 
 
 def _padded(x: Tensor, weight: Tensor, dilation: Any) -> Tensor:

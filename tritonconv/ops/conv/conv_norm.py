@@ -24,39 +24,21 @@ from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.batch_norm import launch as batch_norm
-from tritonconv.ops.batch_norm.launch import Statistics
-from tritonconv.ops.batch_norm.ranks import add_over_ranks, combine_over_ranks
+from tritonconv.ops.batch_norm.gradient import Norm, combined, norm_gradient
+from tritonconv.ops.conv.dense import bias_gradient
 from tritonconv.ops.conv.depthwise import is_depthwise
 from tritonconv.ops.conv.gradients import NormGradient
-from tritonconv.ops.conv.route import data_gradient, prepare_call, weight_gradient
+from tritonconv.ops.conv.route import convolve, data_gradient, weight_gradient
+from tritonconv.ops.conv.target import Target
 from tritonconv.ops.core.activation import ActivationSpec
-from tritonconv.ops.core.cache import Prepared
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.layout import as_format, empty_output, wide
+from tritonconv.ops.core.launch import Kind
+from tritonconv.ops.core.layout import as_format, empty_output
 
-__all__ = [
-    "ON_THE_WAY_CHANNELS", "Gradients", "Needs", "Norm", "backward", "bias_gradient", "combined", "convolve", "forward",
-    "norm_gradient", "on_the_way",
-]  # fmt: skip
+__all__ = ["ON_THE_WAY_CHANNELS", "Gradients", "Needs", "backward", "forward", "on_the_way"]
 
 # So many input channels fit a tile or two of columns, each of which computes the gradient again.
 ON_THE_WAY_CHANNELS = 256
-
-
-class Norm(NamedTuple):
-    """A batch norm of z, behind a convolution or alone, and what follows it."""
-
-    mean: Tensor
-    """(K,): what z was normalized with."""
-    var: Tensor
-    """(K,), biased."""
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    residual: Tensor | None
-    activation: ActivationSpec | None
-    pixels: Tensor | None
-    """[1], how many the statistics were taken of; None where they are constants."""
 
 
 class Needs(NamedTuple):
@@ -81,73 +63,30 @@ class Gradients(NamedTuple):
     residual: Tensor | None
 
 
-def combined(parts: Statistics, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean [K], biased variance [K], count [1]) of all slots, and of all processes of the group if it has a name."""
-    mean, var, count = batch_norm.combine(parts)
-    return combine_over_ranks(mean, var, count, group) if group else (mean, var, count)
-
-
-def norm_gradient(
-    dy: Tensor, z: Tensor, norm: Norm, group: str, *, before: bool, parameters: bool, write: bool
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """(g, table, gradients of the batch norm's weight and bias), by as few launches as give what is needed.
-
-    g = dy * act' is None where it is not written; the table is that of `batch_norm.gradient_table`.
-
-    Args:
-        dy: gradient of act(bn(z) + residual), of any strides.
-        norm: without its residual where that has no part in the activation's gradient.
-        group: the process group that shared its statistics; "" for none.
-        before: whether something before z needs a gradient. Every process must say the same.
-        parameters: whether the batch norm's weight or bias needs one.
-        write: whether g is to be written.
-    """
-    sloped = norm.pixels is not None
-    vectors = norm.mean, norm.var, norm.weight, norm.bias, norm.eps
-    sums = g = None
-    if write or parameters or (before and sloped):
-        sums, g = batch_norm.reduce_gradients(dy, z, *vectors, norm.residual, norm.activation, write)
-    # Whatever is before z depends on everyone's pixels. Weight and bias take the sums over this process's alone, for
-    # whoever joins gradients joins these too.
-    everyone = add_over_ranks(sums, group) if group and before and sloped and sums is not None else sums
-    return g, *batch_norm.gradient_table(everyone, norm.pixels, *vectors, sloped, sums)
-
-
-def bias_gradient(dy: Tensor) -> Tensor:
-    """Gradient of a convolution's bias by torch, where no kernel computes it on its way."""
-    return dy.sum((0, *range(2, dy.dim())))
-
-
-def convolve(call: Prepared, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Statistics]:
-    """z = conv(x) + bias by a prepared call, and the statistics of z from its accumulators."""
-    if call.recipe is None:
-        raise ValueError("there are no statistics of a result without elements")
-    slots, channels = call.recipe.slots, call.output.shape[1]
-    counts, moments = (empty_output(x, shape, False, wide(x.dtype)) for shape in ((slots,), (2, slots, channels)))
-    z = call.run(x, weight, Epilogue(bias), (counts, moments))
-    return z, Statistics(counts, moments)
-
-
 def forward(
-    call: Prepared, x: Tensor, weight: Tensor, bias: Tensor | None, fixed: tuple[Tensor, Tensor] | None,
+    kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, fixed: tuple[Tensor, Tensor] | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, residual: Tensor | None,
     activation: ActivationSpec | None, group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(y, z, mean, var, count); statistics that are fixed are not given back.
 
     Args:
-        call: the convolution with its bias.
+        kind: "conv" or "conv_transpose".
         group: name of the process group that shares statistics; "" for none.
     """
+    result = convolve(x, weight, Epilogue(bias), geometry, kind, Target(statistics=fixed is None))
+    z = result.y
+    assert z is not None
+    mean = var = count = None
     if fixed is None:
-        z, parts = convolve(call, x, weight, bias)
-        mean, var, count = combined(parts, group)
-        used = mean, var
+        if result.statistics is None:
+            raise ValueError("there are no statistics of a result without elements")
+        mean, var, count = combined(result.statistics, group)
+        fixed_or_own = mean, var
     else:
-        z, used = call.run(x, weight, Epilogue(bias)), fixed
-        # What an operator returns may be none of its arguments.
-        mean, var, count = (empty_output(x, (0,), False, wide(x.dtype)) for _ in range(3))
-    return batch_norm.normalize(z, *used, norm_weight, norm_bias, eps, residual, activation), z, mean, var, count
+        fixed_or_own = fixed
+    y = batch_norm.normalize(z, *fixed_or_own, norm_weight, norm_bias, eps, residual, activation)
+    return y, z, mean, var, count
 
 
 def on_the_way(g: ConvGeometry, dtype: torch.dtype, data: bool = True) -> bool:
@@ -240,7 +179,8 @@ def _transposed(
     assert between is None
     dx = dw = None
     if needs.x and weight is not None:
-        dx = prepare_call(dy, weight, Epilogue(), g.mirrored, "conv").run(dy, weight, Epilogue())
+        dx = convolve(dy, weight, Epilogue(), g.mirrored, "conv").y
+        assert dx is not None
         dx = as_format(dx, channels_last[0])
     if needs.weight and x is not None:
         dw, _ = weight_gradient(x, dy, g.mirrored, channels_last[1], False, "conv")

@@ -17,7 +17,7 @@ from tritonconv.ops.core.launch import Box, Launch, aligned, axis_constants, con
 from tritonconv.ops.core.layout import as_format, empty_output, is_dense, suggests_channels_last
 from tritonconv.tuning import Device, Problem
 
-__all__ = ["check_convolution", "convolve_dense", "output_format", "plan_for", "problem_of"]
+__all__ = ["bias_gradient", "check_convolution", "convolve_dense", "output_format", "plan_for", "problem_of"]
 
 
 def check_convolution(op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry) -> None:
@@ -35,6 +35,11 @@ def check_convolution(op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, ge
 def output_format(x: Tensor, weight: Tensor) -> bool:
     """Whether the result is channels-last: torch's rule, the input or the weight is."""
     return suggests_channels_last(x) or suggests_channels_last(weight)
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """Gradient of a convolution's bias by torch, where no kernel computes it on its way."""
+    return dy.sum((0, *range(2, dy.dim())))
 
 
 def plan_for(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvPlan:
@@ -96,7 +101,8 @@ def _launch(
     slots = -(-m // block_m)
     result, written = target.result(x, g.output_shape, channels_last, slots, block_m, pixels)
     arguments: dict[str, Any] = written | epilogue.arguments() | axis_constants(g) | dict(
-        M=m, K=n, VEC_K=power_of_two_divisor(n, target.pitch or n), stride_y=target.pitch, POOL=target.images(block_m, pixels),
+        M=m, K=n, VEC_K=power_of_two_divisor(n, target.pitch or n), stride_y=target.pitch,
+        POOL=target.images(block_m, pixels),
         Y_CHANNELS_LAST=channels_last, INDEX_64=plan.index_64, PRECISION="tf32" if problem.tf32 else "ieee",
         USE_TMA=tma, stride_wk=w_row, C=c, **tiles, STAGES=config.num_stages,
         w=Box(g.groups * n, w_row, w_row, (block_n, block_k)).of(weight) if tma else weight,

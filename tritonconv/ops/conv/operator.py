@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.conv.dense import check_convolution, output_format
+from tritonconv.ops.conv.dense import bias_gradient, check_convolution, output_format
 from tritonconv.ops.conv.route import convolve, data_gradient, weight_gradient
 from tritonconv.ops.core.activation import from_numbers, to_numbers
 from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
-from tritonconv.ops.core.launch import Kind
 from tritonconv.ops.core.layout import empty_output, suggests_channels_last
 from tritonconv.ops.core.operator import Operator
 
 __all__ = [
     "CONV", "CONV_DGRAD", "CONV_TRANSPOSE", "CONV_WGRAD", "EPILOGUE", "ConvNumbers", "bias_gradient", "conv_geometry",
-    "epilogue_numbers", "make_epilogue", "not_built",
+    "conv_gradients", "epilogue_numbers", "ints", "make_epilogue", "not_built", "transpose_gradients",
 ]  # fmt: skip
 
 # Names of an epilogue's tensors, in the order that operators take them.
@@ -81,11 +80,6 @@ def epilogue_numbers(eps: float, activation: Any) -> tuple[float, str, float, fl
     return eps, *to_numbers(activation)
 
 
-def bias_gradient(dy: Tensor) -> Tensor:
-    """Gradient of a convolution's bias by torch, where no kernel computes it on its way."""
-    return dy.sum((0, *range(2, dy.dim())))
-
-
 def not_built(op: str, what: str) -> NotImplementedError:
     """The error of an operator that has no gradient with an epilogue."""
     return NotImplementedError(
@@ -130,15 +124,30 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     if ctx.fused:
         raise not_built("tritonconv::conv", "a convolution")
-    x, weight = ctx.saved_tensors
+    return [
+        *conv_gradients(dy, *ctx.saved_tensors, ctx.shapes, ctx.numbers, ctx.formats, ctx.needs, ctx.kind),
+        *(None,) * 5,
+    ]
+
+
+def conv_gradients(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, shapes: Sequence[Any], numbers: Sequence[Any],
+    formats: Sequence[bool], needs: Sequence[bool], kind: str = "conv",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of a convolution's x, weight and bias by operators, each where it is needed.
+
+    Args:
+        shapes, formats: of x and weight.
+        numbers: (stride, padding, padding_name, dilation, groups).
+    """
     dx = dw = db = None
-    if ctx.needs[0]:
-        dx = CONV_DGRAD(dy, weight, tuple(ctx.shapes[0]), *ctx.numbers, ctx.formats[0], ctx.kind)
-    if ctx.needs[1]:
-        dw, db = CONV_WGRAD(dy, x, tuple(ctx.shapes[1]), *ctx.numbers, ctx.formats[1], ctx.needs[2], ctx.kind)
-    elif ctx.needs[2]:
+    if needs[0]:
+        dx = CONV_DGRAD(dy, weight, tuple(shapes[0]), *numbers, formats[0], kind)
+    if needs[1]:
+        dw, db = CONV_WGRAD(dy, x, tuple(shapes[1]), *numbers, formats[1], bool(needs[2]), kind)
+    elif needs[2]:
         db = bias_gradient(dy)
-    return [dx, dw, db, *(None,) * 5]
+    return dx, dw, db
 
 
 def _flops(x: Sequence[int], weight: Sequence[int], *rest: Any) -> int:
@@ -195,9 +204,7 @@ def _dgrad_flops(_dy: Sequence[int], weight: Sequence[int], input_shape: Sequenc
     return 2 * conv_geometry(input_shape, weight, *given[:5]).macs
 
 
-CONV_DGRAD = Operator(
-    "conv_dgrad", _dgrad, _dgrad_outputs, save=_dgrad_save, backward=_dgrad_backward, flops=_dgrad_flops
-)
+CONV_DGRAD = Operator("conv_dgrad", _dgrad, _dgrad_outputs, save=_dgrad_save, backward=_dgrad_backward, flops=_dgrad_flops)
 
 
 # The weight's gradient.
@@ -275,12 +282,8 @@ def _transpose_outputs(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 
 def _transpose_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    x, weight, *rest = inputs
-    stride, padding, _, groups, dilation = inputs[8:13]
-    ctx.numbers = stride, padding, "", dilation, groups
-    g = _transposed_geometry(x.shape, weight.shape, rest)
-    # Where output_padding reaches the stride, the convolution of dy has pixels after those of x: so many on each axis.
-    ctx.overhang = [extra // step for extra, step in zip(g.output_padding, g.stride, strict=True)][3 - g.nd :]
+    x, weight = inputs[:2]
+    ctx.numbers = inputs[8:13]
     ctx.fused = any(t is not None for t in inputs[3:8]) or bool(inputs[14])
     ctx.shapes, ctx.channels_last = (x.shape, weight.shape), suggests_channels_last(weight)
     # As of a convolution: the input's gradient needs the weight alone, the weight's gradient the input alone.
@@ -288,21 +291,40 @@ def _transpose_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: 
 
 
 def _transpose_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
-    """The input's gradient is a convolution of dy, the weight's that convolution's with dy as its input."""
     if ctx.fused:
         raise not_built("tritonconv::conv_transpose", "a transposed convolution")
     x, weight = ctx.saved_tensors
-    x_shape, w_shape = ctx.shapes
+    return [*transpose_gradients(dy, x, weight, ctx.shapes, ctx.numbers, ctx.channels_last, ctx.needs), *(None,) * 5]
+
+
+def transpose_gradients(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, shapes: Sequence[Any], numbers: Sequence[Any],
+    channels_last: bool, needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of a transposed convolution's x, weight and bias by operators, each where it is needed.
+
+    The input's is a convolution of dy, the weight's that convolution's with dy as its input.
+
+    Args:
+        shapes: of x and weight.
+        numbers: (stride, padding, output_padding, groups, dilation).
+        channels_last: the format of the weight.
+    """
+    stride, padding, extra, groups, dilation = numbers
+    conv = (stride, padding, "", dilation, groups)
+    g = conv_geometry(shapes[0], shapes[1], stride, padding, "", dilation, groups, True, extra)
+    # Where output_padding reaches the stride, the convolution of dy has pixels after those of x: so many on each axis.
+    overhang = [n // step for n, step in zip(g.output_padding, g.stride, strict=True)][3 - g.nd :]
     dx = dw = None
-    if ctx.needs[0]:
-        dx = CONV(dy, weight, *NO_EPILOGUE, *ctx.numbers, *PLAIN, "conv")
-        for axis, over in enumerate(ctx.overhang, 2):
-            dx = dx.narrow(axis, 0, x_shape[axis]) if over else dx
-    if ctx.needs[1]:
-        if any(ctx.overhang):
-            x = torch.nn.functional.pad(x, [n for over in reversed(ctx.overhang) for n in (0, over)])
-        dw, _ = CONV_WGRAD(x, dy, tuple(w_shape), *ctx.numbers, ctx.channels_last, False, "conv")
-    return [dx, dw, bias_gradient(dy) if ctx.needs[2] else None, *(None,) * 5]
+    if needs[0]:
+        dx = CONV(dy, weight, *NO_EPILOGUE, *conv, *PLAIN, "conv")
+        for axis, over in enumerate(overhang, 2):
+            dx = dx.narrow(axis, 0, shapes[0][axis]) if over else dx
+    if needs[1] and x is not None:
+        if any(overhang):
+            x = torch.nn.functional.pad(x, [n for over in reversed(overhang) for n in (0, over)])
+        dw, _ = CONV_WGRAD(x, dy, tuple(shapes[1]), *conv, channels_last, False, "conv")
+    return dx, dw, bias_gradient(dy) if needs[2] else None
 
 
 def _transpose_flops(x: Sequence[int], weight: Sequence[int], *rest: Any) -> int:

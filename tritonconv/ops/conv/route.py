@@ -33,7 +33,7 @@ def convolve(
         gate: [N, C], what x is multiplied by on the way in; only where `can_gate` says so.
     """
     if hopper_asked():
-        result = "a gated input comes through registers"
+        result: Result | str = "a gated input comes through registers"
         if gate is None:
             result = hopper_convolution(x, weight, epilogue, geometry, target) if _runs_gluon() else NO_GLUON
         if isinstance(result, Result):
@@ -107,10 +107,10 @@ def weight_gradient(
     Args:
         norm: for other than depthwise convolutions alone.
     """
-    if hopper_asked() and _runs_gluon():
-        if why_no_gradient(geometry, dy.dtype, device_of(dy.device), "wgrad", False, norm is not None) is None:
-            dw = hopper_wgrad(dy, x, geometry, channels_last)
-            return dw, pixel_sums(as_format(dy, True)) if bias else None
+    hopper = hopper_asked() and _runs_gluon()
+    if hopper and why_no_gradient(geometry, dy.dtype, device_of(dy.device), "wgrad", False, norm is not None) is None:
+        dw = hopper_wgrad(dy, x, geometry, channels_last)
+        return dw, pixel_sums(as_format(dy, True)) if bias else None
     if norm is None and is_depthwise(geometry):
         # A contiguous one may be both.
         banded = _prefers_bands(geometry, dy, not is_dense(dy, False), "wgrad")

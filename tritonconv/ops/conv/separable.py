@@ -15,22 +15,14 @@ from torch import Tensor
 from tritonconv.geometry import INT32_MAX, ConvGeometry, power_of_two_divisor
 from tritonconv.ops.conv.depthwise import is_depthwise
 from tritonconv.ops.conv.plan import lift
-from tritonconv.ops.conv.route import prepare_call
+from tritonconv.ops.conv.route import convolve
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.launch import (
-    NO_NORM,
-    Launch,
-    config_for,
-    device_of,
-    epilogue_constants,
-    launch,
-    precision,
-)  # fmt: skip
+from tritonconv.ops.core.launch import Launch, config_for, device_of, launch, precision
 from tritonconv.ops.core.layout import as_format, empty_output, is_dense, suggests_channels_last
 from tritonconv.tuning import INTERPRETER, Device, Problem
 from tritonconv.tuning.families.separable import BETWEEN_INSTRUCTIONS
 
-__all__ = ["is_separable", "is_worth_it", "one_by_one", "pointwise_geometry", "separable", "takes"]
+__all__ = ["is_faster", "is_separable", "is_worth_it", "one_by_one", "pointwise_geometry", "separable"]
 
 WIDEST = 256
 # Taps along an axis.
@@ -67,7 +59,7 @@ def is_worth_it(g: ConvGeometry, filters: int, itemsize: int, device: Device) ->
     return together < apart
 
 
-def takes(x: Tensor, g: ConvGeometry, filters: int) -> bool:
+def is_faster(x: Tensor, g: ConvGeometry, filters: int) -> bool:
     """Whether one launch should compute a depthwise convolution of `x` and a 1x1 one behind it."""
     # As the kernel reads it: channels side by side.
     if not suggests_channels_last(x) or x.stride()[1] != 1:
@@ -80,9 +72,11 @@ def one_by_one(
     x: Tensor, first_weight: Tensor, first: Epilogue, weight: Tensor, epilogue: Epilogue, g: ConvGeometry
 ) -> Tensor:
     """What `separable` computes, in two launches; arguments as there, but in any format."""
-    between = prepare_call(x, first_weight, first, g, "conv").run(x, first_weight, first)
-    behind = pointwise_geometry(g, weight.shape[0])
-    return prepare_call(between, weight, epilogue, behind, "conv").run(between, weight, epilogue)
+    between = convolve(x, first_weight, first, g, "conv").y
+    assert between is not None
+    y = convolve(between, weight, epilogue, pointwise_geometry(g, weight.shape[0]), "conv").y
+    assert y is not None
+    return y
 
 
 def separable(
@@ -108,9 +102,11 @@ def separable(
     device = device_of(x.device)
     x = x if x.stride()[1] == 1 else as_format(x, True)
     first_weight, weight = as_format(first_weight, False), weight if is_dense(weight, True) else as_format(weight, False)
-    residual = None if epilogue.residual is None else as_format(epilogue.residual, True)
-    first = first.map(Tensor.contiguous)
-    epilogue = epilogue._replace(residual=None).map(Tensor.contiguous)._replace(residual=residual)
+    first = first.arranged(True)
+    before = {
+        f"{name.removesuffix('_ptr')}1_ptr": value for name, value in first.arguments().items() if name.endswith("_ptr")
+    }
+    constants = {f"{name[:3]}1{name[3:]}": value for name, value in first.constants().items()}
     sn, _, _, sh, sw = lift(x.stride(), (g.batch, g.in_channels, *g.input))
     sizes = pointwise_geometry(g, filters)
     problem = Problem("separable", sizes, str(x.dtype)[6:], products == "tf32", power_of_two_divisor(sn, sh) > 1, device)
@@ -122,18 +118,14 @@ def separable(
     patches = g.batch * -(-p // 2) * -(-q // 2)
     programs = -(-4 * patches // tiles["BLOCK_M"]) * -(-filters // tiles["BLOCK_N"])
     reach = (g.input[1] + 2 * r * g.dilation[1] + 8 * g.stride[1]) * sh + (q + s * g.dilation[2]) * g.stride[2] * sw
-    before, behind = epilogue_constants(first), epilogue_constants(epilogue)
-    norm1, norm = (NO_NORM if e.batch_norm is None else e.batch_norm[:4] for e in (first, epilogue))
     arguments: dict[str, Any] = dict(
-        x_ptr=x, stride_xn=sn, stride_xh=sh, w1_ptr=first_weight, bias1_ptr=first.bias,
-        **dict(zip(("mean1_ptr", "var1_ptr", "gamma1_ptr", "beta1_ptr"), norm1, strict=True)),
-        w=weight, y_ptr=y, residual_ptr=epilogue.residual, bias_ptr=epilogue.bias,
-        **dict(zip(("mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"), norm, strict=True)), counts_ptr=None, moments_ptr=None,
+        x_ptr=x, stride_xn=sn, stride_xh=sh, w1_ptr=first_weight, **before, w=weight, y_ptr=y,
+        **epilogue.arranged(True).arguments(), counts_ptr=None, moments_ptr=None,
         N=g.batch, H=g.input[1], W=g.input[2], K=filters, P=p, Q=q, STEPS=r // step, C=g.in_channels, STRIDE_XW=sw, R=r,
         S=s, STRIDE_H=g.stride[1], STRIDE_W=g.stride[2], PAD_H=g.padding[1], PAD_W=g.padding[2], DIL_H=g.dilation[1],
         DIL_W=g.dilation[2], VEC_X=power_of_two_divisor(sn, sh), VEC_K=power_of_two_divisor(filters), Y_CHANNELS_LAST=True,
         INDEX_64=g.needs_int64 or sizes.needs_int64 or g.batch * sn + reach > INT32_MAX, PRECISION=products,
-        **{f"{name[:3]}1{name[3:]}": value for name, value in before.items()}, **behind, **tiles, STEP_R=step,
+        **constants, **tiles, STEP_R=step,
     )  # fmt: skip
     launch(Launch(separable_kernel, programs, arguments, problem, config), x.device)
     return y

@@ -110,8 +110,9 @@ def pixel_means(sums: Sums, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
     from tritonconv.kernels.average import average_kernel
 
     n, c, *spatial = shape
+    values = sums.values
     mean = empty_output(values, (n, c, *(1,) * len(spatial)), False, dtype)
-    block_s, block_c = average_block(c, sums.units, sums.tile, device_of(values.device))
+    block_s, block_c = average_block(device_of(values.device), math.ceil(sums.units / sums.tile) + 1, c)
     arguments = dict(
         sums_ptr=values, mean_ptr=mean, C=c, UNITS=sums.units, TILE=sums.tile, COUNT=math.prod(spatial),
         IMAGES=values.shape[1], VEC=power_of_two_divisor(c), BLOCK_S=block_s, BLOCK_C=block_c,

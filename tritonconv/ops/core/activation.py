@@ -44,15 +44,18 @@ class ActivationSpec(NamedTuple):
         function: Callable[..., Tensor] = getattr(torch.nn.functional, row.function)
         return function(x, **numbers, **dict(row.fixed))
 
+    def given(self) -> tuple[Any, ...]:
+        """As a user writes it, such as ("leaky_relu", 0.2)."""
+        return (self.name, *(self.a, self.b)[: len(table()[self.name].parameters)])
+
     def __str__(self) -> str:
-        numbers = (self.a, self.b)[: len(table()[self.name].parameters)]
+        _, *numbers = self.given()
         return f"{self.name}({', '.join(f'{n:g}' for n in numbers)})" if numbers else self.name
 
 
-def to_numbers(activation: ActivationSpec | None) -> dict[str, Any]:
-    """What registered operators take for an activation; the name is "" for none."""
-    name, a, b = activation or ("", 0.0, 0.0)
-    return dict(activation=name, a=a, b=b)
+def to_numbers(activation: ActivationSpec | None) -> tuple[str, float, float]:
+    """What operators take for an activation; the name is "" for none."""
+    return tuple(activation) if activation is not None else ("", 0.0, 0.0)  # type: ignore[return-value]
 
 
 def from_numbers(activation: str, a: float, b: float) -> ActivationSpec | None:

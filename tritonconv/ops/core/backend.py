@@ -237,6 +237,13 @@ def is_foreign(t: torch.Tensor) -> bool:
     return getattr(function, "__func__", function) not in OWN_FUNCTIONS or dispatch is not torch.Tensor.__torch_dispatch__
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast casts tensors beside `x` to; None where it is off."""
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
+
+
 def cast_for_autocast(t: Any, dtype: torch.dtype) -> Any:
     """What torch's autocast makes of an argument of a convolution."""
     return t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t

@@ -13,7 +13,11 @@ from tritonconv.ops.core.launch import activation_constants
 from tritonconv.ops.core.layout import as_format
 from tritonconv.ops.core.torch_norm import batch_norm_on_torch
 
-__all__ = ["BatchNorm", "Epilogue"]
+__all__ = ["BatchNorm", "Epilogue", "ResidualError"]
+
+
+class ResidualError(RuntimeError):
+    """A residual has another size than the result."""
 
 
 class BatchNorm(NamedTuple):
@@ -109,7 +113,7 @@ class Epilogue(NamedTuple):
                         f"{op}: {name} should contain {channels} elements, not {t.numel()} of size {list(t.shape)} ({what})"
                     )
         if self.residual is not None and output_shape is not None and tuple(self.residual.shape) != output_shape:
-            raise RuntimeError(
+            raise ResidualError(
                 f"{op}: expected residual of the output's size {list(output_shape)}, but got {list(self.residual.shape)} "
                 f"({what})"
             )

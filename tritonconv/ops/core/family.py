@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -22,12 +23,14 @@ from tritonconv.ops.core.backend import (
     Backend,
     OnTorch,
     asking_hopper,
+    autocast_dtype,
     cast_for_autocast,
     current_backend,
     decide,
     needs_gradients,
+    why_no_views,
 )
-from tritonconv.ops.core.observe import Call, Decision, is_observed, is_watched, notify
+from tritonconv.ops.core.observe import Call, Decision, is_watched, notify
 from tritonconv.ops.core.operator import is_traced
 from tritonconv.ops.core.recording import Recording, record
 from tritonconv.ops.core.signature import Memo, signature_of
@@ -150,8 +153,13 @@ class Family(abc.ABC, Generic[Parsed]):
             try:
                 signature = self.signature(tensors, numbers, backend)
                 found = self.found.get(signature)
+            except ValueError:
+                settled = (_settled(numbers[0]), *numbers[1:])
+                return (
+                    self(tensors, settled, backend) if settled != numbers else self._first(None, tensors, numbers, backend)
+                )
             # Symbolic, sparse and opaque tensors have no signature; what is no tensor or no number raises elsewhere.
-            except (AttributeError, RuntimeError, TypeError, ValueError):
+            except (AttributeError, RuntimeError, TypeError):
                 signature = found = None
             if found is not None:
                 return found(*tensors)
@@ -165,7 +173,7 @@ class Family(abc.ABC, Generic[Parsed]):
             if overriding and has_torch_function(overriding):
                 function, arguments, named = self.face(tensors, numbers)
                 return handle_torch_function(function, overriding, *arguments, **named)
-        dtype = self._autocast_dtype(tensors[0])
+        dtype = autocast_dtype(tensors[0]) if self.casts else None
         cast = self._cast(tensors, dtype)
         given = tuple(t for t in cast if t is not None)
         reason = why_no_views(given)
@@ -178,7 +186,7 @@ class Family(abc.ABC, Generic[Parsed]):
             return result
         reason = self.why_unsupported(cast, parsed)
         refused = decide(given, backend, lambda: self.describe(cast, numbers, parsed), reason, self.dtypes)
-        if is_traced(tensors) or (refused is None and self.is_collective(parsed) and not is_observed()):
+        if is_traced(tensors) or (refused is None and self.is_collective(parsed)):
             # Times that were measured in eager mode say nothing of a compiler's, so that tables are not asked.
             if refused is not None:
                 return self.on_torch(cast, numbers)
@@ -201,6 +209,16 @@ class Family(abc.ABC, Generic[Parsed]):
             return _lies_like(self.on_torch(cast, numbers), resolved)
         return run(*tensors)
 
+    def refuses(self, tensors: Tensors, numbers: tuple[Any, ...], backend: Backend | None) -> bool:
+        """Whether torch would run a call; where that needs saying, it is said."""
+        cast = self._cast(tensors, autocast_dtype(tensors[0]) if self.casts else None)
+        parsed = self.parse(cast, numbers)
+        if isinstance(parsed, Unsupported):
+            return True
+        given = tuple(t for t in cast if t is not None)
+        reason = self.why_unsupported(cast, parsed)
+        return decide(given, backend, lambda: self.describe(cast, numbers, parsed), reason, self.dtypes) is not None
+
     def _by_torch(self, refused: OnTorch, numbers: tuple[Any, ...], dtype: torch.dtype | None) -> Callable[..., Any]:
         def run(*tensors: Any) -> Any:
             refused.warn()
@@ -213,13 +231,6 @@ class Family(abc.ABC, Generic[Parsed]):
         for i, (name, t) in enumerate(zip(self.tensors, tensors, strict=True)):
             if not isinstance(t, Tensor) and not (t is None and i >= self.required) and not has_torch_function((t,)):
                 raise TypeError(f"{self.op(numbers)}(): argument '{name}' must be Tensor, not {type(t).__name__}")
-
-    def _autocast_dtype(self, x: Tensor) -> torch.dtype | None:
-        if not self.casts:
-            return None
-        kind = x.device.type
-        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return torch.get_autocast_dtype(kind) if enabled else None
 
     def _cast(self, tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
         if dtype is None:
@@ -235,3 +246,10 @@ def _lies_like(result: Any, resolved: Resolved) -> Any:
     strides = recording.result.stride()
     return result if result.stride() == strides else torch.empty_strided(
         result.shape, strides, dtype=result.dtype, device=result.device).copy_(result)  # fmt: skip
+
+
+def _settled(value: Any) -> Any:
+    """Numbers of Python's own types: torch.Size is a tuple, and as torch does, numpy's integers count as Python's."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_settled, value))
+    return int(value) if isinstance(value, np.integer) else value

@@ -16,8 +16,8 @@ from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.core.backend import capture
 
 __all__ = [
-    "Call", "Decision", "Example", "Share", "is_observed", "is_watched", "notify", "notify_copy", "observe", "shared", "sharing",
-    "wants_parts",
+    "Call", "Decision", "Example", "Share", "is_observed", "is_watched", "notify", "notify_copy", "observe", "shared",
+    "sharing", "wants_parts",
 ]  # fmt: skip
 
 

@@ -120,7 +120,7 @@ class Operator:
 
     def _register(self, cast: Sequence[str], mutates: Sequence[str], flops: Callable[..., int] | None) -> None:
         def run(*arguments: Any) -> Any:
-            settled = tuple(tuple(a) if type(a) is list else a for a in arguments)
+            settled: Any = tuple(tuple(a) if type(a) is list else a for a in arguments)
             found = self.resolve(*settled).run(*settled[: self.count])
             return _without_none(found, settled[0])
 

@@ -1,7 +1,8 @@
 """A call recorded once, on tensors without memory, and replayed on all tensors that lie like them.
 
 A recording is straight-line Python: allocations, views, copies and launches in order, with every number that a launch needs
-in place. The code that decides (layouts, configs, workspaces) runs once for a signature, and need not be fast. depend on sizes, strides, dtypes, alignment and settings that are part of the signature, and on no value in memory.
+in place. The code that decides (layouts, configs, workspaces) runs once for a signature, and need not be fast. It may
+depend on sizes, strides, dtypes, alignment and settings that are part of the signature, and on no value in memory.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ class Recording:
             return ""
         first = self.launches[0]
         return first.problem.kernel if first.problem is not None else str(first.kernel.__name__).removesuffix("_kernel")
+
+    def conditions(self, after: str) -> str:
+        """What a measurement must share with a call: what follows in the same kernel, and hidden copies before it."""
+        copies = [f"{self.copies} hidden copies"] if self.copies else []
+        return "+".join([after] * bool(after) + copies)
 
     @property
     def problem(self) -> Problem | None:

@@ -10,20 +10,18 @@ from torch import Tensor
 from tritonconv.geometry import INT32_MAX, DeformGeometry, power, power_of_two_divisor
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import (
-    NO_NORM,
     Launch,
     config_constants,
     config_for,
     device_of,
-    epilogue_constants,
     launch,
     precision,
 )  # fmt: skip
-from tritonconv.ops.core.layout import as_format, empty_output, is_dense, suggests_channels_last
+from tritonconv.ops.core.layout import as_format, empty_output, suggests_channels_last
 from tritonconv.tuning import Problem
 
 __all__ = [
-    "check_deform", "deform_forward", "hidden_copies", "problem_of", "readable", "reading",
+    "check_deform", "deform_forward", "problem_of", "readable", "reading",
 ]  # fmt: skip
 
 
@@ -49,11 +47,6 @@ def check_deform(
 def reads_in_place(x: Tensor) -> bool:
     """Whether a pixel's channels lie side by side."""
     return x.stride(1) == 1 or x.shape[1] == 1
-
-
-def hidden_copies(x: Tensor, weight: Tensor) -> int:
-    """Layout copies before the forward launch."""
-    return (not reads_in_place(x)) + (not is_dense(weight, True))
 
 
 def readable(x: Tensor) -> Tensor:
@@ -114,19 +107,15 @@ def deform_forward(
     if y.numel() == 0:
         return y
     x, weight = readable(x), as_format(weight, True)
-    residual = None if epilogue.residual is None else as_format(epilogue.residual, channels_last)
-    epilogue = epilogue._replace(residual=None).map(Tensor.contiguous)._replace(residual=residual)
     problem = problem_of("deform_conv", g, x, "fprop")
     config = config_for(problem)
     tiles = config_constants(config)
     filters = g.conv.out_channels // g.conv.groups
     arguments = reading(g, x, offset, mask, tiles["BLOCK_K"])
     programs = -(-arguments["M"] // tiles["BLOCK_M"]) * -(-filters // tiles["BLOCK_N"]) * g.conv.groups
-    norm = NO_NORM if epilogue.batch_norm is None else epilogue.batch_norm[:4]
-    arguments |= dict(
-        w=weight, y_ptr=y, residual_ptr=residual, bias_ptr=epilogue.bias,
-        **dict(zip(("mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr"), norm, strict=True)), counts_ptr=None, moments_ptr=None,
-        VEC_K=power_of_two_divisor(filters), Y_CHANNELS_LAST=channels_last, **epilogue_constants(epilogue), **tiles,
+    arguments |= epilogue.arranged(channels_last).arguments() | dict(
+        w=weight, y_ptr=y, counts_ptr=None, moments_ptr=None, VEC_K=power_of_two_divisor(filters),
+        Y_CHANNELS_LAST=channels_last, **tiles,
     )  # fmt: skip
     launch(Launch(deform_conv_kernel, programs, arguments, problem, config), x.device)
     return y

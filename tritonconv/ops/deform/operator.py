@@ -1,36 +1,237 @@
-"""Deformable convolution for callers: who runs it, and the operators that compilers and autograd see.
-
-torch.ops.tritonconv.deform_conv2d has gradients where nothing but a bias follows it. Calls that need none and that no one
-traces go past it, straight to the launch (ops/deform/launch.py).
-"""
+"""Deformable convolution: operators, and who runs a call."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from tritonconv.geometry import DeformGeometry
-from tritonconv.ops.conv.conv_norm import bias_gradient
-from tritonconv.ops.conv.dispatch import autocast
-from tritonconv.ops.conv.library import ints, not_built, put_together, register_autocast, taken_apart
-from tritonconv.ops.conv.registered import is_traced
-from tritonconv.ops.core.backend import Backend, decide, needs_gradients
-from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.conv.dense import bias_gradient
+from tritonconv.ops.conv.operator import epilogue_numbers, ints, make_epilogue, not_built
+from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.backend import Backend
+from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
+from tritonconv.ops.core.family import Cost, Family
 from tritonconv.ops.core.layout import empty_output, suggests_channels_last
-from tritonconv.ops.core.observe import Call, Decision, notify
+from tritonconv.ops.core.operator import Operator, differentiate, gradients_wanted
 from tritonconv.ops.deform.gradients import Wanted, current_scatter, deform_dgrad, deform_wgrad
-from tritonconv.ops.deform.launch import check_deform, deform_forward, hidden_copies
+from tritonconv.ops.deform.launch import check_deform, deform_forward
 from tritonconv.ops.deform.torch_form import deform_on_torch
 
-__all__ = ["deform_convolution"]
+__all__ = ["DEFORM", "DEFORM_CONV2D", "DEFORM_CONV2D_BACKWARD", "deform_convolution"]
 
-OP = "deform_conv2d"
 Numbers = tuple[Any, Any, Any]
+
+
+def _geometry(
+    x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, stride: Any, padding: Any, dilation: Any
+) -> DeformGeometry:
+    return DeformGeometry.parse(
+        x.shape, offset.shape, weight.shape, None if mask is None else mask.shape, stride=stride, padding=padding,
+        dilation=dilation,
+    )  # fmt: skip
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, offset: Tensor, mask: Tensor | None, residual: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], eps: float, activation: str, a: float, b: float,
+) -> Tensor:  # fmt: skip
+    """act(bn(deformable convolution + bias) + residual), on Triton alone; `activation` is a name or ""."""
+    epilogue = make_epilogue((bias, running_mean, running_var, bn_weight, bn_bias, residual), eps, activation, a, b)
+    geometry = _geometry(x, offset, mask, weight, list(stride), list(padding), list(dilation))
+    check_deform("tritonconv::deform_conv2d", x, offset, mask, weight, epilogue, geometry)
+    return deform_forward(x, offset, mask, weight, epilogue, geometry)
+
+
+def _outputs(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    offset, mask = rest[5:7]
+    geometry = _geometry(x, offset, mask, weight, *map(list, rest[8:11]))
+    channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
+    return empty_output(x, geometry.conv.output_shape, channels_last, x.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, weight, bias, *norm, offset, mask, residual = inputs[:10]
+    ctx.numbers = inputs[10:13]
+    ctx.fused = any(t is not None for t in (*norm, residual)) or bool(inputs[14])
+    # No samples: they are computed again.
+    ctx.save_for_backward(x, weight, bias, offset, mask)
+
+
+def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    if ctx.fused:
+        raise not_built("tritonconv::deform_conv2d", "a deformable convolution")
+    need = ctx.needs
+    needs = (need[0], need[1], need[2], need[7], need[8])
+    x, weight, _, offset, mask = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        geometry = _geometry(x, offset, mask, weight, *map(list, ctx.numbers))
+
+        def form(x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor, mask: Tensor | None) -> Tensor:
+            return deform_on_torch(x, offset, mask, weight, bias, geometry)
+
+        found = differentiate(form, ctx.saved_tensors, needs, dy)
+    else:
+        found = DEFORM_CONV2D_BACKWARD(dy, x, weight, offset, mask, needs, *ctx.numbers, current_scatter())
+    dx, dw, db, d_offset, d_mask = found
+    return [dx, dw, db, None, None, None, None, d_offset, d_mask, None]
+
+
+def _macs(x: Sequence[int], weight: Sequence[int], offset: Sequence[int], numbers: Sequence[Any]) -> tuple[int, int]:
+    """Multiply-adds of the products, and all."""
+    stride, padding, dilation = map(list, numbers)
+    g = DeformGeometry.parse(x, offset, weight, stride=stride, padding=padding, dilation=dilation)
+    return g.conv.macs, g.macs
+
+
+def _flops(x: Sequence[int], weight: Sequence[int], *rest: Any) -> int:
+    return 2 * _macs(x, weight, rest[5], rest[8:11])[1]
+
+
+DEFORM_CONV2D = Operator(
+    "deform_conv2d", _forward, _outputs, save=_save, backward=_backward, flops=_flops,
+    cast=("x", "weight", "bias", "residual"),
+)  # fmt: skip
+
+
+def _gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, needs: Sequence[bool],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], scatter: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of tritonconv::deform_conv2d's x, weight, bias, offset and mask on Triton alone; empty if not needed.
+
+    `scatter` says how the first one is added up, as `set_deform_scatter` has it.
+    """
+    g = _geometry(x, offset, mask, weight, list(stride), list(padding), list(dilation))
+    need_x, need_weight, need_bias, need_offset, need_mask = needs
+    dx = dw = db = d_offset = d_mask = None
+    if need_x or need_offset or need_mask:
+        wanted = Wanted(need_x, need_offset, need_mask)
+        last = suggests_channels_last(x)
+        dx, d_offset, d_mask = deform_dgrad(dy, x, offset, mask, weight, g, wanted, last, scatter)  # type: ignore[arg-type]
+    if need_weight:
+        dw = deform_wgrad(dy, x, offset, mask, g, suggests_channels_last(weight))
+    if need_bias:
+        db = bias_gradient(dy)
+    return dx, dw, db, d_offset, d_mask  # type: ignore[return-value]
+
+
+def _gradient_outputs(
+    dy: Tensor, x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, needs: Sequence[bool], *_numbers: Any
+) -> tuple[Tensor | None, ...]:
+    def like(t: Tensor | None, need: bool) -> Tensor | None:
+        if t is None or not need:
+            return None
+        return empty_output(t, tuple(t.shape), suggests_channels_last(t), t.dtype)
+
+    db = dy.new_empty(weight.shape[0]) if needs[2] else None
+    return like(x, needs[0]), like(weight, needs[1]), db, like(offset, needs[3]), like(mask, needs[4])
+
+
+def _gradient_flops(
+    _dy: Sequence[int], x: Sequence[int], weight: Sequence[int], offset: Sequence[int], _mask: Any, needs: Sequence[bool],
+    *numbers: Any,
+) -> int:  # fmt: skip
+    products, every = _macs(x, weight, offset, numbers[:3])
+    samples = every - products
+    inner = needs[0] or needs[3] or needs[4]
+    return 2 * math.floor(products * (inner + needs[1]) + samples * (needs[0] + (needs[3] or needs[4]) + needs[1]))
+
+
+DEFORM_CONV2D_BACKWARD = Operator("deform_conv2d_backward", _gradient, _gradient_outputs, flops=_gradient_flops)
+
+
+class DeformCall(NamedTuple):
+    """A call that parsed."""
+
+    numbers: Numbers
+    geometry: DeformGeometry
+    eps: float
+    activation: ActivationSpec | None
+
+
+class Deform(Family[DeformCall]):
+    """act(bn(deformable convolution + bias) + residual).
+
+    A call's numbers are ((stride, padding, dilation), the public function's name, the batch norm's eps, activation).
+    """
+
+    tensors = (
+        "input", "weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias", "offset", "mask", "residual",
+    )  # fmt: skip
+    required = 2
+    # Offsets and mask keep their type: places in fp32 stay so fine.
+    casts = (0, 1, 2)
+
+    def op(self, numbers: tuple[Any, ...]) -> str:
+        return str(numbers[1])
+
+    def parse(self, tensors: Any, numbers: tuple[Any, ...]) -> DeformCall:
+        given, op, eps, activation = numbers
+        x, weight, *_, offset, mask, _ = tensors
+        if offset is None:
+            raise TypeError(f"{op}(): argument 'offset' must be Tensor, not NoneType")
+        geometry = _geometry(x, offset, mask, weight, *given)
+        check_deform(op, x, offset, mask, weight, _epilogue(tensors, eps, activation), geometry)
+        return DeformCall(given, geometry, eps, activation)
+
+    def why_unsupported(self, tensors: Any, parsed: DeformCall) -> str | None:  # noqa: ARG002
+        x, residual = tensors[0], tensors[9]
+        if residual is not None and residual.dtype != x.dtype:
+            return f"a residual of {residual.dtype} under an input of {x.dtype} has no kernel"
+        return None
+
+    def describe(self, tensors: Any, numbers: tuple[Any, ...], parsed: DeformCall | None) -> str:
+        return f"{self.op(numbers)} of {list(tensors[0].shape)}" if parsed is None else str(parsed.geometry)
+
+    def run(self, tensors: Any, parsed: DeformCall) -> Tensor:
+        numbers, _, eps, activation = parsed
+        x, weight, bias, *norm, offset, mask, residual = tensors
+        after = None
+        if gradients_wanted(tensors):
+            after = _epilogue(tensors, eps, activation)._replace(bias=None)
+            norm, residual, eps, activation = [None] * 4, None, 0.0, None
+        y: Tensor = DEFORM_CONV2D(
+            x, weight, bias, *norm, offset, mask, residual, *map(ints, numbers), *epilogue_numbers(eps, activation)
+        )
+        return y if after is None else after.torch(y)
+
+    def on_torch(self, tensors: Any, numbers: tuple[Any, ...]) -> Tensor:
+        given, _, eps, activation = numbers
+        x, weight, bias, *_, offset, mask, _ = tensors
+        y = deform_on_torch(x, offset, mask, weight, bias, _geometry(x, offset, mask, weight, *given))
+        return _epilogue(tensors, eps, activation).torch(y)
+
+    def cost(self, tensors: Any, parsed: DeformCall) -> Cost:
+        return Cost(parsed.geometry.bytes(tensors[0].element_size()), parsed.geometry.macs, parsed.geometry.conv)
+
+    def observed(self, resolved: Any, tensors: Any, numbers: tuple[Any, ...], parsed: DeformCall) -> Any:
+        # Without an example: no one measures it beside a convolution.
+        after = _epilogue(tensors, parsed.eps, parsed.activation).describe()
+        return replace(super().observed(resolved, tensors, numbers, parsed), conditions=after)
+
+    def face(self, tensors: Any, numbers: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        from tritonconv import functional
+
+        x, weight, bias, *norm, offset, mask, residual = tensors
+        if any(t is not None for t in (*norm, residual)) or numbers[3] is not None:
+            return super().face(tensors, numbers)
+        return functional.deform_conv2d, (x, offset, weight, bias, *numbers[0], mask), {}
+
+
+def _epilogue(tensors: Any, eps: float, activation: ActivationSpec | None) -> Epilogue:
+    bias, mean, var, weight, shift = tensors[2:7]
+    norm = None if mean is None or var is None else BatchNorm(mean, var, weight, shift, eps)
+    return Epilogue(bias, norm, tensors[9], activation)
+
+
+DEFORM = Deform("deform_conv2d")
 
 
 def deform_convolution(
@@ -48,168 +249,8 @@ def deform_convolution(
         numbers: (stride, padding, dilation).
         backend: the layer's own choice.
     """
-    _check_tensors(op, input=x, offset=offset, weight=weight, mask=mask, bias=epilogue.bias, residual=epilogue.residual)
-    # Offsets and mask keep their type: places in fp32 stay so fine.
-    x, weight, epilogue = autocast(x, weight, epilogue)
-    geometry = _geometry(x, offset, mask, weight, *numbers)
-    check_deform(op, x, offset, mask, weight, epilogue, geometry)
-    tensors = tuple(t for t in (x, offset, mask, weight, *epilogue.tensors()) if t is not None)
-    residual = epilogue.residual
-    missing = None
-    if residual is not None and residual.dtype != x.dtype:
-        missing = f"a residual of {residual.dtype} under an input of {x.dtype} has no kernel"
-    refused = decide(tensors, backend, lambda: str(geometry), missing)
-
-    def seen() -> Call:
-        copies = hidden_copies(x, weight) if refused is None else 0
-        decision = Decision("torch", refused.reason) if refused else Decision("triton", "deform_conv", copies)
-        size = geometry.bytes(x.element_size())
-        # Without an example: no one measures it beside a convolution.
-        return Call(op, decision, geometry.conv, geometry.macs, size, x.dtype, x.device, None, epilogue.describe())
-
-    if notify(seen) or refused is not None:
-        return epilogue.torch(deform_on_torch(x, offset, mask, weight, epilogue.bias, geometry))
-    if needs_gradients(tensors):
-        return epilogue.torch(_operator(x, offset, mask, weight, Epilogue(epilogue.bias), numbers))
-    if is_traced(tensors):
-        return _operator(x, offset, mask, weight, epilogue, numbers)
-    return deform_forward(x, offset, mask, weight, epilogue, geometry)
-
-
-def _check_tensors(op: str, **tensors: object) -> None:
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor) and not (value is None and name in ("mask", "bias", "residual")):
-            raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
-
-
-def _geometry(
-    x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, stride: Any, padding: Any, dilation: Any
-) -> DeformGeometry:
-    return DeformGeometry.parse(
-        x.shape, offset.shape, weight.shape, None if mask is None else mask.shape, stride=stride, padding=padding,
-        dilation=dilation,
-    )  # fmt: skip
-
-
-def _operator(
-    x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, epilogue: Epilogue, numbers: Numbers
-) -> Tensor:
-    (*vectors, residual), epilogue_numbers = taken_apart(epilogue)
-    stride, padding, dilation = (ints(value) for value in numbers)
-    result: Tensor = torch.ops.tritonconv.deform_conv2d(
-        x, weight, *vectors, offset, mask, residual, stride=stride, padding=padding, dilation=dilation, **epilogue_numbers
-    )
-    return result
-
-
-@torch.library.custom_op("tritonconv::deform_conv2d", mutates_args=())
-def deform(
-    x: Tensor, weight: Tensor, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    bn_weight: Tensor | None, bn_bias: Tensor | None, offset: Tensor, mask: Tensor | None, residual: Tensor | None, *,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], eps: float, activation: str, a: float, b: float,
-) -> Tensor:  # fmt: skip
-    """act(bn(deformable convolution + bias) + residual), on Triton alone; `activation` is a name or ""."""
-    vectors = (bias, running_mean, running_var, bn_weight, bn_bias, residual)
-    epilogue = put_together(vectors, eps=eps, activation=activation, a=a, b=b)
-    geometry = _geometry(x, offset, mask, weight, list(stride), list(padding), list(dilation))
-    check_deform("tritonconv::deform_conv2d", x, offset, mask, weight, epilogue, geometry)
-    return deform_forward(x, offset, mask, weight, epilogue, geometry)
-
-
-@deform.register_fake
-def _(
-    x: Tensor, weight: Tensor, *tensors: Any, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    **_numbers: Any,
-) -> Tensor:  # fmt: skip
-    offset, mask = tensors[5], tensors[6]
-    geometry = _geometry(x, offset, mask, weight, list(stride), list(padding), list(dilation))
-    shape = geometry.conv.output_shape
-    return empty_output(x, shape, suggests_channels_last(x) or suggests_channels_last(weight), x.dtype)
-
-
-@torch.library.custom_op("tritonconv::deform_conv2d_backward", mutates_args=())
-def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, *, needs: Sequence[bool],
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of tritonconv::deform_conv2d's x, weight, bias, offset and mask on Triton alone; empty if not needed.
-
-    The first one is added up as `set_scatter` and torch.use_deterministic_algorithms have it at the call.
-    """
-    g = _geometry(x, offset, mask, weight, list(stride), list(padding), list(dilation))
-    need_x, need_weight, need_bias, need_offset, need_mask = needs
-    dx = dw = db = d_offset = d_mask = None
-    if need_x or need_offset or need_mask:
-        wanted = Wanted(need_x, need_offset, need_mask)
-        dx, d_offset, d_mask = deform_dgrad(
-            dy, x, offset, mask, weight, g, wanted, suggests_channels_last(x), current_scatter()
-        )
-    if need_weight:
-        dw = deform_wgrad(dy, x, offset, mask, g, suggests_channels_last(weight))
-    if need_bias:
-        db = bias_gradient(dy)
-    dx, dw, db, d_offset, d_mask = (dy.new_empty(0) if t is None else t for t in (dx, dw, db, d_offset, d_mask))
-    return dx, dw, db, d_offset, d_mask
-
-
-@backward.register_fake
-def _(
-    dy: Tensor, x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, *, needs: Sequence[bool], **_numbers: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(t: Tensor | None, need: bool) -> Tensor:
-        if t is None or not need:
-            return dy.new_empty(0)
-        return empty_output(t, tuple(t.shape), suggests_channels_last(t), t.dtype)
-
-    db = dy.new_empty(weight.shape[0] if needs[2] else 0)
-    return like(x, needs[0]), like(weight, needs[1]), db, like(offset, needs[3]), like(mask, needs[4])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:  # noqa: ARG001
-    x, weight, _, *norm, offset, mask, residual = inputs
-    ctx.numbers = {name: keyword_only_inputs[name] for name in ("stride", "padding", "dilation")}
-    ctx.fused = any(t is not None for t in (*norm, residual)) or bool(keyword_only_inputs["activation"])
-    # No samples: they are computed again.
-    ctx.save_for_backward(x, weight, offset, mask)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.fused:
-        raise not_built("tritonconv::deform_conv2d", "a deformable convolution")
-    need = ctx.needs_input_grad
-    needs = [need[0], need[1], need[2], need[7], need[8]]
-    found = torch.ops.tritonconv.deform_conv2d_backward(dy, *ctx.saved_tensors, needs=needs, **ctx.numbers)
-    dx, dw, db, d_offset, d_mask = (t if n else None for t, n in zip(found, needs, strict=True))
-    return dx, dw, db, None, None, None, None, d_offset, d_mask, None
-
-
-deform.register_autograd(_backward, setup_context=_save)
-register_autocast(torch.ops.tritonconv.deform_conv2d)
-
-
-def _macs(
-    x: Sequence[int], weight: Sequence[int], offset: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int]:  # fmt: skip
-    """Multiply-adds of the products, and all."""
-    g = DeformGeometry.parse(x, offset, weight, stride=list(stride), padding=list(padding), dilation=list(dilation))
-    return g.conv.macs, g.macs
-
-
-@register_flop_formula([torch.ops.tritonconv.deform_conv2d])
-def _flops(
-    x: Sequence[int], weight: Sequence[int], *shapes: Any, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], **_numbers: Any,
-) -> int:  # fmt: skip
-    return 2 * _macs(x, weight, shapes[5], stride, padding, dilation)[1]
-
-
-@register_flop_formula([torch.ops.tritonconv.deform_conv2d_backward])
-def _backward_flops(
-    _dy: Sequence[int], x: Sequence[int], weight: Sequence[int], offset: Sequence[int], *_shapes: Any,
-    needs: Sequence[bool], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], **_numbers: Any,
-) -> int:  # fmt: skip
-    products, every = _macs(x, weight, offset, stride, padding, dilation)
-    samples = every - products
-    inner = needs[0] or needs[3] or needs[4]
-    return 2 * math.floor(products * (inner + needs[1]) + samples * (needs[0] + (needs[3] or needs[4]) + needs[1]))
+    norm = epilogue.batch_norm
+    tensors = (x, weight, epilogue.bias, *((None,) * 4 if norm is None else norm[:4]), offset, mask, epilogue.residual)
+    eps = 0.0 if norm is None else norm.eps
+    y: Tensor = DEFORM(tensors, (numbers, op, eps, epilogue.activation), backend)
+    return y

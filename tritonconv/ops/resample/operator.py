@@ -1,31 +1,164 @@
-"""Resampling for callers: who runs it, and the operators that compilers and autograd see.
-
-Calls that need no gradient and that no one traces go past the operators, straight to the launches (ops/resample/launch.py).
-"""
+"""Resampling: its operators, which are linear and one another's gradients, and who runs a call of `interpolate`."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from tritonconv.geometry.resampling import ResampleGeometry, Resampling
 from tritonconv.ops.adaptive.operator import adaptive_pool
-from tritonconv.ops.conv.registered import is_traced
-from tritonconv.ops.core.backend import Backend, decide, needs_gradients
-from tritonconv.ops.core.layout import empty_output, reads_in_place, suggests_channels_last
-from tritonconv.ops.core.observe import Call, Decision, notify
+from tritonconv.ops.core.backend import Backend
+from tritonconv.ops.core.family import Cost, Family, Unsupported
+from tritonconv.ops.core.layout import empty_output, suggests_channels_last
+from tritonconv.ops.core.operator import Operator
 from tritonconv.ops.resample.launch import resample_forward, resample_gradient
 
-__all__ = ["interpolate"]
+__all__ = ["INTERPOLATE", "RESAMPLE", "RESAMPLE_BACKWARD", "interpolate"]
 
 # Linear ones by the axes that they are for.
 LINEAR = {"linear": 1, "bilinear": 2, "trilinear": 3}
 MODES = ("nearest", "nearest-exact", "area", *LINEAR)
+
+
+@functools.lru_cache(maxsize=4096)
+def _geometry(
+    shape: tuple[int, ...], output: tuple[int, ...], factors: tuple[float, ...] | None, mode: Resampling
+) -> ResampleGeometry:
+    return ResampleGeometry.parse(shape, output, factors, mode)
+
+
+def _of_operator(sizes: Sequence[int], output: Sequence[int], factors: Sequence[float], mode: str) -> ResampleGeometry:
+    _check(sizes, output, factors, mode)
+    return _geometry(tuple(sizes), tuple(output), tuple(factors) or None, mode)
+
+
+def _check(sizes: Sequence[int], output: Sequence[int], factors: Sequence[float], mode: str) -> None:
+    """Raise RuntimeError for what the kernels cannot be given."""
+    nd = len(sizes) - 2
+    fits = nd in (1, 2, 3) and len(output) == nd and len(factors) in (0, nd) and mode in get_args(Resampling)
+    if not fits or any(n < 1 for n in (*sizes, *output)):
+        raise RuntimeError(
+            f"tritonconv::resample: expected input (N, C, *spatial), a positive size and perhaps a factor for each spatial "
+            f"axis, and a mode of {', '.join(get_args(Resampling))}, but got input {list(sizes)}, size {list(output)}, "
+            f"factors {list(factors)} and mode {mode!r}"
+        )
+
+
+def _forward(x: Tensor, output_size: Sequence[int], factors: Sequence[float], mode: str) -> Tensor:
+    """x (N, C, *spatial) at `output_size` results, on Triton alone; factors: those of the scale, or none."""
+    return resample_forward(x, _of_operator(x.shape, output_size, factors, mode))
+
+
+def _outputs(x: Tensor, output_size: Sequence[int], factors: Sequence[float], mode: str) -> Tensor:
+    _check(x.shape, output_size, factors, mode)
+    return empty_output(x, (*x.shape[:2], *output_size), suggests_channels_last(x), x.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    # The gradient does not look at the input.
+    x, _, ctx.factors, ctx.mode = inputs
+    ctx.sizes, ctx.channels_last = tuple(x.shape), suggests_channels_last(x)
+
+
+def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    return [RESAMPLE_BACKWARD(dy, ctx.sizes, tuple(ctx.factors), ctx.mode, ctx.channels_last)]
+
+
+RESAMPLE = Operator("resample", _forward, _outputs, save=_save, backward=_backward)
+
+
+def _gradient(dy: Tensor, sizes: Sequence[int], factors: Sequence[float], mode: str, channels_last: bool) -> Tensor:
+    """The gradient of an input of these sizes, in that format, on Triton alone."""
+    return resample_gradient(dy, _of_operator(sizes, dy.shape[2:], factors, mode), channels_last)
+
+
+def _gradient_outputs(dy: Tensor, sizes: Sequence[int], _factors: Any, _mode: str, channels_last: bool) -> Tensor:
+    return empty_output(dy, tuple(sizes), channels_last, dy.dtype)
+
+
+def _gradient_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    dy, _, ctx.factors, ctx.mode, _ = inputs
+    ctx.output = tuple(dy.shape[2:])
+
+
+def _gradient_backward(ctx: Any, ddx: Tensor) -> list[Tensor | None]:
+    return [RESAMPLE(ddx, ctx.output, tuple(ctx.factors), ctx.mode)]
+
+
+RESAMPLE_BACKWARD = Operator(
+    "resample_backward", _gradient, _gradient_outputs, save=_gradient_save, backward=_gradient_backward
+)
+
+
+class ResampleCall(NamedTuple):
+    """A call that parsed."""
+
+    output: tuple[Any, ...]
+    factors: tuple[float, ...]
+    """Those that count for the scale."""
+    mode: Resampling
+    geometry: ResampleGeometry | None
+    """None under torch.compile."""
+
+
+class Interpolate(Family[ResampleCall]):
+    """torch.nn.functional.interpolate; a call's numbers are its arguments after the input, in a tuple."""
+
+    def parse(self, tensors: Any, numbers: tuple[Any, ...]) -> ResampleCall | Unsupported:
+        (x,), (size, scale_factor, mode, align_corners, recompute, antialias) = tensors, numbers[0]
+        if x.dim() not in (3, 4, 5):
+            return Unsupported()
+        found = _sizes(x, size, scale_factor, recompute)
+        reason = _why_unsupported(x, found, mode, align_corners, antialias)
+        if reason is not None or found is None:
+            return Unsupported(reason or "")
+        output, factors = found
+        kind: Resampling = mode
+        if mode in LINEAR:
+            kind = "linear-corners" if align_corners else "linear"
+        geometry = None
+        if not torch.compiler.is_compiling():
+            # Torch says best what is wrong, and where there is no element there is nothing to compute.
+            try:
+                geometry = _geometry(tuple(x.shape), output, factors, kind)
+            except (TypeError, ValueError):
+                return Unsupported()
+        return ResampleCall(output, factors or (), kind, geometry)
+
+    def why_unsupported(self, tensors: Any, parsed: ResampleCall) -> str | None:  # noqa: ARG002
+        return None if parsed.geometry is None else parsed.geometry.limit
+
+    def describe(self, tensors: Any, numbers: tuple[Any, ...], parsed: ResampleCall | None) -> str:
+        known = None if parsed is None else parsed.geometry
+        return f"interpolate: {known or f'{numbers[0][2]} of {list(tensors[0].shape)}'}"
+
+    def op(self, numbers: tuple[Any, ...]) -> str:
+        return f"interpolate {numbers[0][2]}"
+
+    def run(self, tensors: Any, parsed: ResampleCall) -> Tensor:
+        y: Tensor = RESAMPLE(tensors[0], parsed.output, parsed.factors, parsed.mode)
+        return y
+
+    def on_torch(self, tensors: Any, numbers: tuple[Any, ...]) -> Tensor:
+        y: Tensor = torch.nn.functional.interpolate(tensors[0], *numbers[0])
+        return y
+
+    def cost(self, tensors: Any, parsed: ResampleCall) -> Cost:
+        g = parsed.geometry
+        return Cost(0 if g is None else (g.elements + g.results) * tensors[0].element_size())
+
+    def face(self, tensors: Any, numbers: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        from tritonconv import functional
+
+        return functional.interpolate, (*tensors, *numbers[0]), {}
+
+
+INTERPOLATE = Interpolate("interpolate")
 
 
 def interpolate(
@@ -33,56 +166,18 @@ def interpolate(
     recompute_scale_factor: Any = None, antialias: Any = False, backend: Backend | None = None,
 ) -> Tensor:  # fmt: skip
     """torch.nn.functional.interpolate; `backend` is the layer's own choice."""
-    arguments = (size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
-    if not isinstance(x, Tensor) or x.dim() not in (3, 4, 5):
-        return _on_torch(x, arguments)
-    compiling = torch.compiler.is_compiling()
-    found = _sizes(x, size, scale_factor, recompute_scale_factor)
-    missing = _missing(x, found, mode, align_corners, antialias)
-    geometry = None
-    if missing is None:
-        assert found is not None
-        if mode == "area":
+    if mode == "area" and isinstance(x, Tensor) and x.dim() in (3, 4, 5) and not antialias and align_corners is None:
+        found = _sizes(x, size, scale_factor, recompute_scale_factor)
+        if found is not None:
             # The very function that torch calls.
             means: Tensor = adaptive_pool("avg", x, found[0], x.dim() - 2, backend=backend)
             return means
-        if not compiling:
-            # Torch says best what is wrong, and where there is no element there is nothing to compute.
-            try:
-                geometry = _geometry(tuple(x.shape), *found, _mode(mode, align_corners))
-            except (TypeError, ValueError):
-                return _on_torch(x, arguments)
-            missing = geometry.limit
-    result = None
-    if missing is not None and geometry is None:
-        # Torch judges arguments first, and where it finds nothing wrong, its result is no silent one.
-        result = _on_torch(x, arguments)
-    refused = decide((x,), backend, lambda: f"interpolate: {geometry or f'{mode} of {list(x.shape)}'}", missing)
-    observed = notify(lambda: _as_call(x, geometry, mode, refused and refused.reason))
-    if refused is not None or observed:
-        return _on_torch(x, arguments) if result is None else result
-
-    assert found is not None
-    output, factors = found
-    if is_traced((x,)) or needs_gradients((x,)):
-        y: Tensor = torch.ops.tritonconv.resample(x, output, factors or (), _mode(mode, align_corners))
-        return y
-    assert geometry is not None
-    return resample_forward(x, geometry)
-
-
-def _on_torch(x: Any, arguments: tuple[Any, ...]) -> Tensor:
-    y: Tensor = torch.nn.functional.interpolate(x, *arguments)
+    numbers = (size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
+    y: Tensor = INTERPOLATE((x,), (numbers,), backend)
     return y
 
 
-def _mode(mode: str, align_corners: Any) -> Resampling:
-    if mode in LINEAR:
-        return "linear-corners" if align_corners else "linear"
-    return mode  # type: ignore[return-value]
-
-
-def _missing(x: Tensor, found: Any, mode: Any, align_corners: Any, antialias: Any) -> str | None:
+def _why_unsupported(x: Tensor, found: Any, mode: Any, align_corners: Any, antialias: Any) -> str | None:
     """Why no kernel takes these arguments; what is no argument of torch's is for it to say."""
     if mode == "bicubic" or mode == "lanczos":
         return f"mode {mode!r} has no kernel"
@@ -112,73 +207,3 @@ def _sizes(x: Tensor, size: Any, factor: Any, recompute: Any) -> tuple[tuple[Any
         return None
     sizes = tuple(torch.sym_int(n * f) for n, f in zip(x.shape[2:], map(float, given), strict=True))
     return sizes, None if recompute else tuple(map(float, given))
-
-
-@functools.lru_cache(maxsize=4096)
-def _geometry(
-    shape: tuple[int, ...], output: tuple[int, ...], factors: tuple[float, ...] | None, mode: Resampling
-) -> ResampleGeometry:
-    return ResampleGeometry.parse(shape, output, factors, mode)
-
-
-def _as_call(x: Tensor, geometry: ResampleGeometry | None, mode: str, refused: str | None) -> Call:
-    size = 0 if geometry is None else (geometry.elements + geometry.results) * x.element_size()
-    if refused is not None or geometry is None:
-        decision = Decision("torch", refused or "")
-    else:
-        decision = Decision("triton", "resample", int(not reads_in_place(x, suggests_channels_last(x))))
-    return Call(f"interpolate {mode}", decision, None, 0, size, x.dtype, x.device, None, "")
-
-
-def _of_operator(sizes: Sequence[int], output: Sequence[int], factors: Sequence[float], mode: str) -> ResampleGeometry:
-    _check(sizes, output, factors, mode)
-    return _geometry(tuple(sizes), tuple(output), tuple(factors) or None, mode)
-
-
-def _check(sizes: Sequence[int], output: Sequence[int], factors: Sequence[float], mode: str) -> None:
-    """Raise RuntimeError for what the kernels cannot be given."""
-    nd = len(sizes) - 2
-    fits = nd in (1, 2, 3) and len(output) == nd and len(factors) in (0, nd) and mode in get_args(Resampling)
-    if not fits or any(n < 1 for n in (*sizes, *output)):
-        raise RuntimeError(
-            f"tritonconv::resample: expected input (N, C, *spatial), a positive size and perhaps a factor for each spatial "
-            f"axis, and a mode of {', '.join(get_args(Resampling))}, but got input {list(sizes)}, size {list(output)}, "
-            f"factors {list(factors)} and mode {mode!r}"
-        )
-
-
-@torch.library.custom_op("tritonconv::resample", mutates_args=())
-def resample(x: Tensor, output_size: Sequence[int], factors: Sequence[float], mode: str) -> Tensor:
-    """x (N, C, *spatial) at `output_size` results, on Triton alone; factors: those of the scale, or none."""
-    return resample_forward(x, _of_operator(x.shape, output_size, factors, mode))
-
-
-@resample.register_fake
-def _(x: Tensor, output_size: Sequence[int], factors: Sequence[float], mode: str) -> Tensor:
-    _check(x.shape, output_size, factors, mode)
-    return empty_output(x, (*x.shape[:2], *output_size), suggests_channels_last(x), x.dtype)
-
-
-@torch.library.custom_op("tritonconv::resample_backward", mutates_args=())
-def resample_backward(dy: Tensor, sizes: Sequence[int], factors: Sequence[float], mode: str, channels_last: bool) -> Tensor:
-    """The gradient of an input of these sizes, in that format, on Triton alone."""
-    return resample_gradient(dy, _of_operator(sizes, dy.shape[2:], factors, mode), channels_last)
-
-
-@resample_backward.register_fake
-def _(dy: Tensor, sizes: Sequence[int], factors: Sequence[float], mode: str, channels_last: bool) -> Tensor:  # noqa: ARG001
-    return empty_output(dy, tuple(sizes), channels_last, dy.dtype)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    # The gradient does not look at the input.
-    x, _, ctx.factors, ctx.mode = inputs
-    ctx.sizes, ctx.channels_last = tuple(x.shape), suggests_channels_last(x)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-    dx = torch.ops.tritonconv.resample_backward(dy, ctx.sizes, ctx.factors, ctx.mode, ctx.channels_last)
-    return dx, None, None, None
-
-
-resample.register_autograd(_backward, setup_context=_save)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tritonconv.geometry import power, power_of_two_divisor
 from tritonconv.ops.batch_norm.launch import View
-from tritonconv.ops.conv.target import average
+from tritonconv.ops.conv.target import Sums, pixel_means
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.launch import Launch, activation_constants, device_of, launch
 from tritonconv.ops.core.layout import as_format, empty_output, is_dense, suggests_channels_last, wide
@@ -110,5 +110,5 @@ def scale_gradients(
     launch(Launch(scale_backward_kernel, blocks * view.tiles(config), arguments, None, config), x.device)
     dgate = None
     if sums is not None:
-        dgate = average(sums, (*gate.shape,), 1, blocks // view.runs, 1, gate.dtype)
+        dgate = pixel_means(Sums(sums, 1, blocks // view.runs), tuple(gate.shape), gate.dtype)
     return dx, dgate
