@@ -76,11 +76,11 @@ def prefers_bands(view: View, dtype: torch.dtype, pass_: Pass = "fprop", tf32: b
     bands = Problem(f"depthwise_bands{last}", g, name, tf32, True, device, pass_)
     seconds = predict(bands, choose(bands)).seconds
     if view.channels_last:
-        seconds += copying(view, device)
+        seconds += copy_seconds(view, device)
     return bool(MARGIN * seconds < predict(direct, choose(direct)).seconds)
 
 
-def copying(view: View, device: Device) -> float:
+def copy_seconds(view: View, device: Device) -> float:
     """Seconds that both images take to be copied from one format to the other."""
     x, _, y = view.conv.elements()
     return 2 * (x + y) * view.itemsize / device.bandwidth + 2 * LAUNCH
