@@ -27,11 +27,13 @@ from tritonconv.bench.dry import dry_records, small_jobs, verdict
 from tritonconv.bench.results import Results, is_peer, read_records
 from tritonconv.bench.run import columns_of, dry_run, measure, summary
 from tritonconv.bench.sanitize import sanitize_jobs
-from tritonconv.bench.session import Job, Session, track
+from tritonconv.bench.session import Job, Session
+from tritonconv.bench.tune import case_compilations
 from tritonconv.measure import check, clock
 from tritonconv.measure.ahead import compile_ahead
 from tritonconv.measure.clock import Timing, copies_for_cold_cache
-from tritonconv.measure.tune import case_compilations
+from tritonconv.measure.progress import track
+from tritonconv.measure.torch_settings import set_tf32, without_tf32
 from tritonconv.measure.worker import Worker, WorkerError
 from tritonconv.ops.core.launch import forced, precision
 from tritonconv.tuning import device_named
@@ -230,7 +232,7 @@ def test_a_layer_that_is_wrong_is_reported_and_never_timed(monkeypatch: pytest.M
 
     monkeypatch.setattr(operation, "ours", off_by_one_pixel)
     monkeypatch.setattr(layers, "time_layer", lambda *_: pytest.fail("it was timed"))
-    monkeypatch.setattr(layers, "ready", lambda: "cpu")
+    monkeypatch.setattr(layers, "prepare_torch", lambda: "cpu")
     record = layers.measure_layer(SMALL, layers.OURS, None)
     assert record["status"] == "wrong" and "relative error" in record["reason"] and not record["timed"]
     assert layers.check_layer(SMALL, None, True)["status"] == "wrong"
@@ -347,10 +349,10 @@ def test_large_results_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("on", [True, False])
 def test_torchs_switches_of_tf32_agree(on: bool) -> None:
     """torch.compile reads the older ones, and torch raises where they contradict the newer."""
-    layers.set_tf32(on)
+    set_tf32(on)
     assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is on
     assert (precision(torch.float32, "conv"), precision(torch.float32, "matmul")) == (("tf32" if on else "ieee",) * 2)
-    with layers.exactly():
+    with without_tf32():
         assert precision(torch.float32, "conv") == "ieee" and not torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is on
 
@@ -583,14 +585,14 @@ def stub_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         calls[0]()
         return Timing(1.0, 0.9, 1.1, 9, "graph")
 
-    for module in ("layers", "networks", "tune"):
-        monkeypatch.setattr(f"tritonconv.bench.{module}.time_calls", time_calls)
+    for module in ("bench.layers", "bench.networks", "measure.tune"):
+        monkeypatch.setattr(f"tritonconv.{module}.time_calls", time_calls)
     for module in ("layers", "networks"):
         monkeypatch.setattr(f"tritonconv.bench.{module}.can_time", lambda: True)
-        monkeypatch.setattr(f"tritonconv.bench.{module}.ready", lambda: "cpu")
+        monkeypatch.setattr(f"tritonconv.bench.{module}.prepare_torch", lambda: "cpu")
         monkeypatch.setattr(f"tritonconv.bench.{module}.peak_memory", lambda _: 1000)
         monkeypatch.setattr(f"tritonconv.bench.{module}.copies_for_cold_cache", lambda *_, **__: 2)
-    monkeypatch.setattr("tritonconv.measure.tune.ready", lambda: "cpu")
+    monkeypatch.setattr("tritonconv.bench.tune.prepare_torch", lambda: "cpu")
     monkeypatch.setattr("tritonconv.measure.tune.copies_for_cold_cache", lambda *_: 1)
     monkeypatch.setattr("tritonconv.bench.run.can_time", lambda: True)
     monkeypatch.setattr("tritonconv.bench.run.this_device", lambda: H200)
@@ -680,9 +682,9 @@ import functools, sys
 from pathlib import Path
 import torch, triton
 from rich.console import Console
-from tritonconv.measure.ahead import case_launches, compile_ahead
+from tritonconv.measure.ahead import compile_ahead
 from tritonconv.measure.offline import IdleDriver
-from tritonconv.bench.registry import operations
+from tritonconv.bench.registry import case_launches, operations
 from tritonconv.ops.core.launch import captured, forced
 from tritonconv.ops.core.launch import forced
 from tritonconv.tuning import device_named

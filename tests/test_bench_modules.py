@@ -16,7 +16,7 @@ from tritonconv.bench import architectures
 from tritonconv.bench.architectures import resnet
 from tritonconv.bench.architectures.convnext import ConvNeXtBlock
 from tritonconv.bench.architectures.layers import StochasticDepth
-from tritonconv.bench.modules import MODULES, OWN, Factory, ModuleCase, installed, module_cases, settle
+from tritonconv.bench.modules import MODULES, OWN, Factory, ModuleCase, calibrate_batch_norms, installed, module_cases
 
 # Published by the libraries that have the model, DeepLab's less its auxiliary head (42,004,074 - 2,365,205). U-Net's is
 # counted from the paper's figure, with three channels of the image and batch norm in the place of each bias.
@@ -111,7 +111,7 @@ def test_own_definitions_train_and_infer(case: ModuleCase) -> None:
     y.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():
-        z = settle(model, x).eval()(x)
+        z = calibrate_batch_norms(model, x).eval()(x)
     assert z.shape == y.shape and z.isfinite().all()
     # Different images give different results: nothing has faded away on the way.
     assert (z[0] - z[1]).abs().max() > 0.01 * z.abs().max()
@@ -121,7 +121,7 @@ def test_own_definitions_train_and_infer(case: ModuleCase) -> None:
 def test_converted_own_definitions_compute_the_same(case: ModuleCase) -> None:
     model, x = randomize(case.make(own=True)), tiny(case, 1)
     # Of two images, some channels would have hardly any variance to divide by.
-    settle(model, tiny(case, 4))
+    calibrate_batch_norms(model, tiny(case, 4))
     for module in model.modules():
         if isinstance(module, ConvNeXtBlock):
             # As they begin, such blocks add a millionth of what they compute.
@@ -218,7 +218,7 @@ def test_stochastic_depth_keeps_the_mean() -> None:
 def test_settling_leaves_nothing_else_behind() -> None:
     model = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout(), nn.InstanceNorm2d(2).eval())
     x = torch.randn(4, 2, 3, 3)
-    assert settle(model, x) is model
+    assert calibrate_batch_norms(model, x) is model
     assert [module.training for module in model.modules()] == [True, True, True, False]
     assert model[0].momentum == 0.1
     torch.testing.assert_close(model[0].running_mean, x.mean((0, 2, 3)))

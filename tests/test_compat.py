@@ -59,7 +59,7 @@ def choices() -> list[Choice]:
 @pytest.mark.parametrize("choice", choices(), ids=str)
 def test_small_layers_are_right(choice: Choice, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     # Settings of the process stay as they are.
-    monkeypatch.setattr(layers, "ready", lambda: device)
+    monkeypatch.setattr(layers, "prepare_torch", lambda: device)
     monkeypatch.setattr(layers, "set_tf32", lambda _: None)
     with torch.no_grad(), record_launches() as launches:
         found = layers.check_layer(choice.case, None, choice.channels_last)

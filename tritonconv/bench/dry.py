@@ -13,9 +13,10 @@ from torch import Tensor
 from tritonconv.bench.cases import Case
 from tritonconv.bench.layers import COLUMNS, OURS, seconds_at_least
 from tritonconv.bench.registry import operation_for, operations
-from tritonconv.bench.session import Job, track
+from tritonconv.bench.session import Job
 from tritonconv.bench.suites import is_selected, layer_jobs
-from tritonconv.measure.ahead import pool
+from tritonconv.measure.ahead import compile_pool
+from tritonconv.measure.progress import track
 from tritonconv.ops.core.launch import Launch
 from tritonconv.tuning import Device, device_named
 from tritonconv.tuning.configs import name_of
@@ -71,7 +72,7 @@ def predicted(launch: Launch, device: Device) -> Prediction:
 
 def dry_records(cases: Sequence[Case], target: str, console: Console) -> list[dict[str, Any]]:
     """`predict_layer` of all cases, in parallel processes."""
-    with pool() as processes:
+    with compile_pool() as processes:
         found = processes.map(predict_layer, cases, [target] * len(cases))
         return list(track(found, len(cases), "compiling", console))
 

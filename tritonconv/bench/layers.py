@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +15,14 @@ from tritonconv.bench.registry import Operation, dtype_of, operations
 from tritonconv.bench.results import OURS
 from tritonconv.measure.check import Comparison, compare
 from tritonconv.measure.clock import can_time, copies_for_cold_cache, peak_memory, time_calls
+from tritonconv.measure.torch_settings import prepare_torch, set_tf32, without_tf32
 from tritonconv.ops.core.backend import set_backend
 from tritonconv.ops.core.launch import device_of, forced, record_launches
 from tritonconv.tuning import Device, products_of
 
 __all__ = [
-    "COLUMNS", "HOPPER", "OURS", "Ceilings", "Layer", "check_layer", "exactly", "measure_ceilings", "measure_layer",
-    "prepare_layer", "ready", "seconds_at_least", "set_tf32", "without_search",
+    "COLUMNS", "HOPPER", "OURS", "Ceilings", "Layer", "check_layer", "measure_ceilings", "measure_layer", "prepare_layer",
+    "seconds_at_least",
 ]  # fmt: skip
 
 Ceilings = dict[str, float]
@@ -35,25 +35,6 @@ COMPILE_MODES = {"compile": "default", "compile max-autotune": "max-autotune-no-
 
 # References of more multiply-adds are computed in fp32: fp64 would take longer than all the timing.
 BIG = 2 * 10**12
-
-
-def ready() -> str:
-    """The device that layers run on here, after torch is told how peers are measured."""
-    torch.backends.cudnn.benchmark = True
-    torch.set_grad_enabled(False)
-    if can_time():
-        return "cuda"
-    torch.set_num_threads(1)
-    return "cpu"
-
-
-def set_tf32(on: bool) -> None:
-    """The same TF32 setting for torch and for us.
-
-    By the older switches, which set the newer `fp32_precision` too: torch.compile reads either (up to torch 2.13 at least),
-    and fails where they contradict each other.
-    """
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = on
 
 
 def measure_layer(case: Case, column: str, ceilings: Ceilings | None, seconds: float = 0.2) -> dict[str, Any]:
@@ -90,7 +71,7 @@ class Layer:
 
 def prepare_layer(case: Case, column: str) -> Layer:
     """Make a layer's tensors, compute it in the column's way and compare that with the reference."""
-    place = ready()
+    place = prepare_torch()
     set_tf32(case.tf32)
     operation = operations()[case.kind]
     torch.manual_seed(0)
@@ -130,34 +111,10 @@ def reference_of(operation: Operation, case: Case, tensors: tuple[Tensor, ...]) 
         _references.clear()
         macs, _ = operation.count(case)
         wide = torch.float32 if macs > BIG and case.dtype in ("bf16", "fp16") else torch.float64
-        with exactly():
+        with without_tf32():
             reference = operation.reference(case, *(t.to(wide) for t in tensors))
         _references[case] = reference
     return reference
-
-
-@contextmanager
-def without_search() -> Iterator[None]:
-    """For what runs once: a search among cuDNN's algorithms takes longer than any of them."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-@contextmanager
-def exactly() -> Iterator[None]:
-    """For references in fp32: no TF32 either."""
-    # Only the newer switches can be read whatever was set before.
-    convolutions = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    products = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    set_tf32(False)
-    try:
-        with without_search():
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 # Of the layer that is measured just now: its inputs are the same numbers whichever way it is computed.
@@ -193,7 +150,7 @@ def seconds_at_least(macs: int, size: int, case: Case, device: Device, ceilings:
 
 def check_layer(case: Case, config: Any, channels_last: bool) -> dict[str, Any]:
     """Whether a layer is right with this config (None: the chosen one), twice the same, and writes all of its output."""
-    place = ready()
+    place = prepare_torch()
     set_tf32(case.tf32)
     operation = operations()[case.kind]
     torch.manual_seed(0)
@@ -214,7 +171,7 @@ def check_layer(case: Case, config: Any, channels_last: bool) -> dict[str, Any]:
 
 def measure_ceilings() -> Ceilings:
     """What this device sustains, through torch: a large copy, and large matrix products of random data."""
-    ready()
+    prepare_torch()
     x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
     y = torch.empty_like(x)
     copy = time_calls([lambda: y.copy_(x)], seconds=0.3)

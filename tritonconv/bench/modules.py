@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tritonconv.bench import architectures
 
-__all__ = ["MODULES", "OWN", "Factory", "ModuleCase", "Suite", "module_cases", "settle"]
+__all__ = ["MODULES", "OWN", "Factory", "ModuleCase", "Suite", "calibrate_batch_norms", "module_cases"]
 
 Suite = Literal["blocks", "models"]
 
@@ -198,7 +198,7 @@ def module_cases(suite: Suite) -> list[ModuleCase]:
     return [case for case in CASES if case.suite == suite]
 
 
-def settle(model: nn.Module, images: Tensor) -> nn.Module:
+def calibrate_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
     """The same model, whose batch norms now have the statistics of these images, as those of a trained one would.
 
     With the statistics that it starts with, an untrained network in eval mode fades or grows layer by layer: EfficientNet
@@ -211,7 +211,7 @@ def settle(model: nn.Module, images: Tensor) -> nn.Module:
     Returns:
         `model` itself, in the mode it was in.
 
-    >>> model = settle(nn.Sequential(nn.BatchNorm2d(1)), torch.full((2, 1, 4, 4), 3.0))
+    >>> model = calibrate_batch_norms(nn.Sequential(nn.BatchNorm2d(1)), torch.full((2, 1, 4, 4), 3.0))
     >>> model.training, model[0].running_mean.tolist(), model[0].momentum
     (True, [3.0], 0.1)
     """

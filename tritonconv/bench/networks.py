@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import tritonconv
-from tritonconv.bench.layers import COMPILE_MODES, OURS, exactly, ready
-from tritonconv.bench.modules import MODULES, ModuleCase, settle
+from tritonconv.bench.layers import COMPILE_MODES, OURS
+from tritonconv.bench.modules import MODULES, ModuleCase, calibrate_batch_norms
 from tritonconv.measure.clock import Mode, can_time, copies_for_cold_cache, peak_memory, time_calls
+from tritonconv.measure.torch_settings import prepare_torch, without_tf32
 from tritonconv.ops.core.launch import device_of
 
 __all__ = ["Prepared", "measure_module", "prepare_module"]
@@ -49,7 +50,7 @@ def measure_module(
     record |= check_training(case, column)
     if record["status"] != "ok" or not can_time():
         return record
-    return record | _time_training(case, make(case), ready(), batch, column, seconds)
+    return record | _time_training(case, make(case), prepare_torch(), batch, column, seconds)
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,22 @@ _prepared: dict[tuple[str, str, int], Prepared] = {}
 
 def make(case: ModuleCase) -> nn.Module:
     """The module in fp32, in eval mode, with the statistics of two images."""
-    place = ready()
+    place = prepare_torch()
     torch.manual_seed(0)
     # Random weights are made where they are needed, which is much faster on the GPU.
     with torch.device(place):
         model = case.make()
-    with exactly():
-        return settle(model.to(place), sample(case, 2, place)).eval()
+    with without_tf32():
+        return calibrate_batch_norms(model.to(place), sample(case, 2, place)).eval()
 
 
 def prepare_module(case: ModuleCase, column: str, batch: int) -> Prepared:
     """Run a module in the column's way, and compare the first two images' outputs with fp32, as torch's own are."""
-    place = ready()
+    place = prepare_torch()
     model = make(case)
     images = sample(case, batch, place)
     errors = []
-    with exactly():
+    with without_tf32():
         reference = model(images[:2])
         for peer_column in LAYOUTS:
             peer, layout = way(copy.deepcopy(model).to(torch.bfloat16), peer_column)
@@ -96,9 +97,9 @@ def prepare_module(case: ModuleCase, column: str, batch: int) -> Prepared:
 
 def check_training(case: ModuleCase, column: str) -> dict[str, Any]:
     """Compare the gradients of two images with fp32, as torch's own are."""
-    place = ready()
+    place = prepare_torch()
     images = sample(case, 2, place)
-    with exactly():
+    with without_tf32():
         reference = gradients(make(case), images, "cudnn contiguous", place, narrow=False)
     errors = [distance(gradients(make(case), images, layout, place), reference) for layout in LAYOUTS]
     return judged(distance(gradients(make(case), images, column, place), reference), errors, 1e-2)

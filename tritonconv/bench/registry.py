@@ -20,7 +20,8 @@ from tritonconv.tuning import Device
 from tritonconv.tuning.candidates import possible
 
 __all__ = [
-    "Operation", "Specimen", "configs_of", "dtype_of", "module_of", "operation_for", "operations", "register", "specimens",
+    "Operation", "Specimen", "case_launches", "configs_of", "dtype_of", "module_of", "operation_for", "operations",
+    "register", "specimens",
 ]  # fmt: skip
 
 
@@ -99,6 +100,11 @@ class Operation(abc.ABC):
     @abc.abstractmethod
     def specimens(self) -> list[Specimen]:
         """The layers that show what each kernel must be good at."""
+
+
+def case_launches(case: Case, config: Any, channels_last: bool, device: Device) -> list[Launch]:
+    """The launches of a layer, by a function that a `Compilation` can pickle."""
+    return operations()[case.kind].launches(case, device, config, channels_last)
 
 
 def module_of(launch: Launch) -> str:

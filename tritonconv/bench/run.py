@@ -127,7 +127,7 @@ def measure_ceilings_record() -> dict[str, Any]:
 
 def tune_layers(session: Session, cases: Sequence[Case], device: Device, out: Path, share: float) -> None:
     """Tune the layers that are furthest from their roofline first, and write the table for this GPU."""
-    from tritonconv.measure.tune import case_compilations, tune_case
+    from tritonconv.bench.tune import case_compilations, tune_case
     from tritonconv.tuning.cache import write
     from tritonconv.tuning.tables import Entry, Table
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from tritonconv.bench.layers import OURS, ready, way
+from tritonconv.bench.layers import OURS, way
 from tritonconv.bench.registry import dtype_of, operations
 from tritonconv.bench.session import Job
+from tritonconv.measure.torch_settings import prepare_torch
 
 __all__ = ["TOOL", "run_one", "sanitize_jobs", "sanitized"]
 
@@ -58,7 +59,7 @@ def run_one(kind: str, number: int) -> None:
     operation = operations()[kind]
     case = replace(operation.checks()[number], dtype="bf16")
     # Torch's kernels are watched too, and cost time: random numbers come from the host.
-    tensors = [t.to(ready()) for t in operation.tensors(case, "cpu", dtype_of(case), True)]
+    tensors = [t.to(prepare_torch()) for t in operation.tensors(case, "cpu", dtype_of(case), True)]
     way(operation, OURS, case)(*tensors)
     if torch.cuda.is_available():
         torch.cuda.synchronize()

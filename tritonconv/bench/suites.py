@@ -12,10 +12,10 @@ from tritonconv.bench.cases import Case, load_cases
 from tritonconv.bench.layers import COLUMNS, OURS, Ceilings, check_layer, measure_layer
 from tritonconv.bench.modules import module_cases
 from tritonconv.bench.networks import measure_module
-from tritonconv.bench.registry import configs_of, module_of, operation_for, operations
+from tritonconv.bench.registry import case_launches, configs_of, module_of, operation_for, operations
 from tritonconv.bench.session import Job
 from tritonconv.geometry import Pass
-from tritonconv.measure.ahead import Compilation, case_launches
+from tritonconv.measure.ahead import Compilation
 from tritonconv.tuning import Device
 from tritonconv.tuning.configs import name_of
 

@@ -13,22 +13,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tritonconv.bench.cases import Case
-from tritonconv.bench.registry import operations
-from tritonconv.bench.session import LEAST_SECONDS, track
+from tritonconv.measure.progress import track
 from tritonconv.measure.worker import hidden_main
 from tritonconv.ops.core.launch import Launch
 from tritonconv.tuning import Device
 
-__all__ = ["Compilation", "case_launches", "compile_ahead", "pool", "without"]
+__all__ = ["Compilation", "compile_ahead", "compile_pool", "without_variable"]
+
+# Processes to compile in take so long to start.
+START_SECONDS = 2.0
 
 Compilation = tuple[str, Callable[[], list[Launch]]]
 """What it is, for messages, and a picklable function that builds its launches from meta tensors."""
-
-
-def case_launches(case: Case, config: Any, channels_last: bool, device: Device) -> list[Launch]:
-    """The launches of a layer, for a `Compilation`."""
-    return operations()[case.kind].launches(case, device, config, channels_last)
 
 
 def compile_ahead(
@@ -40,10 +36,9 @@ def compile_ahead(
         What failed, and how. Whatever is not compiled when `seconds` are over is left to the JIT.
     """
     failures: dict[str, str] = {}
-    # Processes to compile in take seconds to start.
-    if not tasks or seconds < LEAST_SECONDS:
+    if not tasks or seconds < START_SECONDS:
         return failures
-    with pool() as processes:
+    with compile_pool() as processes:
         # They start with the first task, and need nothing of the script that this is called from.
         with hidden_main():
             waiting = {processes.submit(compile_all, launches, device): what for what, launches in tasks}
@@ -78,11 +73,11 @@ def build_launcher(kernel: Any) -> None:
 
 
 @contextmanager
-def pool() -> Iterator[ProcessPoolExecutor]:
+def compile_pool() -> Iterator[ProcessPoolExecutor]:
     """A process for each core, in which kernels can be compiled: interpreted ones cannot, and forked processes would share
     a GPU's context."""
     with (
-        without("TRITON_INTERPRET"),
+        without_variable("TRITON_INTERPRET"),
         ProcessPoolExecutor(
             os.cpu_count() or 1, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
         ) as processes,
@@ -91,7 +86,7 @@ def pool() -> Iterator[ProcessPoolExecutor]:
 
 
 @contextmanager
-def without(name: str) -> Iterator[None]:
+def without_variable(name: str) -> Iterator[None]:
     """Without an environment variable, for processes that are started meanwhile."""
     value = os.environ.pop(name, None)
     try:

@@ -78,7 +78,7 @@ def time_calls(calls: Sequence[Callable[[], Any]], *, mode: Mode = "graph", seco
     else:
         turns, sample = 1, functools.partial(_elapsed, functools.partial(_each, calls))
     samples: list[float] = []
-    _settle(sample)
+    _warm_up(sample)
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(samples) < 5:
         samples.append(sample() / (turns * len(calls)))
@@ -131,7 +131,7 @@ def _elapsed(turn: Callable[[], Any], head_start: int = 0) -> float:
     return float(start.elapsed_time(end))
 
 
-def _settle(sample: Callable[[], float]) -> None:
+def _warm_up(sample: Callable[[], float]) -> None:
     """Run until the clock has risen, and no longer than half a second."""
     begin, last = time.perf_counter(), 0.0
     while time.perf_counter() - begin < SETTLE_SECONDS:

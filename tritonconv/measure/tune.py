@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import datetime
 import functools
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tritonconv.bench.cases import Case
-from tritonconv.bench.layers import ready, set_tf32, without_search
-from tritonconv.bench.registry import dtype_of, operations
-from tritonconv.bench.session import track
 from tritonconv.convert.explain import restored
-from tritonconv.measure.ahead import Compilation, case_launches, compile_ahead
+from tritonconv.measure.ahead import Compilation, compile_ahead
 from tritonconv.measure.check import compare
 from tritonconv.measure.clock import copies_for_cold_cache, time_calls
+from tritonconv.measure.progress import track
+from tritonconv.measure.torch_settings import without_cudnn_search
+from tritonconv.ops.conv.dispatch import on_torch, run
 from tritonconv.ops.core.backend import interpreting, set_backend
 from tritonconv.ops.core.launch import Launch, captured, device_of, forced
 from tritonconv.ops.core.observe import Call, Example, observe
@@ -35,7 +33,7 @@ from tritonconv.tuning.measured import MARGIN
 from tritonconv.tuning.tables import Entry, entry_of
 from tritonconv.tuning.tables import Table as TuningTable
 
-__all__ = ["TuneReport", "Tuned", "tune", "tune_case"]
+__all__ = ["TuneReport", "Tuned", "configs_to_measure", "tune", "tune_example"]
 
 # The cost model's best so many are measured.
 TOP = 8
@@ -99,7 +97,8 @@ def tune(
 
     What is found goes into the user's cache, from where every later process takes configs, and the choice of torch where
     torch was more than 3 % faster (under backend "auto"). Nothing is ever tuned but by this call. Each candidate is
-    compared with fp64 before it is timed. Forward alone: under "auto" gradients are torch's.
+    compared with fp64 before it is timed. Forward alone is measured: gradients run where their layer does, on
+    Triton with the configs of the cost model.
 
     Args:
         model: a converted model, in the mode that it will run in.
@@ -124,7 +123,7 @@ def tune(
     calls: list[Call] = []
     with restored(model), torch.no_grad(), set_backend("auto"), observe(calls.append):
         model(*example_inputs)
-    found = distinct(calls)
+    found = distinct_calls(calls)
     # Others may have run on the CPU before them.
     device = device_of(found[0].device if found else torch.device("cpu"))
     path = cache_path(device.name)
@@ -153,7 +152,7 @@ def tune(
         table = TuningTable(device.name, triton_version())
         table.merge(entries)
         write(Path(export), table)
-    skipped = failed + [f"{described(call)}: {why_not(call)}" for call in calls if call.example is None]
+    skipped = failed + [f"{described(call)}: {why_not_tuned(call)}" for call in calls if call.example is None]
     return TuneReport(device.name, layers, path, list(dict.fromkeys(skipped)))
 
 
@@ -161,7 +160,7 @@ def described(call: Call) -> str:
     return call.op if call.geometry is None else f"{call.op} of {call.geometry}"
 
 
-def why_not(call: Call) -> str:
+def why_not_tuned(call: Call) -> str:
     """Why a call without an example was not tuned."""
     if call.decision.backend == "torch":
         return call.decision.reason
@@ -170,7 +169,7 @@ def why_not(call: Call) -> str:
     return "a rule chooses its config, and no measurement would change it"
 
 
-def distinct(calls: Sequence[Call]) -> list[Call]:
+def distinct_calls(calls: Sequence[Call]) -> list[Call]:
     """One call of each kind."""
     return list({(call.device, call.example.key()): call for call in calls if call.example is not None}.values())
 
@@ -180,11 +179,12 @@ def compilations(call: Call, device: Device) -> list[Compilation]:
     assert call.example is not None
     problem = problem_of(call.example, device)
     return [
-        (str(call.geometry), functools.partial(example_launches, call.example, config, device)) for config in tried(problem)
+        (str(call.geometry), functools.partial(example_launches, call.example, config, device))
+        for config in configs_to_measure(problem)
     ]
 
 
-def tried(problem: Problem) -> list[Any]:
+def configs_to_measure(problem: Problem) -> list[Any]:
     """The configs that are measured: the chosen one first, then the cost model's best."""
     chosen = choose(problem)
     order = sorted(candidates(problem), key=lambda config: predict(problem, config).seconds)
@@ -214,14 +214,14 @@ def tune_example(layer: str, call: Call, seconds: float) -> Tuned:
     generator = torch.Generator(device).manual_seed(0)
     real = example.map(lambda t: materialize(t, device, generator))
     wide = real.map(lambda t: t.double() if t.is_floating_point() else t)
-    with torch.no_grad(), without_search():
+    with torch.no_grad(), without_cudnn_search():
         reference = wide.on_torch()
     del wide
-    configs = tried(problem)
+    configs = configs_to_measure(problem)
     sets = [real] + [
         # Not clones, which need not lie as their originals do.
         example.map(lambda t: materialize(t, device, generator))
-        for _ in range(copies_for_cold_cache(real.tensors(), device_of(device).l2_bytes) - 1)
+        for _ in range(copies_for_cold_cache([t for t in real.tensors if t is not None], device_of(device).l2_bytes) - 1)
     ]
     times: dict[int, float] = {}
     wrong = []
@@ -261,34 +261,3 @@ def materialize(t: Tensor, device: torch.device, generator: torch.Generator) -> 
     storage = torch.empty(span, dtype=t.dtype, device=device).normal_(generator=generator)
     # Variances are among these tensors: a negative one is none, and one near 0 would have fp16 overflow.
     return (storage.abs_().add_(0.5) if t.dim() == 1 else storage).as_strided(t.shape, t.stride())
-
-
-def case_compilations(case: Case, device: Device) -> list[Compilation]:
-    """What `tune_case` will launch."""
-    problem = operations()[case.kind].launches(case, device, None, True)[-1].problem
-    assert problem is not None
-    return [(case.id, functools.partial(case_launches, case, config, True, device)) for config in tried(problem)]
-
-
-def tune_case(case: Case, peer_ms: float | None, peer: str | None) -> dict[str, Any]:
-    """Tune one benchmark layer, in a worker; a record with the entries of a table."""
-    place = ready()
-    set_tf32(case.tf32)
-    operation = operations()[case.kind]
-    calls: list[Call] = []
-    tensors = operation.tensors(case, place, dtype_of(case), True)
-    with observe(calls.append):
-        operation.ours(case, *tensors)
-    found = [tune_example(case.id, call, 0.1) for call in calls if call.example is not None]
-    entries = [row.entry for row in found if row.entry is not None]
-    if not entries:
-        return dict(status="wrong", reason="; ".join(w for row in found for w in row.wrong) or "no candidate was right")
-    ours = sum(entry.ms for entry in entries)
-    torch_ms = sum(entry.peer_ms or 0.0 for entry in entries)
-    best_ms, best = min((peer_ms or math.inf, peer or "torch"), (torch_ms, "torch"))
-    return dict(
-        status="ok", config=config_name(entries[-1].config),
-        candidates=sum(row.tried for row in found), before_ms=sum(row.before_ms or 0.0 for row in found), ms=ours,
-        peer=best, peer_ms=best_ms, wrong=[w for row in found for w in row.wrong],
-        entries=[asdict(entry) for entry in entries],
-    )  # fmt: skip
