@@ -96,13 +96,13 @@ def _lists(axes: Mapping[str, Iterable[Any]] | None, more: Mapping[str, Iterable
 
 
 def _parametrize(axes: Axes, combinations: Sequence[tuple[Any, ...]]) -> Mark:
+    names = [name.strip() for axis in axes for name in axis.split(",")]
     arguments, ids = [], []
     for combination in combinations:
         # An axis of several arguments gives a tuple of them.
         flat = [value if "," in name else (value,) for name, value in zip(axes, combination, strict=True)]
         arguments.append([value for values in flat for value in values])
-        ids.append("-".join(_described(name, v) for name, values in zip(axes, flat, strict=True) for v in values))
-    names = [name.strip() for axis in axes for name in axis.split(",")]
+        ids.append("-".join(itertools.starmap(_described, zip(names, arguments[-1], strict=True))))
     return pytest.mark.parametrize(names, arguments, ids=ids)
 
 
