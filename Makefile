@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n 2 --dist worksteal
+TESTS := --durations=15 --doctest-modules tests tritonconv tritonconv_cli.py
 KERNEL_TESTS := $(addsuffix .py,$(addprefix tests/test_,compat conv gradients grouped transposed batch_norm training \
 	operators codegen host tune bench depthwise bands separable causal pooling unpool adaptive global_pool stochastic resample \
 	shuffle squeeze_excite sink deform deform_rules))
@@ -11,10 +12,12 @@ KERNEL_TESTS := $(addsuffix .py,$(addprefix tests/test_,compat conv gradients gr
 OTHER_TRITONS := 3.6.0 3.9.0
 
 # Two workers with two threads each wait for one another.
-test compat-%: export OMP_NUM_THREADS := 1
+test test-all compat-%: export OMP_NUM_THREADS := 1
+# All combinations that tests/matrix.py knows.
+test-all compat-whole-%: export TEST_ALL := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint format types bench host codegen codegen-check compat compat-quick docs clean
+.PHONY: help demo test test-all fuzz lint format types bench host codegen codegen-check compat compat-quick docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -22,8 +25,11 @@ help: ## list the targets
 demo: $(VENV)/.with-demo ## train a small network on real images, convert it, run it on our kernels; writes demo.png
 	$(BIN)/python -m tritonconv demo --picture demo.png
 
-test: $(VENV)/.with-test ## all tests and doctests, on the GPU when there is one, else in Triton's interpreter
-	$(BIN)/python $(PYTEST) --doctest-modules tests tritonconv tritonconv_cli.py
+test: $(VENV)/.with-test ## tests and doctests, on the GPU when there is one, else in Triton's interpreter; 7 minutes
+	$(BIN)/python $(PYTEST) $(TESTS)
+
+test-all: $(VENV)/.with-test ## the same with every combination of configs, types, layouts and passes; MINUTES minutes
+	$(BIN)/python $(PYTEST) $(TESTS)
 
 fuzz: $(VENV)/.with-test ## random operators and networks against torch in fp64, up to 3 hours; stopped, it goes on where it was
 	$(BIN)/python -m tests.fuzz --resume
@@ -59,7 +65,7 @@ codegen: $(VENV)/.with-test ## write what the compiler makes of each kernel (reg
 codegen-check: $(VENV)/.with-test ## the same, compared with benchmarks/codegen.json
 	$(CODEGEN) --check --whole
 
-compat: test $(OTHER_TRITONS:%=compat-whole-%) ## the kernel tests under the oldest and the newest supported Triton too
+compat: test-all $(OTHER_TRITONS:%=compat-whole-%) ## the kernel tests under the oldest and the newest supported Triton too
 
 compat-quick: $(OTHER_TRITONS:%=compat-quick-%) ## every kernel once under the oldest and the newest supported Triton
 

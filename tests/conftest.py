@@ -19,6 +19,29 @@ import pytest
 import tritonconv.ops.core.layout
 from tritonconv.ops.core.backend import HAS_TRITON
 
+# Seconds that each worker has spent.
+spent: list[float] = []
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of those that it waited for."""
+    return sum(os.times()[:4])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # pytest-xdist hands this to the process that waits for its workers.
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["cpu_seconds"] = cpu_seconds()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    spent.append(getattr(node, "workeroutput", {}).get("cpu_seconds", 0.0))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    terminalreporter.write_line(f"CPU time: {(cpu_seconds() + sum(spent)) / 60:.1f} minutes")
+
 
 @pytest.fixture(scope="session")
 def device() -> str:

@@ -174,6 +174,9 @@ class Case:
     chains: int
     """How many of them stand for more than the layer."""
 
+    def __str__(self) -> str:
+        return self.name
+
 
 CASES = [
     # Residual chains that end in `+=` and an activation, with and without a downsampling branch; an average behind one.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matrix import cover, rotate
 from reference import assert_close
 from tritonconv.kernels import adaptive_pool as forward_kernels
 from tritonconv.kernels import adaptive_pool_backward as backward_kernels
@@ -96,9 +97,7 @@ def compared(kind: str, x: torch.Tensor, output: Any, nd: int, what: object) -> 
     return ours
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("kind", ["avg", "max"])
+@rotate(case=CASES, channels_last=[False, True], kind=["avg", "max"])
 def test_results_and_gradients_match_fp64(kind: str, case: Case, channels_last: bool, device: str) -> None:
     nd = dimensions(case)
     x = inputs(case.shape, torch.float32, channels_last and len(case.shape) == nd + 2, device, kind == "max")
@@ -107,15 +106,13 @@ def test_results_and_gradients_match_fp64(kind: str, case: Case, channels_last: 
         assert is_dense(y, suggests_channels_last(x)) and dx.stride() == x.stride()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(dtype=DTYPES[1:], channels_last=[False, True])
 def test_the_other_dtypes(channels_last: bool, dtype: torch.dtype, device: str) -> None:
     for kind in ("avg", "max"):
         compared(kind, inputs((1, 24, 4, 7), dtype, channels_last, device, kind == "max"), (3, 4), 2, dtype)
 
 
-@pytest.mark.parametrize("config", forward_kernels.configs(), ids=lambda c: "x".join(str(v) for v in c.kwargs.values()))
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(config=cover(forward_kernels.configs()), channels_last=[False, True])
 def test_every_forward_config(config: object, channels_last: bool, device: str) -> None:
     # Tiles of results, of lanes and of channels end inside the sizes and beyond them.
     for kind, shape, output in (("avg", (1, 70, 4, 37), (2, 5)), ("max", (1, 20, 3, 32), (1, 18))):
@@ -126,8 +123,7 @@ def test_every_forward_config(config: object, channels_last: bool, device: str) 
             assert_close(out.double(), ref.double(), what=config) if kind == "max" else assert_close(out, ref, depth=16)
 
 
-@pytest.mark.parametrize("config", backward_kernels.configs(), ids=lambda c: "x".join(str(v) for v in c.kwargs.values()))
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(config=cover(backward_kernels.configs()), channels_last=[False, True])
 def test_every_backward_config(config: object, channels_last: bool, device: str) -> None:
     for kind in ("avg", "max"):
         with forced(config=config):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import ConvCase, make_epilogue, make_tensors
+from matrix import cover, every, named, rotate, some
 from reference import assert_close, conv_reference
 from torch import Tensor
 from tritonconv.kernels import depthwise_bands, depthwise_bands_wgrad
@@ -57,12 +58,8 @@ CASES = [
     ConvCase("multiplier", (1, 2, 10, 9), (4, 1, 7, 7), "", dict(padding=3)),
     ConvCase("multiplier strided 3-d", (1, 2, 4, 8, 7), (6, 1, 2, 5, 5), "", dict(padding=(1, 2, 2), stride=2)),
 ]  # fmt: skip
-FEW = [CASES[0], CASES[4], CASES[10], CASES[22]]
-# Every case in fp32, and in one of the other types in turn.
-TYPED = [
-    pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}")
-    for i, case in enumerate(CASES) for dtype in (torch.float32, DTYPES[1 + i % 2])
-]  # fmt: skip
+PLAIN, STRIDED = named(CASES, "7x7"), named(CASES, "stride 2")
+FEW = [PLAIN, named(CASES, "rows over a block"), STRIDED, named(CASES, "multiplier")]
 
 
 def geometry(case: ConvCase) -> ConvGeometry:
@@ -100,7 +97,7 @@ def ours(case: ConvCase, x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
     return [bands_dgrad(dy, w, geometry(case)), dw, db]
 
 
-@pytest.mark.parametrize(("case", "dtype"), TYPED)
+@rotate(case=CASES, dtype=DTYPES)
 def test_forward_with_the_whole_epilogue_matches_fp64(case: ConvCase, dtype: torch.dtype, device: str) -> None:
     x, w, dy = made(case, dtype, device)
     epilogue = make_epilogue(case.weight[0], dy, dtype, device, activation=make_spec("silu"))
@@ -110,7 +107,7 @@ def test_forward_with_the_whole_epilogue_matches_fp64(case: ConvCase, dtype: tor
     assert_close(out, conv_reference(x, w, epilogue, **arguments(case)), depth=case.depth, what=case)
 
 
-@pytest.mark.parametrize(("case", "dtype"), TYPED)
+@rotate(case=CASES, dtype=DTYPES)
 def test_gradients_match_fp64(case: ConvCase, dtype: torch.dtype, device: str) -> None:
     x, w, dy = made(case, dtype, device)
     g = geometry(case)
@@ -121,12 +118,15 @@ def test_gradients_match_fp64(case: ConvCase, dtype: torch.dtype, device: str) -
         assert_close(out, ref, depth=depth, what=(case, name))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every(case=some(CASES, 8))
 def test_small_integers_are_exact(case: ConvCase, device: str) -> None:
     x, w, dy = made(case, torch.float32, device, integers=True)
     assert torch.equal(forward(case, x, w).double(), conv_reference(x, w, **arguments(case)))
     for out, ref in zip(ours(case, x, w, dy), gradients(case, x, w, dy), strict=True):
         assert torch.equal(out.double(), ref)
+
+
+BLOCKS = [(16, 16, 128), (32, 64, 64), (64, 128, 64)]
 
 
 def tiles_of(case: ConvCase, module: Any, pass_: str, least: int) -> list[Any]:
@@ -146,7 +146,7 @@ def test_every_config_is_exact(pass_: str, device: str) -> None:
     expected = conv_reference(x, w, **arguments(EVERY)) if pass_ == "fprop" else gradients(EVERY, x, w, dy)[0]
     # bf16 holds integers up to 256.
     exact = expected.abs() <= 256
-    for config in found:
+    for config in cover(found):
         with forced(config=config):
             out = forward(EVERY, x, w) if pass_ == "fprop" else bands_dgrad(dy, w, geometry(EVERY))
         assert torch.equal(out.double()[exact], expected[exact]), config
@@ -154,15 +154,14 @@ def test_every_config_is_exact(pass_: str, device: str) -> None:
 
 def test_every_config_of_the_weight_gradient_is_exact(device: str) -> None:
     x, w, dy = made(EVERY, torch.float32, device, integers=True)
-    for config in tiles_of(EVERY, depthwise_bands_wgrad, "wgrad", len(depthwise_bands_wgrad.configs())):
+    for config in cover(tiles_of(EVERY, depthwise_bands_wgrad, "wgrad", len(depthwise_bands_wgrad.configs()))):
         with forced(config=config):
             found = bands_wgrad(dy, x, geometry(EVERY), False, True)
         for out, ref in zip(found, gradients(EVERY, x, w, dy)[1:], strict=True):
             assert torch.equal(out.double(), ref), config
 
 
-@pytest.mark.parametrize("case", [CASES[i] for i in (0, 4, 10, 13, 16, 18)], ids=str)
-@pytest.mark.parametrize("blocks", [(16, 16, 128), (32, 64, 64), (64, 128, 64)], ids=str)
+@rotate(case=[*FEW[:3], *(named(CASES, name) for name in ("dilation 2", "1-d of 31", "3-d"))], blocks=BLOCKS)
 def test_small_blocks_are_exact(case: ConvCase, blocks: tuple[int, int, int], device: str) -> None:
     """Several programs, and windows of every division: few columns and many, one source row a step and several."""
     x, w, dy = made(case, torch.float32, device, integers=True)
@@ -171,7 +170,7 @@ def test_small_blocks_are_exact(case: ConvCase, blocks: tuple[int, int, int], de
         assert torch.equal(bands_dgrad(dy, w, geometry(case)).double(), gradients(case, x, w, dy)[0])
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
+@every(case=FEW)
 def test_statistics_are_of_the_result_before_rounding(case: ConvCase, device: str) -> None:
     x, w, _ = made(case, torch.float16, device)
     bias = torch.randn(case.weight[0], device=device).half()
@@ -190,7 +189,7 @@ def test_statistics_are_of_the_result_before_rounding(case: ConvCase, device: st
     torch.testing.assert_close(squares / n.sum(), ref.var(1, correction=0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
+@every(case=some(FEW[1:], 2))
 def test_equal_to_the_direct_kernel(case: ConvCase, device: str) -> None:
     x, w, dy = made(case, torch.float32, device, integers=True)
     g = geometry(case)
@@ -208,7 +207,7 @@ def test_a_transposed_convolution_is_the_gradient(device: str) -> None:
 
 @pytest.mark.parametrize("kind", ["channels-last", "rows apart", "columns apart", "broadcast"])
 def test_images_that_are_not_contiguous(kind: str, device: str) -> None:
-    case = CASES[0]
+    case = PLAIN
     x, w, dy = made(case, torch.float32, device, integers=True)
 
     def other(t: Tensor) -> Tensor:
@@ -233,7 +232,7 @@ def _spread(t: Tensor) -> Tensor:
 
 
 def test_what_is_not_finite_stays_in_its_image_and_channel(device: str) -> None:
-    case = CASES[10]
+    case = STRIDED
     x, w, dy = made(case, torch.float32, device)
     clean = forward(case, x, w)
     x[1, 2, 4, 5] = float("inf")
@@ -256,7 +255,7 @@ def test_elements_that_no_tap_reaches_do_not_matter_to_the_weight(device: str) -
     assert torch.equal(found.double(), gradients(case, x.nan_to_num(0), w, dy)[1])
 
 
-@pytest.mark.parametrize("case", [CASES[4], CASES[10], CASES[19], CASES[23]], ids=str)
+@every(case=[*FEW[1:3], named(CASES, "3-d strided"), named(CASES, "multiplier strided 3-d")])
 def test_offsets_of_64_bits(case: ConvCase, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bands, "_index_64", lambda *_: True)
     x, w, dy = made(case, torch.float32, device, integers=True)

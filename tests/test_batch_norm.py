@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from matrix import cover, named, rotate
 from norms import CASES, FORWARD, NAMES, Case, Layer, compared
 from reference import assert_close
 from tritonconv.kernels import batch_norm as kernels
@@ -33,9 +34,7 @@ def id_of(dtype: torch.dtype) -> str:
     return str(dtype)[6:]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@rotate(case=CASES, channels_last=[False, True], training=[True, False])
 def test_forward_backward_and_running_statistics_match_fp64(
     case: Case, channels_last: bool, training: bool, device: str
 ) -> None:
@@ -45,9 +44,7 @@ def test_forward_backward_and_running_statistics_match_fp64(
         assert is_dense(t, suggests_channels_last(layer.x)) and t.stride() == layer.x.stride()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=id_of)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
+@rotate(dtype=DTYPES[1:], channels_last=[False, True], case=[named(CASES, "images"), named(CASES, "odd everything")])
 def test_the_other_dtypes(case: Case, dtype: torch.dtype, channels_last: bool, device: str) -> None:
     for training in (True, False):
         compared(Layer.random(case.shape, dtype, channels_last, device), training, case)
@@ -55,7 +52,7 @@ def test_the_other_dtypes(case: Case, dtype: torch.dtype, channels_last: bool, d
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=id_of)
 def test_parameters_of_16_bits_have_gradients_and_statistics_of_16_bits(dtype: torch.dtype, device: str) -> None:
-    layer = Layer.random(CASES[0].shape, dtype, True, device)
+    layer = Layer.random(named(CASES, "images").shape, dtype, True, device)
     narrow = Layer(layer.x, layer.dy, *(t.to(dtype) for t in list(vars(layer).values())[2:]))
     for training in (True, False):
         assert all(t.dtype == dtype for t in compared(narrow, training, dtype) if t is not None)
@@ -87,8 +84,7 @@ def test_running_statistics_move_by_the_momentum(momentum: float, device: str) -
 
 
 # Blocks of both sides inside the sizes and beyond them; several slots, and several blocks in each.
-@pytest.mark.parametrize("config", kernels.configs(), ids=lambda c: "x".join(str(v) for v in c.kwargs.values()))
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(config=cover(kernels.configs()), channels_last=[False, True])
 def test_every_candidate_config(config: object, channels_last: bool, device: str) -> None:
     shape = (2, 70, 9, 7) if channels_last else (2, 70, 41, 13)
     layer = Layer.random(shape, torch.float32, channels_last, device)
@@ -151,8 +147,7 @@ def test_a_mean_far_from_zero_leaves_the_variance_right(channels_last: bool, dev
     assert (ours - theirs).abs().max() < 2e-3
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(value=[float("nan"), float("inf")], channels_last=[False, True])
 def test_what_is_not_finite_stays_in_its_channel_as_in_torch(value: float, channels_last: bool, device: str) -> None:
     for training in (True, False):
         layer = Layer.random((3, 7, 5, 6), torch.float32, channels_last, device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import rotate
 from norms import BACKWARD, FORWARD, Layer
 from reference import assert_close
 
@@ -50,9 +51,7 @@ def test_an_activations_gradient_is_torchs_everywhere(activation: object, device
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-14, equal_nan=True)
 
 
-@pytest.mark.parametrize("activation", ["", "relu", "silu"])
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@rotate(activation=["", "relu", "silu"], residual=[False, True], training=[True, False])
 def test_residual_and_activation_behind_it(activation: str, residual: bool, training: bool, device: str) -> None:
     layer = Layer.random((3, 9, 6, 5), torch.bfloat16, True, device)
     r = torch.randn(3, 9, 6, 5, device=device).bfloat16() if residual else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import every, rotate, some
 from reference import assert_close
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -103,14 +104,15 @@ def check(tensors: tuple[Tensor | None, ...], activation: Any, channels_last: bo
     assert is_dense(found[0], channels_last)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@rotate(size=SIZES, channels_last=[False, True], dtype=DTYPES)
 def test_forward_and_every_gradient(size: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> None:
     check(make(*size, dtype, channels_last), "silu", channels_last, size)  # type: ignore[arg-type]
-    if dtype == torch.float32:
-        check(make(*size, dtype, channels_last, state=False), None, channels_last, size)  # type: ignore[arg-type]
-        check(make(*size, dtype, channels_last, bias=False), "swish", channels_last, size)  # type: ignore[arg-type]
+
+
+@rotate(size=SIZES, channels_last=[False, True], given=[dict(state=False), dict(bias=False)])
+def test_without_state_or_bias(size: tuple[int, ...], channels_last: bool, given: dict[str, bool]) -> None:
+    activation = None if "state" in given else "swish"
+    check(make(*size, torch.float32, channels_last, **given), activation, channels_last, size)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", ("leaky_relu", 0.2), torch.nn.Hardswish()], ids=str)
@@ -118,9 +120,11 @@ def test_other_activations(activation: Any) -> None:
     check(make(2, 5, 40, 4, torch.float32, True), activation, True, activation)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("taps", [2, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+# All of them, or by default those of two sizes.
+CONFIG_CASES = some(itertools.product((False, True), (2, 4, 8), (torch.float32, torch.bfloat16, torch.float64)), 4)
+
+
+@every({"channels_last, taps, dtype": CONFIG_CASES})
 def test_every_candidate_config(channels_last: bool, taps: int, dtype: torch.dtype) -> None:
     for t in (70, 64):
         x, weight, bias, state = make(2, 6, t, taps, dtype, channels_last)
@@ -191,8 +195,7 @@ def test_views_are_read_where_they_lie() -> None:
         assert_close(got, want, depth=60)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("lengths", [(20, 17), (2, 9), (1, 1), (9, 2)], ids=str)
+@rotate(channels_last=[False, True], lengths=[(20, 17), (2, 9), (1, 1), (9, 2)])
 def test_halves_with_the_state_handed_over_are_the_whole(channels_last: bool, lengths: tuple[int, int]) -> None:
     x, weight, bias, state = make(2, 5, sum(lengths), 4, torch.float32, channels_last)
     ours, wide = leaves(x, weight, bias, state), doubles(x, weight, bias, state)
@@ -219,9 +222,8 @@ def test_a_final_state_without_a_first_one_begins_with_zeros() -> None:
     assert state.abs().sum() > 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("length", [3, 4, 7])
-@pytest.mark.parametrize("steps", [0, 1, 3], ids=["vector", "1", "3"])
+# No step is a vector.
+@rotate({"length, steps": list(itertools.product((3, 4, 7), (0, 1, 3)))}, dtype=DTYPES)
 def test_updates_are_the_sequence_step_by_step(dtype: torch.dtype, length: int, steps: int) -> None:
     x, weight, bias, _ = make(2, 5, 6, 4, dtype, False, state=False)
     before = torch.randn(2, 5, length).to(dtype)
@@ -265,9 +267,7 @@ def test_everything_runs_in_inference_mode() -> None:
         assert torch.allclose(torch.stack(steps, 2), y, atol=1e-6)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("at", [0, 7, 30, 34])
+@rotate(channels_last=[False, True], bad=[float("nan"), float("inf")], at=[0, 7, 30, 34])
 def test_a_bad_element_goes_no_further_than_in_torch(channels_last: bool, bad: float, at: int) -> None:
     x, weight, bias, state = make(2, 5, 35, 4, torch.float32, channels_last)
     x[1, 3, at] = bad  # type: ignore[index]
@@ -289,8 +289,7 @@ def test_the_same_bits_on_every_run() -> None:
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("taps", [1, 4, 8, 9, 20])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(taps=[1, 4, 8, 9, 20], channels_last=[False, True])
 def test_it_is_a_convolution_padded_before(taps: int, channels_last: bool) -> None:
     x, weight, bias, state = make(2, 5, 30, taps, torch.float32, channels_last)
     padded = torch.nn.functional.pad(x, (taps - 1, 0))  # type: ignore[arg-type]
@@ -434,8 +433,7 @@ def test_autocast(grad: bool, device: str) -> None:
         assert dw.dtype == torch.float32
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("optional", [False, True], ids=["plain", "all"])
+@rotate(channels_last=[False, True], optional=[False, True])
 def test_opcheck(channels_last: bool, optional: bool) -> None:
     inputs = leaves(*make(2, 5, 12, 4, torch.float32, channels_last, state=optional, bias=optional))
     numbers = dict(activation="silu" if optional else "", a=0.0, b=0.0)
@@ -445,8 +443,7 @@ def test_opcheck(channels_last: bool, optional: bool) -> None:
     torch.library.opcheck(torch.ops.tritonconv.causal_conv1d_update.default, arguments, numbers)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@every({"dynamic, channels_last": some(itertools.product((True, False), (True, False)), 1)})
 def test_compile_fullgraph(dynamic: bool, channels_last: bool) -> None:
     torch._dynamo.reset()
     layer = CausalConv1d(6, 6, 4, groups=6, activation="silu")
@@ -499,8 +496,7 @@ LAYERS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("sizes", "numbers"), LAYERS, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate({"sizes, numbers": LAYERS}, channels_last=[False, True])
 def test_modules(sizes: tuple[Any, ...], numbers: dict[str, Any], channels_last: bool) -> None:
     layer = CausalConv1d(*sizes, **numbers, activation="silu")
     x = laid(torch.randn(2, sizes[0], 27), channels_last).requires_grad_()

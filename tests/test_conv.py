@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from cases import CASES, DTYPES, ConvCase, make_epilogue, make_tensors
+from matrix import cover, every, named, rotate
 from reference import assert_close, conv_reference
 from tritonconv.kernels import conv_flat, conv_fprop, matmul
 from tritonconv.kernels.tiles import fitting
@@ -17,12 +16,12 @@ from tritonconv.ops.conv.dense import output_format
 from tritonconv.ops.conv.dispatch import convolution
 from tritonconv.ops.core.activation import make_spec
 from tritonconv.ops.core.cache import clear_caches
-from tritonconv.ops.core.launch import forced, record_launches
-from tritonconv.ops.core.layout import dense_strides, is_dense
+from tritonconv.ops.core.launch import captured, device_of, forced, record_launches
+from tritonconv.ops.core.layout import dense_strides
 
 pytestmark = pytest.mark.usefixtures("on_triton")
 
-FORMATS = list(itertools.product((False, True), repeat=2))
+PADDED = named(CASES, "3x3 padded")
 
 
 def run(case: ConvCase, x: torch.Tensor, w: torch.Tensor, **extra: object) -> torch.Tensor:
@@ -30,33 +29,30 @@ def run(case: ConvCase, x: torch.Tensor, w: torch.Tensor, **extra: object) -> to
     return conv(x, w, **case.arguments, **extra)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_forward_matches_fp64(case: ConvCase, dtype: torch.dtype, device: str) -> None:
-    x, w = make_tensors(case, dtype, device)
+@rotate(case=CASES, dtype=DTYPES, x_cl=[True, False], w_cl=[True, False])
+def test_forward_matches_fp64_in_torchs_format(
+    case: ConvCase, dtype: torch.dtype, x_cl: bool, w_cl: bool, device: str
+) -> None:
+    """Channels-last if input or weight is."""
+    x, w = make_tensors(case, dtype, device, x_cl=x_cl, w_cl=w_cl)
     with record_launches() as launches:
         out = run(case, x, w)
-    assert launches == ([f"{case.kernel}_kernel"] if case.kernel else [])
-    assert_close(out, conv_reference(x, w, **case.arguments), depth=case.depth, what=case)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(("x_cl", "w_cl"), FORMATS, ids=lambda cl: "CL" if cl else "C")
-def test_output_format_is_channels_last_if_input_or_weight_is(case: ConvCase, x_cl: bool, w_cl: bool, device: str) -> None:
-    x, w = make_tensors(case, torch.float32, device, x_cl=x_cl, w_cl=w_cl)
-    out = run(case, x, w)
-    assert is_dense(out, output_format(x, w))
+    assert len(launches) == bool(case.kernel)
     assert out.stride() == dense_strides(tuple(out.shape), output_format(x, w))
+    # In 1-d torch has no such format, and in 3-d its CPU convolution decides otherwise than cuDNN, whose rule ours is.
+    if len(case.input) == 4 and case.kernel:
+        narrow = torch.nn.functional.conv2d(x.float(), w.float(), **case.arguments)
+        assert out.stride() == narrow.stride()
     assert_close(out, conv_reference(x, w, **case.arguments), depth=case.depth, what=case)
 
 
-# In 1-d torch has no such format, and in 3-d its CPU convolution decides otherwise than cuDNN, whose rule ours is.
-@pytest.mark.parametrize("case", [c for c in CASES if len(c.input) == 4 and c.kernel], ids=str)
-def test_output_format_is_torchs_own(case: ConvCase, device: str) -> None:
-    for x_cl, w_cl in FORMATS:
-        x, w = make_tensors(case, torch.float32, device, x_cl=x_cl, w_cl=w_cl)
-        expected = getattr(torch.nn.functional, f"conv{x.dim() - 2}d")(x, w, **case.arguments)
-        assert run(case, x, w).stride() == expected.stride(), (x_cl, w_cl)
+@every(case=[case for case in CASES if case.kernel])
+def test_channels_last_tensors_take_the_cases_kernel(case: ConvCase, device: str) -> None:
+    for dtype in DTYPES:
+        x, w = (t.to("meta") for t in make_tensors(case, dtype, device))
+        with captured(device_of(torch.device(device))) as launches:
+            run(case, x, w)
+        assert [launch.kernel.__name__ for launch in launches] == [f"{case.kernel}_kernel"], dtype
 
 
 # Every tile's edges fall inside the output, and every BLOCK_K divides the channels of conv_fprop.
@@ -66,15 +62,11 @@ CONFIG_CASES = [
     ConvCase("stem", (1, 3, 17, 15), (20, 3, 5, 5), "conv_flat", dict(padding=2, stride=2)),
     ConvCase("1x1", (1, 72, 13, 11), (72, 72, 1, 1), "matmul"),
 ]
-EVERY_CONFIG = [
-    pytest.param(case, config, id=f"{case}-{'x'.join(map(str, list(config.kwargs.values())[:3]))}-w{config.num_warps}")
-    for case in CONFIG_CASES
-    for config in {"conv_fprop": conv_fprop, "conv_flat": conv_flat, "matmul": matmul}[case.kernel].configs()
-]
+KERNELS = {"conv_fprop": conv_fprop, "conv_flat": conv_flat, "matmul": matmul}
+CONFIGS = [(case, config) for case in CONFIG_CASES for config in cover(KERNELS[case.kernel].configs())]
 
 
-@pytest.mark.parametrize(("case", "config"), EVERY_CONFIG)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@rotate({"case, config": CONFIGS}, dtype=[torch.float32, torch.float16, torch.bfloat16])
 def test_every_candidate_config(case: ConvCase, config: object, dtype: torch.dtype, device: str) -> None:
     x, w = make_tensors(case, dtype, device)
     plain = conv_reference(x, w, **case.arguments)
@@ -89,8 +81,6 @@ def test_every_candidate_config(case: ConvCase, config: object, dtype: torch.dty
 
 
 def fits(config: object, dtype: torch.dtype) -> bool:
-    from tritonconv.ops.core.launch import device_of
-
     size = torch.empty(0, dtype=dtype).element_size()
     shared = device_of(torch.device("cuda")).shared_memory
     return bool(
@@ -98,7 +88,7 @@ def fits(config: object, dtype: torch.dtype) -> bool:
     )
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[11], CASES[23]], ids=str)
+@pytest.mark.parametrize("case", [PADDED, named(CASES, "stem 7x7"), named(CASES, "depthwise 5x5 strided")], ids=str)
 def test_small_integers_are_exact(case: ConvCase, device: str) -> None:
     for dtype in DTYPES:
         x, w = make_tensors(case, dtype, device, integers=True)
@@ -108,7 +98,10 @@ def test_small_integers_are_exact(case: ConvCase, device: str) -> None:
         assert torch.equal(run(case, x, w).double()[exact], ref[exact]), dtype
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[11], CASES[21], CASES[23]], ids=str)
+SORTS = ("3x3 padded", "3-d", "stem 7x7", "depthwise", "depthwise 5x5 strided")
+
+
+@pytest.mark.parametrize("case", [named(CASES, name) for name in SORTS], ids=str)
 def test_64_bit_offsets_change_nothing(case: ConvCase, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = make_tensors(case, torch.float32, device)
     narrow = run(case, x, w)
@@ -185,12 +178,12 @@ def test_nan_behind_the_tensors_is_never_read(device: str) -> None:
 
 
 def test_two_runs_are_bit_equal(device: str) -> None:
-    x, w = make_tensors(CASES[0], torch.float16, device)
-    assert torch.equal(run(CASES[0], x, w), run(CASES[0], x, w))
+    x, w = make_tensors(PADDED, torch.float16, device)
+    assert torch.equal(run(PADDED, x, w), run(PADDED, x, w))
 
 
 def test_inputs_are_left_as_they_were(device: str) -> None:
-    x, w = make_tensors(CASES[0], torch.float32, device, x_cl=False, w_cl=False)
+    x, w = make_tensors(PADDED, torch.float32, device, x_cl=False, w_cl=False)
     before = x.clone(), w.clone()
-    run(CASES[0], x, w)
+    run(PADDED, x, w)
     assert torch.equal(x, before[0]) and torch.equal(w, before[1])

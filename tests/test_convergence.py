@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
+from matrix import every, some
 from torch import Tensor, nn
 
 import tritonconv
@@ -63,9 +63,10 @@ def losses(model: nn.Module, images: Tensor, labels: Tensor, rate: float) -> lis
     return found
 
 
-@pytest.mark.parametrize(
-    ("make", "size", "rate"), [(lenet, (1, 28, 28), 0.1), (three_stages, (3, 8, 8), 0.01)], ids=["LeNet-5", "three stages"]
-)
+NETWORKS = [(lenet, (1, 28, 28), 0.1), (three_stages, (3, 8, 8), 0.01)]
+
+
+@every({"make, size, rate": some(NETWORKS, 1)})
 def test_twenty_steps(make: Callable[[], nn.Module], size: tuple[int, ...], rate: float, device: str) -> None:
     original = make().to(device).train()
     converted = tritonconv.convert(original, backend="triton")

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from matrix import named
 from models import CASES, BasicBlock, Case, Functional, Grouped, LeNet, ResNet, Shared, Untraceable, build, randomize
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ import tritonconv
 from tritonconv.ops.core.launch import record_launches
 from tritonconv.ops.core.layout import is_dense, suggests_channels_last
 
-RESNET = CASES[0]
+RESNET = named(CASES, "resnet")
 
 
 def run(model: nn.Module, *inputs: Tensor) -> tuple[Tensor, int]:
@@ -132,7 +133,7 @@ def test_the_training_flag_is_kept(training: bool) -> None:
 
 
 def test_shared_modules_and_tied_weights_stay_shared() -> None:
-    original, x = build(CASES[5])
+    original, x = build(named(CASES, "shared"))
     converted = tritonconv.convert(original)
     assert converted.again is converted.block and converted.tied.weight is converted.conv.weight
     assert len(list(converted.parameters())) == len(list(original.parameters()))
@@ -264,13 +265,13 @@ def test_a_shallow_copy_has_attributes_of_its_own() -> None:
 
 
 def test_torch_save_and_load() -> None:
-    original, x = build(CASES[4])
+    original, x = build(named(CASES, "untraceable"))
     file = io.BytesIO()
     torch.save(tritonconv.convert(original), file)
     file.seek(0)
     y, launches = run(torch.load(file, weights_only=False), x)
     assert_as_good(y, original, x)
-    assert launches == CASES[4].launches
+    assert launches == named(CASES, "untraceable").launches
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -211,7 +211,7 @@ NETWORKS = [
 ]
 
 
-@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.name)
+@every(network=some(NETWORKS, 5))
 def test_networks_have_the_same_gradients_and_statistics(network: Network) -> None:
     original, converted = twins(network.build)
     # The last batch of an epoch is smaller.

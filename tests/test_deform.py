@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from deform_reference import deform_reference
+from matrix import cover, every, named, rotate, some
 from reference import assert_close
 from torch import Tensor
 
@@ -56,6 +57,9 @@ class Case:
     mask: bool = True
     bias: bool = True
 
+    def __str__(self) -> str:
+        return self.why
+
     @property
     def numbers(self) -> dict[str, Any]:
         return dict(stride=self.stride, padding=self.padding, dilation=self.dilation)
@@ -96,6 +100,10 @@ CASES = [
     Case("larger than the image", (1, 4, 2, 2), 2, (3, 4), padding=(2, 2)),
     Case("many filters and odd channels", (1, 19, 3, 4), 37, (2, 1)),
 ]
+
+
+PLAIN = named(CASES, "plain")
+ONNX = ("version 1 without bias", "stride, padding and dilation by axes", "groups across one another")
 
 
 def laid(t: Tensor, channels_last: bool) -> Tensor:
@@ -147,10 +155,9 @@ def check(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
         assert t is None or t.dim() != 4 or is_dense(got, channels_last)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
-def test_forward_and_every_gradient(case: Case) -> None:
-    for index, dtype in enumerate(DTYPES if case in CASES[:2] else DTYPES[:1]):
-        check(case, dtype, (CASES.index(case) + index) % 2 == 0)
+@rotate(case=CASES, dtype=DTYPES, channels_last=[True, False])
+def test_forward_and_every_gradient(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
+    check(case, dtype, channels_last)
 
 
 def test_the_reference_is_onnxs() -> None:
@@ -159,7 +166,7 @@ def test_the_reference_is_onnxs() -> None:
     from onnx import TensorProto, helper
     from onnx.reference import ReferenceEvaluator
 
-    for case in (CASES[1], CASES[2], CASES[9]):
+    for case in (named(CASES, name) for name in ONNX):
         tensors = case.tensors(torch.float64, False)
         given = [t for t in tensors if t is not None]
         names = [name for name, t in zip(("X", "offset", "W", "B", "mask"), tensors, strict=True) if t is not None]
@@ -212,15 +219,15 @@ def test_every_candidate_config(dtype: torch.dtype) -> None:
         dy = laid(torch.randn(expected.shape).to(dtype), True)
         wanted = dict(zip(NAMES, gradients(expected, wide, dy.double()), strict=True))
         name = str(dtype)[6:]
-        for config in all_of("deform_conv", case, name, "fprop"):
+        for config in cover(all_of("deform_conv", case, name, "fprop")):
             with forced(config=config):
                 y = deform_forward(x, offset, mask, weight, Epilogue(bias), geometry)  # type: ignore[arg-type]
             assert_close(y, expected, depth=144, what=config)
-        for config in all_of("deform_conv_wgrad", case, name, "wgrad"):
+        for config in cover(all_of("deform_conv_wgrad", case, name, "wgrad")):
             with forced(config=config):
                 dw = deform_wgrad(dy, x, offset, mask, geometry, True)  # type: ignore[arg-type]
             assert_close(dw, wanted["weight"], depth=16, what=config)
-        for config in all_of("deform_conv_dgrad", case, name, "dgrad"):
+        for config in cover(all_of("deform_conv_dgrad", case, name, "dgrad")):
             with forced(config=config):
                 found = deform_dgrad(dy, x, offset, mask, weight, geometry, Wanted(), True, "deterministic")  # type: ignore[arg-type]
             for key, got in zip(("x", "offset", "mask"), found, strict=True):
@@ -248,7 +255,7 @@ def test_every_config_is_fitting_somewhere() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_zero_offsets_and_a_mask_of_ones_are_a_plain_convolution(groups: int) -> None:
-    case = replace(CASES[0], size=(1, 16, 6, 5), filters=8, kernel=(3, 3), groups=groups, offset_groups=2)
+    case = replace(PLAIN, size=(1, 16, 6, 5), filters=8, kernel=(3, 3), groups=groups, offset_groups=2)
     x, offset, weight, bias, mask = (t for t in case.tensors(torch.float32, True))
     offset, mask = torch.zeros_like(offset), torch.ones_like(mask)  # type: ignore[arg-type]
     # Small integers: every sum is exact, in whatever order.
@@ -306,7 +313,7 @@ def test_far_outside_is_zero_and_gets_nothing(far: float) -> None:
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_nan_offset_makes_its_own_results_nan(axis: int) -> None:
-    for case in (CASES[0], CASES[4]):
+    for case in (PLAIN, named(CASES, "offset groups")):
         tensors = case.tensors(torch.float32, True)
         # Inside along the other axis: outside of it nothing is read.
         tensors[1][0, :2, 2, 1] = 1 / 16  # type: ignore[index]
@@ -325,8 +332,7 @@ def test_a_nan_offset_makes_its_own_results_nan(axis: int) -> None:
             assert backend == "torch" or dx.isfinite().all()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["x", "dy", "weight", "mask"])
+@rotate(bad=[math.nan, math.inf, -math.inf], where=["x", "dy", "weight", "mask"])
 def test_what_is_not_finite_goes_where_it_belongs(bad: float, where: str) -> None:
     case = Case("", (1, 8, 4, 4), 3, (2, 2), padding=(0, 0))
     tensors = case.tensors(torch.float32, True, reach=6)
@@ -430,13 +436,13 @@ def fuzzed(seed: int) -> tuple[Case, torch.dtype, bool]:
     return case, r.choice(DTYPES), r.random() < 0.5
 
 
-@pytest.mark.parametrize("seed", range(10))
+@every(seed=some(range(10), 5))
 def test_fuzz(seed: int) -> None:
     check(*fuzzed(seed))
 
 
 def test_torchs_path_computes_halves_as_the_kernels_do() -> None:
-    tensors = CASES[0].tensors(torch.bfloat16, False)
+    tensors = PLAIN.tensors(torch.bfloat16, False)
     x, offset, weight, bias, mask = tensors
-    y = deform_on_torch(x, offset, mask, weight, bias, geometry_of(tensors, CASES[0]))  # type: ignore[arg-type]
-    assert_close(y, call(deform_reference, tensors, CASES[0]), depth=72)
+    y = deform_on_torch(x, offset, mask, weight, bias, geometry_of(tensors, PLAIN))  # type: ignore[arg-type]
+    assert_close(y, call(deform_reference, tensors, PLAIN), depth=72)

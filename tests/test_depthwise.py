@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, ConvCase, make_epilogue, make_tensors
+from matrix import cover, rotate
 from reference import assert_close, conv_reference
 from tritonconv.kernels import depthwise, depthwise_wgrad
 
@@ -43,9 +44,7 @@ def configs_for(case: ConvCase, pass_: Any, channels_last: bool, device: str) ->
     return possible(Problem(kernel, geometry_of(case), "float32", False, channels_last, gpu, pass_))
 
 
-@pytest.mark.parametrize("case", CONFIG_CASES, ids=str)
-@pytest.mark.parametrize("channels_last", [True, False], ids=["CL", "C"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@rotate(case=CONFIG_CASES, channels_last=[True, False], dtype=[torch.float32, torch.bfloat16])
 def test_every_candidate_config(case: ConvCase, channels_last: bool, dtype: torch.dtype, device: str) -> None:
     x, w = make_tensors(case, dtype, device, x_cl=channels_last, w_cl=channels_last)
     plain = conv_reference(x, w, **case.arguments)
@@ -54,7 +53,7 @@ def test_every_candidate_config(case: ConvCase, channels_last: bool, dtype: torc
     )
     reference = conv_reference(x, w, epilogue, **case.arguments)
     arguments = dict(stride=1, padding=0, dilation=1, groups=1) | case.arguments
-    for config in configs_for(case, "fprop", channels_last, device):
+    for config in cover(configs_for(case, "fprop", channels_last, device)):
         with forced(config=config):
             out = convolution("conv2d", x, w, epilogue, 2, *arguments.values())
         assert_close(out, reference, depth=case.depth, what=(case, config))
@@ -64,11 +63,11 @@ def test_every_candidate_config(case: ConvCase, channels_last: bool, dtype: torc
     with torch.enable_grad():
         y = torch.nn.functional.conv2d(*leaves, **case.arguments)
         dx, dw = torch.autograd.grad(y, leaves, dy.double())
-    for config in configs_for(case, "dgrad", channels_last, device):
+    for config in cover(configs_for(case, "dgrad", channels_last, device)):
         with forced(config=config):
             out = depthwise_dgrad(dy, w, g, channels_last)
         assert_close(out, dx, depth=g.gemm("dgrad")[2], what=(case, config))
-    for config in configs_for(case, "wgrad", channels_last, device):
+    for config in cover(configs_for(case, "wgrad", channels_last, device)):
         with forced(config=config):
             found, bias = launch_wgrad(dy, x, g, True, True)
         assert_close(found, dw, depth=g.gemm("wgrad")[2], what=(case, config))
@@ -99,8 +98,7 @@ def test_every_layer_has_a_candidate_in_every_pass(size: int, channels_last: boo
             assert candidates(Problem(kernel, g, "bfloat16", False, channels_last, gpu, pass_)), (taps, pass_)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("case", CONFIG_CASES, ids=str)
-@pytest.mark.parametrize("channels_last", [True, False], ids=["CL", "C"])
+@rotate(case=CONFIG_CASES, channels_last=[True, False])
 def test_small_integers_are_exact(case: ConvCase, channels_last: bool, device: str) -> None:
     for dtype in DTYPES:
         x, w = make_tensors(case, dtype, device, x_cl=channels_last, w_cl=channels_last, integers=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrix import named
 from models import CASES, Case, build
 from test_convert import RESNET, run
 from torch import nn
@@ -78,7 +79,7 @@ def test_rows_name_the_members_of_a_group() -> None:
 
 
 def test_functional_calls_bear_their_nodes_names() -> None:
-    model, x = build(CASES[2])
+    model, x = build(named(CASES, "functional"))
     for m in (model, tritonconv.convert(model)):
         rows = tritonconv.explain(m, x).to_dict()["layers"]
         assert rows[0]["name"] == "conv2d" and rows[0]["kind"] == "conv2d" and rows[0]["params"] == 8 * 3 * 9
@@ -191,7 +192,7 @@ def test_roofline_follows_the_dtype_and_the_tf32_switch() -> None:
 
 
 def test_the_table_shows_rows_totals_and_how_roots_were_fused() -> None:
-    model, x = build(CASES[4])
+    model, x = build(named(CASES, "untraceable"))
     text = str(tritonconv.explain(tritonconv.convert(model), x))
     for part in (
         "Untraceable: what runs where",

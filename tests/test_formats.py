@@ -10,6 +10,7 @@ import helpers_of_forwards as helpers
 import pytest
 import torch
 import torch.nn.functional as F
+from matrix import every, rotate, some
 from torch import Tensor, nn
 
 import tritonconv
@@ -265,8 +266,7 @@ BODIES: dict[str, Callable[[Any, Tensor], Any]] = {
 IN_PLACE = {name for name in BODIES if "in place" in name}
 
 
-@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["C", "CL"])
-@pytest.mark.parametrize("name", BODIES)
+@rotate(format=[torch.contiguous_format, torch.channels_last], name=BODIES)
 def test_results_have_the_strides_that_torch_gives(name: str, format: torch.memory_format) -> None:
     model, x = Body(BODIES[name]), torch.randn(2, 4, 5, 6).contiguous(memory_format=format)
     try:
@@ -279,8 +279,10 @@ def test_results_have_the_strides_that_torch_gives(name: str, format: torch.memo
     compared(model, x, training=format == torch.contiguous_format and name not in IN_PLACE | {"complex"})
 
 
-@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last], ids=["w C", "w CL"])
-@pytest.mark.parametrize("name", ["one layer", "a chain", "features", "a slice", "a residual of two ways"])
+@rotate(
+    weights=[torch.contiguous_format, torch.channels_last],
+    name=["one layer", "a chain", "features", "a slice", "a residual of two ways"],
+)
 def test_channels_last_weights_of_the_original_give_channels_last_results(name: str, weights: torch.memory_format) -> None:
     model = Body(BODIES[name]).to(memory_format=weights)
     converted = compared(model, torch.randn(2, 4, 5, 6))
@@ -289,8 +291,7 @@ def test_channels_last_weights_of_the_original_give_channels_last_results(name: 
         assert suggests_channels_last(y) == (weights == torch.channels_last)
 
 
-@pytest.mark.parametrize("nd", [1, 3])
-@pytest.mark.parametrize("name", ["one layer", "a chain", "rows", "a slice", "an index"])
+@rotate(nd=[1, 3], name=["one layer", "a chain", "rows", "a slice", "an index"])
 def test_in_one_and_three_dimensions_too(name: str, nd: int) -> None:
     compared(Body(BODIES[name], nd), torch.randn(2, 4, *(3, 4, 5)[:nd]))
 
@@ -360,7 +361,7 @@ def test_convert_and_run_on_meta() -> None:
         assert model(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 4)
 
 
-@pytest.mark.parametrize("name", ["a chain", "features", "a slice", "rows"])
+@every(name=some(["a chain", "features", "a slice", "rows"], 1))
 def test_compiled_models_give_the_same_strides(name: str) -> None:
     model, x = Body(BODIES[name]).eval(), torch.randn(2, 4, 5, 6)
     converted = tritonconv.convert(model)

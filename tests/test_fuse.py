@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from matrix import named
 from models import CASES, Gate, ResNet, build, randomize
 from test_convert import RESNET, assert_as_good, run
 from torch import Tensor, nn
@@ -374,7 +375,7 @@ def test_global_hooks_see_every_module() -> None:
 
 
 def test_an_untraceable_model_is_fused_in_its_parts() -> None:
-    case = CASES[4]
+    case = named(CASES, "untraceable")
     model, x = build(case)
     report = tritonconv.explain(tritonconv.convert(model), x).to_dict()
     how = {entry["root"]: entry["how"] for entry in report["fusion"]}

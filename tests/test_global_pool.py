@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import cover, rotate
 from reference import assert_close
 from tritonconv.kernels import global_pool as kernels
 
@@ -62,25 +63,21 @@ def compared(kind: str, x: torch.Tensor, what: object) -> list[torch.Tensor]:
     return ours
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("kind", ["avg", "max"])
+@rotate(shape=SHAPES, channels_last=[False, True], kind=["avg", "max"])
 def test_results_and_gradients_match_fp64(kind: str, shape: tuple[int, ...], channels_last: bool, device: str) -> None:
     x = inputs(shape, torch.float32, channels_last, device)
     y, dx, *_ = compared(kind, x, shape)
     assert is_dense(y, suggests_channels_last(x)) and dx.stride() == x.stride()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(dtype=DTYPES[1:], channels_last=[False, True])
 def test_the_other_dtypes(channels_last: bool, dtype: torch.dtype, device: str) -> None:
     for kind in ("avg", "max"):
         compared(kind, inputs((2, 24, 7, 7), dtype, channels_last, device), dtype)
 
 
 # Blocks of both sides inside the sizes and beyond them; one slot, and on a GPU several with several blocks in each.
-@pytest.mark.parametrize("config", kernels.configs(), ids=lambda c: f"{[*c.kwargs.values()]}s{c.num_stages}")
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(config=cover(kernels.configs()), channels_last=[False, True])
 def test_every_candidate_config(config: object, channels_last: bool, device: str) -> None:
     for kind in ("avg", "max"):
         with forced(config=config):
@@ -132,8 +129,7 @@ def test_the_rule_covers_a_side_with_little_waste(name: str) -> None:
                 assert length >= 8
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("keepdim", [False, True], ids=["", "keepdim"])
+@rotate(channels_last=[False, True], keepdim=[False, True])
 def test_global_average_is_torchs_mean(keepdim: bool, channels_last: bool, device: str) -> None:
     for shape in ((2, 9, 5, 6), (2, 9, 7), (1, 4, 3, 2, 5)):
         x = as_format(torch.randn(shape, device=device), channels_last).requires_grad_()
@@ -267,8 +263,7 @@ def test_a_module_in_a_network(device: str) -> None:
     assert not launches and row["backend"] == "triton" and "global_reduce" in row["reason"]
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 3, 1), (2, 8, 5, 1), (1, 4, 3, 1, 1), (2, 4, 1, 3, 1)], ids=str)
-@pytest.mark.parametrize("wider", [1, 3])
+@rotate(shape=[(1, 4, 3, 1), (2, 8, 5, 1), (1, 4, 3, 1, 1), (2, 4, 1, 3, 1)], wider=[1, 3])
 def test_images_of_single_columns(shape: tuple[int, ...], wider: int, device: str) -> None:
     """Pixels that do not lie side by side, in rows that have one each."""
     x = torch.randn(*shape[:-1], wider, device=device)[..., :1]

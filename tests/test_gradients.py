@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from cases import CASES, ConvCase, make_tensors
+from cases import CASES, DTYPES, ConvCase, make_tensors
+from matrix import cover, every, named, rotate, some
 from reference import assert_close
 from tritonconv.kernels import conv_dgrad, conv_wgrad
 
@@ -18,7 +21,7 @@ from tritonconv.tuning import Problem, device_named
 from tritonconv.tuning.candidates import possible
 from tritonconv.tuning.ranges import WORKSPACE, ranges
 
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+PADDED = named(CASES, "3x3 padded")
 
 
 @pytest.fixture(autouse=True)
@@ -35,81 +38,67 @@ def conv(
 
 
 def gradients(
-    case: ConvCase, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, dy: torch.Tensor, module: object
-) -> Gradients:
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, w, b)]
+    case: ConvCase, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, dy: torch.Tensor, module: object, of: str = "xwb"
+) -> list[torch.Tensor]:
+    leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in (x, w, b)]
+    wanted = [t.requires_grad_() for name, t in zip("xwb", leaves, strict=True) if name in of]
     y = conv(case, *leaves, module)
-    return torch.autograd.grad(y, leaves, dy.to(y))  # type: ignore[return-value]
+    return list(torch.autograd.grad(y, wanted, dy.to(y)))
 
 
-def compared(case: ConvCase, x: torch.Tensor, w: torch.Tensor, *, dy_cl: bool = True) -> Gradients:
-    """Ours, each checked against torch's in fp64 from the same numbers."""
+def compared(
+    case: ConvCase, x: torch.Tensor, w: torch.Tensor, *, dy_cl: bool = True, of: str = "xwb"
+) -> list[torch.Tensor]:
+    """Ours of input, weight and bias, each checked against torch's in fp64 from the same numbers."""
     b = torch.randn(w.shape[0], device=x.device).to(x)
     with torch.no_grad():
         dy = torch.randn_like(conv(case, x.double(), w.double(), module=torch.nn.functional)).to(x.dtype)
     if not dy_cl:
         dy = dy.contiguous()
     with record_launches() as launches:
-        ours = gradients(case, x, w, b, dy, TF)
+        ours = gradients(case, x, w, b, dy, TF, of)
     if dy.numel():
         direct = "depthwise" if case.kernel == "depthwise" else "conv"
         # Large filters may go to tensor cores.
-        for pass_ in ("", "_wgrad") if direct == "depthwise" else ("_dgrad", "_wgrad"):
+        passes = dict(x="" if direct == "depthwise" else "_dgrad", w="_wgrad")
+        for pass_ in (pass_ for name, pass_ in passes.items() if name in of):
             assert {f"{direct}{pass_}_kernel", f"{direct}_bands{pass_}_kernel"} & set(launches), launches
-    reference = gradients(case, x.double(), w.double(), b.double(), dy.double(), torch.nn.functional)
+    reference = gradients(case, x.double(), w.double(), b.double(), dy.double(), torch.nn.functional, of)
     g = ConvGeometry.parse(x.shape, w.shape, nd=x.dim() - 2, **case.arguments)
-    depths = g.gemm("dgrad")[2], g.gemm("wgrad")[2], g.gemm("wgrad")[2]
-    for name, out, ref, depth in zip("xwb", ours, reference, depths, strict=True):
+    for name, out, ref in zip(of, ours, reference, strict=True):
+        depth = g.gemm("dgrad" if name == "x" else "wgrad")[2]
         assert_close(out, ref, depth=max(1, depth), what=f"{case}, d{name}")
     return ours
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_every_gradient_matches_fp64(case: ConvCase, dtype: torch.dtype, device: str) -> None:
-    compared(case, *make_tensors(case, dtype, device))
-
-
-@pytest.mark.parametrize("case", CASES[::4], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=lambda d: str(d)[6:])
-def test_the_other_dtypes(case: ConvCase, dtype: torch.dtype, device: str) -> None:
-    compared(case, *make_tensors(case, dtype, device))
-
-
-@pytest.mark.parametrize("case", CASES[::3], ids=str)
-@pytest.mark.parametrize("x_cl", [False, True], ids=["x C", "x CL"])
-@pytest.mark.parametrize("w_cl", [False, True], ids=["w C", "w CL"])
-def test_gradients_have_the_format_of_what_they_belong_to(case: ConvCase, x_cl: bool, w_cl: bool, device: str) -> None:
-    x, w = make_tensors(case, torch.float32, device, x_cl=x_cl, w_cl=w_cl)
+@rotate(case=CASES, dtype=DTYPES, x_cl=[True, False], w_cl=[True, False])
+def test_every_gradient_matches_fp64_in_the_format_of_what_it_belongs_to(
+    case: ConvCase, dtype: torch.dtype, x_cl: bool, w_cl: bool, device: str
+) -> None:
+    x, w = make_tensors(case, dtype, device, x_cl=x_cl, w_cl=w_cl)
     dx, dw, _ = compared(case, x, w, dy_cl=x_cl)
     assert is_dense(dx, suggests_channels_last(x)) and is_dense(dw, suggests_channels_last(w))
 
 
 # Every tile's edges fall inside; 128 channels have one tap a tile, 24 have several.
 CONFIG_CASES = [
-    ConvCase("3x3 of 128", (1, 128, 9, 8), (72, 128, 3, 3), "", dict(padding=1)),
-    ConvCase("3x3 of 24 stride 2", (2, 24, 9, 8), (40, 24, 3, 3), "", dict(padding=1, stride=2)),
+    ConvCase("3x1 of 128", (1, 128, 9, 8), (72, 128, 3, 1), "", dict(padding=(1, 0))),
+    ConvCase("3x3 of 24 stride 2", (1, 24, 9, 8), (40, 24, 3, 3), "", dict(padding=1, stride=2)),
 ]
-EVERY_CONFIG = [
-    pytest.param(case, config, id=f"{module.__name__.split('_')[-1]}-{case}-{i}")
-    for case in CONFIG_CASES
-    for module in (conv_dgrad, conv_wgrad)
-    for i, config in enumerate(module.configs())
-]
+PASSES = [("dgrad", conv_dgrad), ("wgrad", conv_wgrad)]
+CONFIGS = [(case, pass_, config) for case in CONFIG_CASES for pass_, module in PASSES for config in cover(module.configs())]
 
 
-@pytest.mark.parametrize(("case", "config"), EVERY_CONFIG)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_every_candidate_config(case: ConvCase, config: object, dtype: torch.dtype, device: str) -> None:
+@rotate({"case, pass_, config": CONFIGS}, dtype=[torch.float32, torch.bfloat16])
+def test_every_candidate_config(case: ConvCase, pass_: Any, config: object, dtype: torch.dtype, device: str) -> None:
     x, w = make_tensors(case, dtype, device)
     if device == "cuda":
         g = ConvGeometry.parse(x.shape, w.shape, nd=2, **case.arguments)
-        for kernel, pass_ in (("conv_dgrad", "dgrad"), ("conv_wgrad", "wgrad")):
-            problem = Problem(kernel, g, str(dtype)[6:], False, True, device_of(torch.device("cuda")), pass_)  # type: ignore[arg-type]
-            if str(config) not in map(str, possible(problem)):
-                pytest.skip("the config is pruned for this dtype on this GPU")
+        problem = Problem(f"conv_{pass_}", g, str(dtype)[6:], False, True, device_of(torch.device("cuda")), pass_)
+        if str(config) not in map(str, possible(problem)):
+            pytest.skip("the config is pruned for this dtype on this GPU")
     with forced(config=config):
-        compared(case, x, w)
+        compared(case, x, w, of="x" if pass_ == "dgrad" else "wb")
 
 
 MANY_PIXELS = ConvCase("many pixels", (2, 16, 40, 32), (24, 16, 3, 3), "", dict(padding=1))
@@ -122,14 +111,14 @@ def test_ranges_of_many_pixels_are_added(dtype: torch.dtype, w_cl: bool, device:
     x, w = make_tensors(MANY_PIXELS, dtype, device, w_cl=w_cl)
     b, dy = torch.randn(24, device=device).to(x), torch.randn_like(conv(MANY_PIXELS, x, w))
     with record_launches() as launches, forced(device=gpu, config=config):
-        first, second = (gradients(MANY_PIXELS, x, w, b, dy, TF) for _ in range(2))
+        first, second = (gradients(MANY_PIXELS, x, w, b, dy, TF, "wb") for _ in range(2))
     assert launches.count("wgrad_reduce_kernel") == 4 and all(map(torch.equal, first, second))
-    reference = gradients(MANY_PIXELS, x.double(), w.double(), b.double(), dy.double(), torch.nn.functional)
-    for name, out, ref in zip("xwb", first, reference, strict=True):
+    reference = gradients(MANY_PIXELS, x.double(), w.double(), b.double(), dy.double(), torch.nn.functional, "wb")
+    for name, out, ref in zip("wb", first, reference, strict=True):
         assert_close(out, ref, depth=2560, what=f"d{name}")
 
 
-@pytest.mark.parametrize("case", CASES[:3], ids=str)
+@every(case=some(CASES[:3], 2))
 def test_two_runs_are_bit_equal(case: ConvCase, device: str) -> None:
     x, w = make_tensors(case, torch.float16, device)
     b = torch.randn(w.shape[0], device=device).half()
@@ -140,10 +129,10 @@ def test_two_runs_are_bit_equal(case: ConvCase, device: str) -> None:
 
 def test_only_the_gradients_that_are_needed_are_computed(device: str) -> None:
     def kernels(*needed: bool) -> list[str]:
-        x, w = make_tensors(CASES[0], torch.float32, device)
+        x, w = make_tensors(PADDED, torch.float32, device)
         leaves = [t.requires_grad_(need) for t, need in zip((x, w, torch.randn(w.shape[0])), needed, strict=True)]
         with record_launches() as launches:
-            conv(CASES[0], *leaves).sum().backward()
+            conv(PADDED, *leaves).sum().backward()
         assert [t.grad is not None for t in leaves] == list(needed)
         return [name for name in dict.fromkeys(launches) if "grad" in name]
 
@@ -156,27 +145,27 @@ def test_only_the_gradients_that_are_needed_are_computed(device: str) -> None:
 
 def test_what_is_not_needed_is_not_saved(device: str) -> None:
     def saved(x_needs: bool, w_needs: bool) -> int:
-        x, w = make_tensors(CASES[0], torch.float32, device)
+        x, w = make_tensors(PADDED, torch.float32, device)
         seen: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
-            conv(CASES[0], x.requires_grad_(x_needs), w.requires_grad_(w_needs))
+            conv(PADDED, x.requires_grad_(x_needs), w.requires_grad_(w_needs))
         return sum(t.numel() for t in seen)
 
-    x, w = make_tensors(CASES[0], torch.float32, device)
+    x, w = make_tensors(PADDED, torch.float32, device)
     assert (
         saved(True, False) == w.numel() and saved(False, True) == x.numel() and saved(True, True) == x.numel() + w.numel()
     )
 
 
 def test_a_gradient_that_is_expanded_is_read_rightly(device: str) -> None:
-    x, w = make_tensors(CASES[0], torch.float64, device)
+    x, w = make_tensors(PADDED, torch.float64, device)
     x.requires_grad_()
-    conv(CASES[0], x, w).sum().backward()
-    (expected,) = torch.autograd.grad(conv(CASES[0], x, w, module=torch.nn.functional).sum(), x)
+    conv(PADDED, x, w).sum().backward()
+    (expected,) = torch.autograd.grad(conv(PADDED, x, w, module=torch.nn.functional).sum(), x)
     torch.testing.assert_close(x.grad, expected)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[10], CASES[21]], ids=str)
+@every(case=[PADDED, named(CASES, "3-d"), named(CASES, "depthwise")])
 def test_64_bit_offsets_change_nothing(case: ConvCase, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = make_tensors(case, torch.float32, device)
     b, dy = torch.randn(w.shape[0], device=device), torch.randn_like(conv(case, x, w))
@@ -186,7 +175,7 @@ def test_64_bit_offsets_change_nothing(case: ConvCase, device: str, monkeypatch:
 
 
 def test_nan_reaches_the_gradients_that_see_it(device: str) -> None:
-    case = CASES[0]
+    case = PADDED
     x, w = make_tensors(case, torch.float32, device)
     b, dy = torch.randn(w.shape[0], device=device), torch.randn_like(conv(case, x, w))
     dy[0, 3, 2, 2] = float("nan")

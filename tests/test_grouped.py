@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import ConvCase, make_epilogue, make_tensors
+from matrix import cover, every, named, rotate, some
 from reference import assert_close, conv_reference
 from torch import Tensor
 from tritonconv.kernels import conv_dgrad, conv_flat, conv_wgrad
@@ -72,7 +73,8 @@ CASES = [
     case("3-d of 4", (1, 4, 5, 3), 8, 4, 4, stride=(1, 2, 1)),
     case("empty batch", (0, 5, 5), 4, 4, 4),
 ]
-FEW = [CASES[0], CASES[3], CASES[5], CASES[16]]
+FOUR = named(CASES, "4 of 4")
+FEW = [FOUR, *(named(CASES, name) for name in ("16 of 3 dilated", "9 of 6 to 10, mixed", "3-d of 4"))]
 
 
 def geometry(c: ConvCase, **more: Any) -> ConvGeometry:
@@ -84,9 +86,10 @@ def conv(c: ConvCase, x: Tensor, w: Tensor, b: Tensor | None = None, module: Any
     return result
 
 
-def gradients(c: ConvCase, x: Tensor, w: Tensor, b: Tensor, dy: Tensor, module: Any = TF) -> list[Tensor]:
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, w, b)]
-    return list(torch.autograd.grad(conv(c, *leaves, module), leaves, dy.to(leaves[0])))
+def gradients(c: ConvCase, x: Tensor, w: Tensor, b: Tensor, dy: Tensor, module: Any = TF, of: str = "xwb") -> list[Tensor]:
+    leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in (x, w, b)]
+    wanted = [t.requires_grad_() for name, t in zip("xwb", leaves, strict=True) if name in of]
+    return list(torch.autograd.grad(conv(c, *leaves, module), wanted, dy.to(leaves[0])))
 
 
 def check_forward(c: ConvCase, x: Tensor, w: Tensor) -> None:
@@ -98,16 +101,17 @@ def check_forward(c: ConvCase, x: Tensor, w: Tensor) -> None:
     assert_close(out, conv_reference(x, w, epilogue, **c.arguments), depth=c.depth, what=c)
 
 
-def check_gradients(c: ConvCase, x: Tensor, w: Tensor) -> None:
+def check_gradients(c: ConvCase, x: Tensor, w: Tensor, of: str = "xwb") -> None:
+    """Those of input, weight and bias."""
     b = torch.randn(w.shape[0], device=x.device).to(x)
     dy = torch.randn_like(conv(c, x.double(), w.double(), module=F)).to(x.dtype)
     with record_launches() as launches:
-        ours = gradients(c, x, w, b, dy)
-    assert not dy.numel() or {"conv_dgrad_kernel", "conv_wgrad_kernel"} <= set(launches)
-    reference = gradients(c, x.double(), w.double(), b.double(), dy.double(), F)
-    g = geometry(c)
-    depths = g.gemm("dgrad")[2], g.gemm("wgrad")[2], g.gemm("wgrad")[2]
-    for name, out, ref, depth in zip("xwb", ours, reference, depths, strict=True):
+        ours = gradients(c, x, w, b, dy, TF, of)
+    kernels = {kernel for name, kernel in dict(x="conv_dgrad_kernel", w="conv_wgrad_kernel").items() if name in of}
+    assert not dy.numel() or kernels <= set(launches)
+    reference = gradients(c, x.double(), w.double(), b.double(), dy.double(), F, of)
+    for name, out, ref in zip(of, ours, reference, strict=True):
+        depth = geometry(c).gemm("dgrad" if name == "x" else "wgrad")[2]
         assert_close(out, ref, depth=max(1, depth), what=f"{c}, d{name}")
 
 
@@ -132,32 +136,21 @@ def backwards(c: ConvCase) -> ConvCase:
     return dataclasses.replace(c, input=(c.input[0], c.weight[0], *c.input[2:]))
 
 
-@pytest.mark.parametrize("c", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_forward_with_the_whole_epilogue_matches_fp64(c: ConvCase, dtype: torch.dtype, device: str) -> None:
-    check_forward(c, *make_tensors(c, dtype, device))
+@rotate(c=CASES, dtype=DTYPES, x_cl=[True, False], w_cl=[True, False])
+def test_forward_with_the_whole_epilogue_matches_fp64(
+    c: ConvCase, dtype: torch.dtype, x_cl: bool, w_cl: bool, device: str
+) -> None:
+    check_forward(c, *make_tensors(c, dtype, device, x_cl=x_cl, w_cl=w_cl))
 
 
-@pytest.mark.parametrize("c", FEW, ids=str)
-@pytest.mark.parametrize("x_cl", [False, True], ids=["x C", "x CL"])
-@pytest.mark.parametrize("w_cl", [False, True], ids=["w C", "w CL"])
-def test_every_layout(c: ConvCase, x_cl: bool, w_cl: bool, device: str) -> None:
-    x, w = make_tensors(c, torch.float32, device, x_cl=x_cl, w_cl=w_cl)
-    check_forward(c, x, w)
-    check_gradients(c, x, w)
+@rotate(c=CASES, x_cl=[False, True], dtype=DTYPES, w_cl=[True, False])
+def test_every_gradient_matches_fp64(c: ConvCase, x_cl: bool, dtype: torch.dtype, w_cl: bool, device: str) -> None:
+    check_gradients(c, *make_tensors(c, dtype, device, x_cl=x_cl, w_cl=w_cl))
 
 
-@pytest.mark.parametrize("c", CASES, ids=str)
-def test_every_gradient_matches_fp64(c: ConvCase, device: str) -> None:
-    # Each type in turn.
-    for dtype in (torch.float32, DTYPES[1 + CASES.index(c) % 2]):
-        check_gradients(c, *make_tensors(c, dtype, device))
-
-
-@pytest.mark.parametrize("c", CASES, ids=str)
-def test_the_transposed_forward_matches_fp64(c: ConvCase, device: str) -> None:
-    for dtype in (torch.float32, DTYPES[1 + CASES.index(c) % 2]):
-        check_transposed(c, *make_tensors(backwards(c), dtype, device))
+@rotate(c=CASES, dtype=DTYPES)
+def test_the_transposed_forward_matches_fp64(c: ConvCase, dtype: torch.dtype, device: str) -> None:
+    check_transposed(c, *make_tensors(backwards(c), dtype, device))
 
 
 # Layers of bench/cases.csv's family "grouped" with their structure and fewer channels and pixels.
@@ -175,7 +168,7 @@ REDUCED = [
 ]
 
 
-@pytest.mark.parametrize("c", REDUCED, ids=str)
+@every(c=some(REDUCED, 4))
 def test_layers_of_networks(c: ConvCase, device: str) -> None:
     x, w = make_tensors(c, torch.bfloat16, device)
     check_forward(c, x, w)
@@ -184,16 +177,14 @@ def test_layers_of_networks(c: ConvCase, device: str) -> None:
 
 # Every tile's edges fall inside; a group of the kernel's has 32 channels, or 24 of which no block is a whole tap.
 CONFIG_CASES = [case("8 of 4", (1, 9, 8), 8, 4, 4), case("4 of 6 to 5 stride 2", (1, 9, 8), 4, 6, 5, stride=2)]
-EVERY_CONFIG = [
-    pytest.param(c, module, config, id=f"{module.__name__.split('.')[-1]}-{c}-{i}")
-    for c in CONFIG_CASES
-    for module in (conv_flat, conv_dgrad, conv_wgrad)
-    for i, config in enumerate(module.configs())
+CONFIGS = [
+    (c, module, config)
+    for c, module in itertools.product(CONFIG_CASES, (conv_flat, conv_dgrad, conv_wgrad))
+    for config in cover(module.configs())
 ]
 
 
-@pytest.mark.parametrize(("c", "module", "config"), EVERY_CONFIG)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@rotate({"c, module, config": CONFIGS}, dtype=[torch.float32, torch.bfloat16])
 def test_every_candidate_config(c: ConvCase, module: Any, config: Any, dtype: torch.dtype, device: str) -> None:
     if device == "cuda":
         kernel, g = module.__name__.split(".")[-1], geometry(c)
@@ -209,7 +200,7 @@ def test_every_candidate_config(c: ConvCase, module: Any, config: Any, dtype: to
         if module is conv_flat:
             check_forward(c, x, w)
         else:
-            check_gradients(c, x, w)
+            check_gradients(c, x, w, of="x" if module is conv_dgrad else "wb")
 
 
 def test_ranges_of_many_pixels_are_added(device: str) -> None:
@@ -218,11 +209,11 @@ def test_ranges_of_many_pixels_are_added(device: str) -> None:
     for dtype, w_cl in ((torch.float32, False), (torch.bfloat16, True)):
         x, w = make_tensors(c, dtype, device, w_cl=w_cl)
         with record_launches() as launches, forced(device=device_named("H200"), config=conv_wgrad.configs()[3]):
-            check_gradients(c, x, w)
+            check_gradients(c, x, w, of="wb")
         assert launches.count("wgrad_reduce_kernel") == 2
 
 
-@pytest.mark.parametrize("c", FEW, ids=str)
+@every(c=FEW)
 def test_groups_are_convolutions_of_their_own(c: ConvCase, device: str) -> None:
     x, w = make_tensors(c, torch.float32, device)
     groups = c.arguments["groups"]
@@ -232,7 +223,7 @@ def test_groups_are_convolutions_of_their_own(c: ConvCase, device: str) -> None:
         torch.testing.assert_close(conv(c, x, w), torch.cat(parts, 1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("c", FEW, ids=str)
+@every(c=FEW)
 def test_small_integers_are_exact(c: ConvCase, device: str) -> None:
     for dtype in DTYPES:
         x, w = make_tensors(c, dtype, device, integers=True)
@@ -248,7 +239,7 @@ def test_small_integers_are_exact(c: ConvCase, device: str) -> None:
             assert torch.equal(out.double()[exact], ref[exact]), dtype
 
 
-@pytest.mark.parametrize("c", [CASES[0], CASES[14]], ids=str)
+@every(c=[FOUR, named(CASES, "1-d of 4")])
 def test_64_bit_offsets_change_nothing_and_two_runs_are_bit_equal(
     c: ConvCase, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,9 +288,11 @@ def assert_same(out: Tensor, ref: Tensor, depth: int, what: object) -> None:
 
 
 # The interpreter takes its time for a tile that is made anew.
-@pytest.mark.parametrize(("i", "x_cl"), [(0, True), (0, False), (5, True), (14, False)])
-def test_nan_and_inf_stay_in_their_group(i: int, x_cl: bool, device: str) -> None:
-    c = CASES[i]
+@pytest.mark.parametrize(
+    ("name", "x_cl"), [("4 of 4", True), ("4 of 4", False), ("9 of 6 to 10, mixed", True), ("1-d of 4", False)]
+)
+def test_nan_and_inf_stay_in_their_group(name: str, x_cl: bool, device: str) -> None:
+    c = named(CASES, name)
     groups = c.arguments["groups"]
     x, w = make_tensors(c, torch.float32, device, x_cl=x_cl, w_cl=x_cl)
     bad = poison(x, groups)
@@ -314,7 +307,7 @@ def test_nan_and_inf_stay_in_their_group(i: int, x_cl: bool, device: str) -> Non
 
 
 def test_a_bad_weight_reaches_its_filter_alone(device: str) -> None:
-    c = CASES[0]
+    c = FOUR
     x, w = make_tensors(c, torch.bfloat16, device)
     w[6, 1, 0, 2], w[9, 0, 1, 1] = math.nan, math.inf
     assert_same(conv(c, x, w), conv_reference(x, w, **c.arguments), c.depth, c)
@@ -322,7 +315,7 @@ def test_a_bad_weight_reaches_its_filter_alone(device: str) -> None:
 
 @pytest.mark.parametrize("bad", [False, True], ids=["finite", "nan"])
 def test_statistics_are_those_of_the_results(bad: bool, device: str) -> None:
-    for c in (CASES[1], CASES[3]):
+    for c in (named(CASES, "32 of 4"), named(CASES, "16 of 3 dilated")):
         x, w = make_tensors(c, torch.float32, device)
         x = poison(x, c.arguments["groups"]) if bad else x
         call = prepare(x, w, Epilogue(), geometry(c), "conv", statistics=True)

@@ -27,6 +27,7 @@ from hopper import (
     reference,
     reference_gradients,
 )
+from matrix import every, rotate, some
 from reference import assert_close
 from test_fuzz import sparse
 from torch import Tensor
@@ -141,8 +142,7 @@ def layer_named(why: str) -> Layer:
     return next(layer for layer in LAYERS + TRANSPOSED if layer.why == why)
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@rotate(layer=LAYERS, dtype=DTYPES)
 def test_forward_and_gradients_match_fp64(layer: Layer, dtype: torch.dtype) -> None:
     check(layer, dtype)
 
@@ -187,8 +187,7 @@ def test_every_config_is_a_candidate_of_a_wide_layer() -> None:
         assert possible(problem(f"hopper.{module}", pass_)) == configs, (module, pass_)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("config", conv.configs(), ids=name_of)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@rotate(config=conv.configs(), dtype=DTYPES)
 def test_every_config_of_the_forward_kernel(config: Any, dtype: torch.dtype) -> None:
     g = WIDE.geometry
     x, w, _ = WIDE.tensors(dtype)
@@ -200,8 +199,7 @@ def test_every_config_of_the_forward_kernel(config: Any, dtype: torch.dtype) -> 
     check_statistics(WIDE, dtype, config=config)
 
 
-@pytest.mark.parametrize("config", conv.configs(), ids=name_of)
-@pytest.mark.parametrize("stride", [1, 2])
+@rotate(config=conv.configs(), stride=[1, 2])
 def test_every_config_of_the_data_gradient(config: Any, stride: int) -> None:
     g = ConvGeometry.parse(WIDE.input, WIDE.weight, nd=2, padding=1, stride=stride)
     x, w, dy = Layer("", WIDE.input, WIDE.weight, dict(padding=1, stride=stride)).tensors(BF16)
@@ -254,8 +252,7 @@ def test_parts_of_the_epilogue(layer: Layer) -> None:
         assert_close(y, reference(x, w, g, epilogue), what=(layer, epilogue.describe()))
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@rotate(name=ACTIVATIONS, dtype=DTYPES)
 def test_activations(name: str, dtype: torch.dtype) -> None:
     layer = layer_named("tails of channels and filters")
     x, w, _ = layer.tensors(dtype)
@@ -336,8 +333,7 @@ def test_statistics(layer: Layer) -> None:
 # Transposed convolutions.
 
 
-@pytest.mark.parametrize("layer", TRANSPOSED, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@rotate(layer=TRANSPOSED, dtype=DTYPES)
 def test_transposed_convolutions(layer: Layer, dtype: torch.dtype) -> None:
     g = layer.geometry
     x, w, dy = layer.tensors(dtype)
@@ -352,7 +348,7 @@ def test_transposed_convolutions(layer: Layer, dtype: torch.dtype) -> None:
     assert_close(of_every_seed(lambda: hopper_wgrad(x, dy, g.mirrored, True)), dw, what=layer)
 
 
-@pytest.mark.parametrize("layer", TRANSPOSED, ids=str)
+@every(layer=some(TRANSPOSED, 7))
 def test_statistics_of_transposed_convolutions(layer: Layer) -> None:
     check_statistics(layer, BF16)
 
@@ -501,7 +497,7 @@ def check_sink(layer: Layer, residual: bool) -> None:
 # What a tolerance would hide.
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@every(layer=some(LAYERS, 16))
 def test_small_integers_are_exact(layer: Layer) -> None:
     g = layer.geometry
     x, w, dy = layer.tensors(BF16, integers=True)
@@ -593,7 +589,7 @@ def test_groups_are_dense_convolutions_side_by_side(shape: tuple[int, ...]) -> N
         assert torch.equal(own_dw, dw[k])
 
 
-@pytest.mark.parametrize("layer", TRANSPOSED, ids=str)
+@every(layer=some(TRANSPOSED, 5))
 def test_a_transposed_convolution_is_a_data_gradient(layer: Layer) -> None:
     g = layer.geometry
     x, w, _ = layer.tensors(BF16)
@@ -697,7 +693,7 @@ def geometry_of(layer: dict[str, Any]) -> ConvGeometry:
     return ConvGeometry.parse(layer["x"], layer["w"], nd=len(layer["x"]) - 2, **numbers)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@every(seed=some(range(40), 20))
 def test_random_layers_are_exact(seed: int) -> None:
     layer = draw(seed)
     torch.manual_seed(seed)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fuzz.views import Input
+from matrix import rotate
 from torch import Tensor
 
 import tritonconv
@@ -114,8 +115,7 @@ def test_every_registered_operator_is_here() -> None:
     assert names == set(CASES)
 
 
-@pytest.mark.parametrize("layout", VIEWS)
-@pytest.mark.parametrize("name", CASES)
+@rotate(layout=VIEWS, name=CASES)
 def test_fake_results_lie_as_the_real_ones(name: str, layout: str) -> None:
     if layout == "expand" and name in WRITES:
         layout = "permute"
@@ -124,13 +124,7 @@ def test_fake_results_lie_as_the_real_ones(name: str, layout: str) -> None:
     torch.library.opcheck(operator, positional, keywords, test_utils=("test_schema", "test_faketensor"))
 
 
-# Each operator meets three kinds of views here, and all of them in the fuzzer.
-ROTATED = [
-    (name, VIEWS[(i + step) % len(VIEWS)]) for i, name in enumerate(CASES) if name not in WRITES for step in (0, 2, 4)
-]
-
-
-@pytest.mark.parametrize("name, layout", ROTATED)
+@rotate(name=[name for name in CASES if name not in WRITES], layout=VIEWS)
 def test_views_give_what_dense_tensors_give(name: str, layout: str) -> None:
     positional, keywords = arguments(name, layout)
     dense = [t.contiguous() if isinstance(t, Tensor) else t for t in positional]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from matrix import rotate
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,8 +26,7 @@ def tensors(device: str, channels_last: bool) -> tuple[torch.Tensor, torch.Tenso
     return x, torch.randn(4, 8, 3, 3, device=device)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@rotate(channels_last=[False, True], fused=[False, True])
 def test_opcheck(channels_last: bool, fused: bool, device: str) -> None:
     x, w = tensors(device, channels_last)
     k = torch.rand(4, 4, device=device).unbind()
@@ -35,8 +35,7 @@ def test_opcheck(channels_last: bool, fused: bool, device: str) -> None:
     torch.library.opcheck(torch.ops.tritonconv.conv.default, (x, w, *optional), numbers)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(dynamic=[False, True], channels_last=[False, True])
 def test_compile_fullgraph(dynamic: bool, channels_last: bool, device: str) -> None:
     torch._dynamo.reset()
     x, w = tensors(device, channels_last)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from matrix import cover, every, named, rotate, some
 from reference import assert_close
 from tritonconv.kernels import pool as forward_kernels
 from tritonconv.kernels import pool_backward as backward_kernels
@@ -87,6 +89,9 @@ CASES = [
 ]
 
 
+STEM = named(CASES, "stem 3x3 s2")
+
+
 def both(kind: str, case: Case, x: torch.Tensor, dy: torch.Tensor | None, **more: Any) -> list[list[torch.Tensor]]:
     """[y, dx] of ours, and of torch's in fp64, from the same numbers."""
     results = []
@@ -120,8 +125,7 @@ def compared(kind: str, case: Case, dtype: torch.dtype, channels_last: bool, dev
         assert out.dtype == dtype and is_dense(out, suggests_channels_last(x))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(case=CASES, channels_last=[False, True])
 def test_maxima_and_their_places_are_torchs(case: Case, channels_last: bool, device: str) -> None:
     compared("max", case, torch.float32, channels_last, device)
     x = case.random(torch.float32, channels_last, device)
@@ -135,22 +139,17 @@ def test_maxima_and_their_places_are_torchs(case: Case, channels_last: bool, dev
         assert ours.dtype == theirs.dtype and is_dense(ours, suggests_channels_last(x))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.undilated], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(case=[case for case in CASES if case.undilated], channels_last=[False, True])
 def test_means_match_fp64(case: Case, channels_last: bool, device: str) -> None:
     compared("avg", case, torch.float32, channels_last, device, count_include_pad=bool(case.shape[1] % 2))
 
 
-@pytest.mark.parametrize("case", [CASES[2], CASES[12]], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("power", [1, 2, 3, 2.5])
+@rotate(case=[named(CASES, "2x2 ceil"), named(CASES, "whole image")], channels_last=[False, True], power=[1, 2, 3, 2.5])
 def test_power_sums_match_fp64(case: Case, channels_last: bool, power: float, device: str) -> None:
     compared("lp", case, torch.float32, channels_last, device, power=power)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=id_of)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=str)
+@rotate(dtype=DTYPES[1:], channels_last=[False, True], case=[STEM, named(CASES, "3-d")])
 def test_the_other_dtypes(case: Case, dtype: torch.dtype, channels_last: bool, device: str) -> None:
     compared("max", case, dtype, channels_last, device)
     compared("avg", case, dtype, channels_last, device, count_include_pad=False)
@@ -159,22 +158,17 @@ def test_the_other_dtypes(case: Case, dtype: torch.dtype, channels_last: bool, d
     assert torch.equal(getattr(TF, f"max_pool{case.nd}d")(x, 3, 2), getattr(F, f"max_pool{case.nd}d")(x, 3, 2))
 
 
-def named(config: Any) -> str:
-    return "x".join(map(str, config.kwargs.values())) if hasattr(config, "kwargs") else "CL" if config else "C"
-
-
 # In contiguous images patches are one column wide.
 CONFIGS = [
     (config, channels_last)
-    for config in forward_kernels.configs()
-    for channels_last in (True, False)
+    for config, channels_last in itertools.product(cover(forward_kernels.configs()), (True, False))
     if channels_last or config.kwargs["PATCH_Q"] == 1
 ]
 
 
-@pytest.mark.parametrize(("config", "channels_last"), CONFIGS, ids=named)
+@every({"config, channels_last": CONFIGS})
 def test_every_candidate_config(config: object, channels_last: bool, device: str) -> None:
-    for case in (CASES[0], CASES[3]):
+    for case in (STEM, named(CASES, "5x5 s1")):
         x = case.random(torch.float32, channels_last, device)
         g = case.geometry
         with forced(config=config):
@@ -186,10 +180,9 @@ def test_every_candidate_config(config: object, channels_last: bool, device: str
         assert_close(launches_of.pool_backward(dy, g, launches_of.Pool("max"), channels_last, found), reference, depth=9)
 
 
-@pytest.mark.parametrize("config", backward_kernels.configs(), ids=named)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(config=cover(backward_kernels.configs()), channels_last=[False, True])
 def test_every_candidate_config_backward(config: object, channels_last: bool, device: str) -> None:
-    for case in (CASES[0], CASES[3]):
+    for case in (STEM, named(CASES, "5x5 s1")):
         with forced(config=config):
             compared("max", case, torch.float32, channels_last, device)
             compared("avg", case, torch.float32, channels_last, device, count_include_pad=False)
@@ -201,7 +194,7 @@ def minimum(x: torch.Tensor, *arguments: Any) -> Any:
 
 
 def test_minima_and_sums_follow_from_maxima_and_means(device: str) -> None:
-    x = CASES[0].random(torch.float64, True, device).requires_grad_()
+    x = STEM.random(torch.float64, True, device).requires_grad_()
     y, places = TF.min_pool2d(x, 3, 2, 1, return_indices=True)
     expected, where = minimum(x, 3, 2, 1)
     assert torch.equal(y, expected) and torch.equal(places, where)
@@ -283,7 +276,7 @@ def test_two_runs_are_bit_equal_and_ours(device: str) -> None:
 
 def test_64_bit_offsets_change_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for channels_last in (False, True):
-        for case in (CASES[9],):
+        for case in (named(CASES, "3-d"),):
             x = case.random(torch.float32, channels_last, device).requires_grad_()
 
             def run(x: torch.Tensor = x, case: Case = case) -> list[torch.Tensor]:
@@ -378,7 +371,7 @@ def random_case(rng: random.Random) -> Case:
     )
 
 
-@pytest.mark.parametrize("seed", range(12))
+@every(seed=some(range(12), 6))
 def test_any_arguments(seed: int, device: str) -> None:
     rng = random.Random(seed)
     case = random_case(rng)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matrix import cover, rotate
 from reference import assert_close
 from tritonconv.kernels import resample as forward_kernels
 from tritonconv.kernels import resample_backward as backward_kernels
@@ -99,8 +100,7 @@ def compared(x: torch.Tensor, what: object, **arguments: Any) -> list[torch.Tens
     return ours
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(case=CASES, channels_last=[False, True])
 def test_results_and_gradients_match_fp64(case: Case, channels_last: bool, device: str) -> None:
     x = random_image(case.shape, torch.float32, channels_last, device)
     for mode, corners in (("nearest", None), ("nearest-exact", None), (case.linear, False), (case.linear, True)):
@@ -108,8 +108,7 @@ def test_results_and_gradients_match_fp64(case: Case, channels_last: bool, devic
         assert is_dense(y, suggests_channels_last(x)) and dx.stride() == x.stride()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(dtype=DTYPES[1:], channels_last=[False, True])
 def test_the_other_dtypes(channels_last: bool, dtype: torch.dtype, device: str) -> None:
     x = random_image((1, 24, 2, 5), dtype, channels_last, device)
     for mode in ("bilinear", "nearest"):
@@ -145,8 +144,7 @@ def test_nearest_gradients_lose_nothing_over_long_axes(device: str) -> None:
             assert abs(dx.double().sum().item() - count) < 1e-2 * count**0.5
 
 
-@pytest.mark.parametrize("config", forward_kernels.configs(), ids=lambda c: "x".join(str(v) for v in c.kwargs.values()))
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(config=cover(forward_kernels.configs()), channels_last=[False, True])
 def test_every_forward_config(config: object, channels_last: bool, device: str) -> None:
     # Tiles end inside the sizes and beyond them.
     x = random_image((1, 20 if channels_last else 3, 2, 9), torch.float32, channels_last, device)
@@ -156,8 +154,7 @@ def test_every_forward_config(config: object, channels_last: bool, device: str) 
         assert_close(y, F.interpolate(x.double(), (1, 35), mode=mode), depth=DEPTH, what=config)
 
 
-@pytest.mark.parametrize("config", backward_kernels.configs(), ids=lambda c: "x".join(str(v) for v in c.kwargs.values()))
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(config=cover(backward_kernels.configs()), channels_last=[False, True])
 def test_every_backward_config(config: object, channels_last: bool, device: str) -> None:
     dy = random_image((1, 20 if channels_last else 3, 2, 9), torch.float32, channels_last, device)
     geometry = ResampleGeometry.parse((1, dy.shape[1], 1, 35), (2, 9), None, "linear")

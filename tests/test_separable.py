@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import cover, rotate
 from reference import assert_close
 from torch import Tensor, nn
 from tritonconv.kernels import separable as kernel
@@ -71,8 +72,7 @@ LAYERS: dict[str, tuple[tuple[int, ...], int, Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@rotate(name=LAYERS, dtype=[torch.float32, torch.float16, torch.bfloat16])
 def test_it_matches_fp64_and_is_its_two_parts(name: str, dtype: torch.dtype) -> None:
     shape, filters, taps, arguments = LAYERS[name]
     layer = Layer(shape, filters, taps, dtype, **arguments)
@@ -83,8 +83,7 @@ def test_it_matches_fp64_and_is_its_two_parts(name: str, dtype: torch.dtype) -> 
     assert_close(layer.run(one_by_one), layer.reference(), depth=depth, what=name)
 
 
-@pytest.mark.parametrize("config", kernel.configs(), ids=lambda c: "x".join(map(str, list(c.kwargs.values())[:3])))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@rotate(config=cover(kernel.configs()), dtype=[torch.float32, torch.bfloat16])
 def test_every_candidate_config(config: Any, dtype: torch.dtype, device: str) -> None:
     if device == "cuda" and dtype == torch.float32:
         pytest.skip("a kernel of tensor-core products")

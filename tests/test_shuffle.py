@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import cover, rotate
 from tritonconv.kernels import shuffle as kernels
 
 import tritonconv
@@ -53,7 +54,11 @@ CASES: list[tuple[str, tuple[int, ...], int]] = [
     ("channel_shuffle", (1, 12, 2, 3, 4), 3),
     ("channel_shuffle", (2, 6, 1, 2, 2, 2), 3),
 ]
-IDS = [f"{kind}-{'x'.join(map(str, shape))}-by-{factor}" for kind, shape, factor in CASES]
+# Squares of a power of two and of another number, and each function.
+FEW = [
+    ("pixel_shuffle", (2, 32, 5, 3), 2), ("pixel_shuffle", (1, 45, 3, 4), 3), ("pixel_unshuffle", (2, 8, 10, 6), 2),
+    ("channel_shuffle", (2, 58, 7, 5), 2),
+]  # fmt: skip
 MOVED = [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.int8, torch.int64, torch.complex64]
 
 
@@ -62,8 +67,7 @@ def image(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, devic
     return as_format(x, channels_last) if len(shape) in (4, 5) else x
 
 
-@pytest.mark.parametrize(("kind", "shape", "factor"), CASES, ids=IDS)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate({"kind, shape, factor": CASES}, channels_last=[False, True])
 def test_results_are_torchs(kind: str, shape: tuple[int, ...], factor: int, channels_last: bool, device: str) -> None:
     x = image(shape, torch.float32, channels_last, device)
     with record_launches() as launches:
@@ -77,7 +81,7 @@ def test_results_are_torchs(kind: str, shape: tuple[int, ...], factor: int, chan
 
 @pytest.mark.parametrize("dtype", MOVED[1:], ids=str)
 def test_numbers_of_any_type_are_moved(dtype: torch.dtype, device: str) -> None:
-    for kind, shape, factor in (CASES[0], CASES[2], CASES[7], CASES[12]):
+    for kind, shape, factor in FEW:
         for channels_last in (False, True):
             x = image(shape, dtype, channels_last, device)
             y = getattr(TF, kind)(x, factor)
@@ -96,8 +100,7 @@ def test_bits_of_nan_survive(device: str) -> None:
     assert torch.equal(y, F.pixel_shuffle(bits, 2))
 
 
-@pytest.mark.parametrize("config", kernels.configs(), ids=lambda c: str(c.kwargs["BYTES"]))
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(config=cover(kernels.configs()), channels_last=[False, True])
 def test_every_config(config: object, channels_last: bool, device: str) -> None:
     # Tiles end inside the sizes and beyond them.
     calls = [
@@ -129,7 +132,7 @@ def test_the_gradient_undoes_it(kind: str, device: str) -> None:
 
 def test_64_bit_offsets_change_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches_of, "needs_int64", lambda _elements: True)
-    for kind, shape, factor in (CASES[0], CASES[2], CASES[7], CASES[12]):
+    for kind, shape, factor in FEW:
         for channels_last in (False, True):
             x = image(shape, torch.float32, channels_last, device)
             assert torch.equal(getattr(TF, kind)(x, factor), getattr(F, kind)(x, factor))

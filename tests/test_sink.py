@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import cover, rotate
 from reference import assert_close, conv_reference
 from torch import Tensor
 
@@ -51,9 +52,7 @@ def reference(x: Tensor, w: Tensor, behind: Epilogue, numbers: tuple[Any, ...]) 
     return wide.torch(y + wide.bias.view(-1, *(1,) * (y.dim() - 2)))
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["also", "alone"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("name", LAYERS)
+@rotate(keep=[True, False], dtype=[torch.float32, torch.float16, torch.bfloat16, torch.float64], name=LAYERS)
 def test_the_average_comes_with_the_convolution(name: str, dtype: torch.dtype, keep: bool, device: str) -> None:
     x, w, numbers = made(name, dtype, device)
     behind = epilogue(w.shape[0], dtype, device)
@@ -71,8 +70,7 @@ def test_the_average_comes_with_the_convolution(name: str, dtype: torch.dtype, k
     assert again is not None and torch.equal(again[1], mean)
 
 
-@pytest.mark.parametrize("channels_last", [True, False], ids=["CL", "C"])
-@pytest.mark.parametrize("name", ["1x1", "3x3", "flat", "depthwise"])
+@rotate(channels_last=[True, False], name=["1x1", "3x3", "flat", "depthwise"])
 def test_every_config_averages(name: str, channels_last: bool, device: str) -> None:
     x, w, numbers = made(name, torch.float32, device, channels_last)
     behind = epilogue(w.shape[0], torch.float32, device)
@@ -82,7 +80,7 @@ def test_every_config_averages(name: str, channels_last: bool, device: str) -> N
     recipe = prepare_call(x, w, behind, g, "conv").recipe
     assert recipe is not None
     tried = 0
-    for config in possible(recipe.problem):
+    for config in cover(possible(recipe.problem)):
         with forced(config=config):
             found = averaged_convolution(x, w, behind, numbers, None, False)
         # Tiles of many small images are left to two launches.
@@ -134,7 +132,7 @@ def test_every_config_writes_into_a_wider_tensor(device: str) -> None:
         recipe = prepare_call(x, w, Epilogue(), ConvGeometry.parse(x.shape, w.shape, nd=2, **arguments), "conv").recipe
         assert recipe is not None
         ref = conv_reference(x, w, **arguments)
-        for config in possible(recipe.problem):
+        for config in cover(possible(recipe.problem)):
             wide = as_format(torch.zeros(ref.shape[0], w.shape[0] + 9, *ref.shape[2:], device=device), True)
             with forced(config=config):
                 convolution_into(x, w, Epilogue(), numbers, None, wide.shape[1], lambda *_, wide=wide: wide[:, 9:])
@@ -190,7 +188,7 @@ def test_every_config_takes_a_gate(device: str) -> None:
     g = ConvGeometry.parse(x.shape, w.shape, nd=2)
     recipe = prepare_call(x, w, Epilogue(), g, "conv", gated=True).recipe
     assert recipe is not None
-    for config in possible(recipe.problem):
+    for config in cover(possible(recipe.problem)):
         with forced(config=config):
             y = gated_convolution(x, gate, w, Epilogue(), (2, 1, 0, 1, 1), None)
         assert y is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import cover, rotate
 from reference import assert_close
 from torch import Tensor, nn
 
@@ -32,9 +33,7 @@ def made(size: tuple[int, ...], dtype: torch.dtype, channels_last: bool, device:
     return x, torch.rand(*size[:2], *(1,) * (len(size) - 2), device=device).to(dtype)
 
 
-@pytest.mark.parametrize("channels_last", [True, False], ids=["CL", "C"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@rotate(channels_last=[True, False], dtype=DTYPES, size=SIZES)
 def test_scaled_by_a_gate(size: tuple[int, ...], dtype: torch.dtype, channels_last: bool, device: str) -> None:
     x, gate = made(size, dtype, channels_last, device)
     residual = as_format(torch.randn_like(x), not channels_last)
@@ -62,7 +61,7 @@ def test_every_config(channels_last: bool, device: str) -> None:
     dy = torch.randn_like(x)
     with captured(device_of(torch.device(device))) as launches:
         scale(x, gate)
-    for config in configs_of(launches[0]):
+    for config in cover(configs_of(launches[0])):
         with forced(config=config):
             y, (dx, dgate) = scale(x, gate), scale_gradients(dy, x, gate, True, True)
         assert dx is not None and dgate is not None
@@ -81,8 +80,7 @@ def test_offsets_of_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert_close(dx, x.double() * gate.double())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize(("c", "r"), [(64, 16), (96, 4), (17, 5), (200, 150), (1, 1)])
+@rotate({"c, r": [(64, 16), (96, 4), (17, 5), (200, 150), (1, 1)]}, dtype=DTYPES)
 def test_the_gate_in_one_launch(c: int, r: int, dtype: torch.dtype, device: str) -> None:
     mean = torch.randn(3, c, 1, 1, device=device).to(dtype)
     w1, w2 = ((torch.randn(*s, 1, 1, device=device) / s[1] ** 0.5).to(dtype) for s in ((r, c), (c, r)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import cover, rotate
 from reference import assert_close
 from tritonconv.kernels import stochastic_pool as kernels
 
@@ -90,8 +91,7 @@ def compared(x: torch.Tensor, window: Any, what: object) -> None:
             assert torch.equal(stochastic_pool2d(x, *window, training=training), y), what
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(window=WINDOWS, channels_last=[False, True])
 def test_both_paths_draw_the_same(window: Any, channels_last: bool, device: str) -> None:
     x = inputs((1, 12, 4, 7), torch.float32, channels_last, device)
     compared(x, window, window)
@@ -99,14 +99,12 @@ def test_both_paths_draw_the_same(window: Any, channels_last: bool, device: str)
     assert is_dense(y, suggests_channels_last(x)) and dx.stride() == x.stride()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(dtype=DTYPES[1:], channels_last=[False, True])
 def test_the_other_dtypes(channels_last: bool, dtype: torch.dtype, device: str) -> None:
     compared(inputs((1, 12, 4, 6), dtype, channels_last, device), (2, None, 0, False), dtype)
 
 
-@pytest.mark.parametrize("window", WINDOWS[1:4], ids=str)
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@rotate(window=WINDOWS[1:4], backend=["triton", "torch"])
 def test_the_definition(backend: Any, window: Any, device: str) -> None:
     # Sums of small integers are exact, and no number lies on a border.
     x = torch.randint(-3, 6, (2, 3, 5, 6), device=device).float()
@@ -168,8 +166,7 @@ def test_a_seed_or_a_generator_settles_the_choice(device: str) -> None:
     assert torch.equal(*generated) and torch.equal(generated[0], first)
 
 
-@pytest.mark.parametrize("config", kernels.configs(), ids=lambda c: "x".join(str(v) for v in c.kwargs.values()))
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(config=cover(kernels.configs()), channels_last=[False, True])
 def test_every_candidate_config(config: object, channels_last: bool, device: str) -> None:
     x = inputs((1, 20, 2, 19), torch.float32, channels_last, device)
     expected = [run(x, (2, 2, 1, False), training) for training in (True, False)]

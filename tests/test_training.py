@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DTYPES
+from matrix import cover, every, named, rotate, some
 from reference import assert_close
 from torch import Tensor
 from tritonconv.kernels import conv_dgrad, conv_flat, conv_fprop, conv_wgrad, matmul
@@ -81,6 +83,8 @@ BLOCKS = [
     Block("transposed 2x2", (2, 12, 5, 4), (12, 8, 2, 2), dict(stride=2), residual=True, transposed=True),
     Block("transposed 3x3", (2, 8, 5, 4), (8, 6, 3, 3), dict(stride=2, padding=1, output_padding=1), transposed=True),
 ]
+THREE, ONE, RESIDUAL = (named(BLOCKS, name) for name in ("3x3", "1x1", "1x1 with a residual"))
+GRADCHECK = ("3x3 strided with a bias", "1x1 with a residual", "1-d", "transposed 2x2")
 NAMES = ("x", "weight", "bias", "bn_weight", "bn_bias", "residual")
 Leaves = dict[str, Tensor | None]
 
@@ -179,28 +183,23 @@ def compared(
     return launches
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
-def test_every_gradient_matches_fp64(block: Block, dtype: torch.dtype, device: str) -> None:
+@rotate(block=BLOCKS, dtype=DTYPES, channels_last=[True, False])
+def test_every_gradient_matches_fp64(block: Block, dtype: torch.dtype, channels_last: bool, device: str) -> None:
     # A kink's derivative jumps, and rounding may put a value on its other side.
     smooth = replace(block, activation=block.activation and "silu")
-    compared(smooth if dtype.itemsize == 2 else block, dtype, device)
+    compared(smooth if dtype.itemsize == 2 else block, dtype, device, channels_last=channels_last)
 
 
-@pytest.mark.parametrize("block", BLOCKS[::3], ids=str)
-def test_contiguous_images(block: Block, device: str) -> None:
-    compared(block, torch.float32, device, channels_last=False)
-
-
-@pytest.mark.parametrize("block", [BLOCKS[1], BLOCKS[2], BLOCKS[4], BLOCKS[6]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+@rotate(
+    block=[named(BLOCKS, "3x3 strided with a bias"), ONE, RESIDUAL, named(BLOCKS, "residual and no activation")],
+    dtype=[torch.float64, torch.bfloat16],
+)
 def test_a_frozen_batch_norm_passes_gradients(block: Block, dtype: torch.dtype, device: str) -> None:
     launches = compared(block, dtype, device, fixed=True)
     assert "batch_norm_combine_kernel" not in launches
 
 
-@pytest.mark.parametrize("block", [BLOCKS[0], BLOCKS[2], BLOCKS[4], BLOCKS[14]], ids=str)
-@pytest.mark.parametrize("fixed", [False, True], ids=["train", "frozen"])
+@rotate(block=[THREE, ONE, RESIDUAL, named(BLOCKS, "transposed 2x2")], fixed=[False, True])
 def test_vectors_of_any_strides(block: Block, fixed: bool, device: str) -> None:
     values, dy = make(block, torch.float32, device)
     k = block.channels
@@ -239,7 +238,7 @@ def test_running_statistics_of_any_strides_go_to_torch_in_training(device: str) 
 @pytest.mark.parametrize("needed", [
     ("x",), ("weight",), ("bn_weight",), ("bn_bias", "residual"), ("weight", "bn_weight", "bn_bias"), ("residual",), (),
 ], ids="+".join)  # fmt: skip
-@pytest.mark.parametrize("block", [BLOCKS[0], BLOCKS[4]], ids=str)
+@pytest.mark.parametrize("block", [THREE, RESIDUAL], ids=str)
 def test_only_the_gradients_that_are_needed_are_computed(block: Block, needed: tuple[str, ...], device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         launches = compared(block, dtype, device, needed=needed)
@@ -280,7 +279,7 @@ def test_no_more_is_saved_than_torch_saves(block: Block, device: str) -> None:
 
 
 def test_two_runs_are_bit_equal(device: str) -> None:
-    block = BLOCKS[4]
+    block = RESIDUAL
     values, dy = make(block, torch.float16, device)
 
     def run() -> list[Tensor]:
@@ -292,16 +291,16 @@ def test_two_runs_are_bit_equal(device: str) -> None:
 
 
 STATISTICS = [
-    pytest.param(module, sizes, config, id=f"{module.__name__.split('.')[-1]}-{i}")
+    (module, sizes, config)
     for module, sizes in (
         (conv_fprop, ((1, 128, 9, 8), (72, 128, 3, 3))), (conv_flat, ((1, 24, 9, 8), (72, 24, 3, 3))),
         (matmul, ((1, 24, 13, 11), (72, 24, 1, 1))),
     )
-    for i, config in enumerate(module.configs())
+    for config in cover(module.configs())
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("module", "sizes", "config"), STATISTICS)
+@every({"module, sizes, config": STATISTICS})
 def test_statistics_of_every_candidate_config(module: Any, sizes: Any, config: Any, device: str) -> None:
     """From the accumulators, so that they are closer than those of what is stored."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -323,14 +322,13 @@ def test_statistics_of_every_candidate_config(module: Any, sizes: Any, config: A
 
 
 COMPUTED = [
-    pytest.param(module, config, filter_, id=f"{module.__name__.split('_')[-1]}-{filter_}x{filter_}-{i}")
+    (module, config, filter_)
     for module, filter_ in ((conv_dgrad, 1), (conv_wgrad, 1), (conv_wgrad, 3))
-    for i, config in enumerate(module.configs())
+    for config in cover(module.configs())
 ]
 
 
-@pytest.mark.parametrize(("module", "config", "filter_"), COMPUTED)
-@pytest.mark.parametrize("act", [ActivationSpec("relu"), None], ids=str)
+@rotate({"module, config, filter_": COMPUTED}, act=[ActivationSpec("relu"), None])
 def test_a_batch_norms_gradient_on_the_way_in(module: Any, config: Any, filter_: int, act: Any, device: str) -> None:
     dtype = torch.bfloat16
     x, w = torch.randn(2, 72, 7, 9), torch.randn(40, 72, filter_, filter_)
@@ -361,7 +359,7 @@ def test_a_batch_norms_gradient_on_the_way_in(module: Any, config: Any, filter_:
     assert_close(dz, ref, what="dz")
 
 
-@pytest.mark.parametrize("block", [BLOCKS[1], BLOCKS[4], BLOCKS[10], BLOCKS[14]], ids=str)
+@pytest.mark.parametrize("block", [named(BLOCKS, name) for name in GRADCHECK], ids=str)
 def test_gradcheck(block: Block, device: str) -> None:
     values, _ = make(block, torch.float64, device)
     leaves = {name: leaf(t) for name, t in values.items() if t is not None and name != "bias"}
@@ -514,7 +512,7 @@ def test_large_means_leave_the_variance_right(device: str) -> None:
     torch.testing.assert_close(var.double(), z.var((0, 2, 3)), rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@every(seed=some(range(6), 3))
 def test_random_layers(seed: int, device: str) -> None:
     generator = torch.Generator(device="cpu").manual_seed(seed)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, ConvCase, make_epilogue, make_tensors
+from matrix import cover, every, named, rotate, some
 from reference import assert_close
 from test_fuzz import sparse
 from torch import Tensor
@@ -75,12 +76,8 @@ CASES = [
     ConvCase("empty batch", (0, 8, 4, 4), (8, 6, 3, 3), "", dict(stride=2)),
     ConvCase("empty batch without pixels", (0, 8, 1, 1), (8, 6, 2, 2), "", dict(padding=1)),
 ]  # fmt: skip
-FEW = [CASES[0], CASES[9], CASES[13], CASES[17]]
-# Every case in fp32, and in one of the other types in turn.
-TYPED = [
-    pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}")
-    for i, case in enumerate(CASES) for dtype in (torch.float32, DTYPES[1 + i % 3])
-]  # fmt: skip
+STRIDED, UP = named(CASES, "3x3 stride 2"), named(CASES, "2x2 stride 2")
+FEW = [STRIDED, named(CASES, "groups"), named(CASES, "1-d 16/8"), UP]
 
 
 def filters(case: ConvCase) -> int:
@@ -116,7 +113,7 @@ def gradients(case: ConvCase, x: Tensor, w: Tensor, b: Tensor, dy: Tensor, modul
 # Forward
 
 
-@pytest.mark.parametrize(("case", "dtype"), TYPED)
+@rotate(case=CASES, dtype=DTYPES)
 def test_forward_with_the_whole_epilogue_matches_fp64(case: ConvCase, dtype: torch.dtype, device: str) -> None:
     x, w = make_tensors(case, dtype, device)
     plain = reference(case, x, w)
@@ -128,7 +125,7 @@ def test_forward_with_the_whole_epilogue_matches_fp64(case: ConvCase, dtype: tor
     assert_close(out, reference(case, x, w, epilogue), depth=depth, what=case)
 
 
-@pytest.mark.parametrize("case", [*FEW[::2], *CASES[17:24:3]], ids=str)
+@every(case=[*FEW[::2], *(named(CASES, name) for name in ("2x2 stride 2", "3-d 1x2x2", "one pixel"))])
 def test_output_format_is_channels_last_if_input_or_weight_is(case: ConvCase, device: str) -> None:
     for x_cl, w_cl in itertools.product((False, True), repeat=2):
         x, w = make_tensors(case, torch.float32, device, x_cl=x_cl, w_cl=w_cl)
@@ -145,15 +142,14 @@ CONFIG_CASES = [
     ConvCase("3x3 stride 1x2", (1, 40, 5, 4), (40, 24, 3, 3), "conv_dgrad", dict(stride=(1, 2), padding=1)),
     ConvCase("2x2 stride 2", (1, 40, 9, 8), (40, 24, 2, 2), "conv_up", dict(stride=2)),
 ]
-EVERY_CONFIG = [
-    pytest.param(case, config, id=f"{case.kernel}-{i}")
+CONFIGS = [
+    (case, config)
     for case, module in zip(CONFIG_CASES, (conv_dgrad, conv_up), strict=True)
-    for i, config in enumerate(module.configs())
+    for config in cover(module.configs())
 ]
 
 
-@pytest.mark.parametrize(("case", "config"), EVERY_CONFIG)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@rotate({"case, config": CONFIGS}, dtype=[torch.float32, torch.bfloat16])
 def test_every_candidate_config(case: ConvCase, config: object, dtype: torch.dtype, device: str) -> None:
     if device == "cuda":
         g = geometry(case).mirrored
@@ -203,8 +199,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("options", [dict(stride=2), dict(stride=2, padding=1)], ids=["conv_up", "conv_dgrad"])
+@rotate(view=VIEWS, options=[dict(stride=2), dict(stride=2, padding=1)])
 def test_views_need_not_be_dense(view: str, options: dict[str, Any], device: str) -> None:
     for channels_last in (False, True):
         x = VIEWS[view](as_format(torch.randn(2, 48, 6, 5, device=device), channels_last))
@@ -215,7 +210,7 @@ def test_views_need_not_be_dense(view: str, options: dict[str, Any], device: str
 
 
 def test_unbatched_input_is_a_batch_of_one(device: str) -> None:
-    for case in (CASES[0], CASES[13], CASES[15], CASES[17]):
+    for case in (STRIDED, named(CASES, "1-d 16/8"), named(CASES, "3-d"), UP):
         x, w = make_tensors(case, torch.float32, device)
         with torch.no_grad():
             assert torch.equal(run_unbatched(case, x[0], w), run(case, x[:1], w)[0])
@@ -250,7 +245,7 @@ def test_nan_behind_the_tensors_is_never_read(device: str) -> None:
 # Equivalences
 
 
-@pytest.mark.parametrize("case", CASES[:25:3], ids=str)
+@every(case=some(CASES[:25], 5))
 def test_it_is_the_data_gradient_of_a_convolution(case: ConvCase, device: str) -> None:
     x, w = make_tensors(case, torch.float64, device)
     with torch.no_grad():
@@ -304,7 +299,7 @@ def test_fused_is_unfused(nd: int, stride: int, device: str) -> None:
     torch.testing.assert_close(out, torch.relu(F.batch_norm(y, mean, var, gamma, beta) + residual), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[9], CASES[13], CASES[17], CASES[20]], ids=str)
+@every(case=[*FEW, named(CASES, "3-d 1x2x2")])
 def test_statistics_come_from_the_accumulators(case: ConvCase, device: str) -> None:
     x, w = make_tensors(case, torch.float32, device)
     call = prepare_transposed(x, w, Epilogue(), geometry(case))
@@ -325,7 +320,7 @@ def test_statistics_come_from_the_accumulators(case: ConvCase, device: str) -> N
 # Backward
 
 
-@pytest.mark.parametrize(("case", "dtype"), TYPED)
+@rotate(case=CASES, dtype=DTYPES)
 def test_every_gradient_matches_fp64(case: ConvCase, dtype: torch.dtype, device: str) -> None:
     x, w = make_tensors(case, dtype, device, w_cl=dtype != torch.float16)
     b = torch.randn(filters(case), device=device).to(dtype)
@@ -343,17 +338,17 @@ def test_every_gradient_matches_fp64(case: ConvCase, dtype: torch.dtype, device:
 
 def test_only_the_gradients_that_are_needed_are_computed_and_their_tensors_saved(device: str) -> None:
     def kernels(*needed: bool) -> tuple[set[str], int]:
-        x, w = make_tensors(CASES[0], torch.float32, device)
+        x, w = make_tensors(STRIDED, torch.float32, device)
         leaves = [t.requires_grad_(n) for t, n in zip((x, w, torch.randn(24, device=device)), needed, strict=True)]
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            y = run(CASES[0], *leaves)
+            y = run(STRIDED, *leaves)
         with record_launches() as launches:
             y.sum().backward()
         assert [t.grad is not None for t in leaves] == list(needed)
         return set(launches), sum(t.numel() for t in saved)
 
-    x, w = make_tensors(CASES[0], torch.float32, device)
+    x, w = make_tensors(STRIDED, torch.float32, device)
     assert kernels(True, False, False) == ({"conv_flat_kernel"}, w.numel())
     assert kernels(False, True, False) == ({"conv_wgrad_kernel"}, x.numel())
     assert kernels(False, False, True) == (set(), 0)
@@ -404,8 +399,7 @@ NUMBERS: dict[str, Any] = dict(
 )
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
-@pytest.mark.parametrize("is_fused", [False, True], ids=["plain", "fused"])
+@rotate(channels_last=[False, True], is_fused=[False, True])
 def test_opcheck(channels_last: bool, is_fused: bool, device: str) -> None:
     x, w = as_format(torch.randn(2, 8, 4, 5, device=device), channels_last), torch.randn(8, 4, 3, 3, device=device)
     k = torch.rand(4, 4, device=device).unbind()
@@ -490,7 +484,7 @@ def draw(seed: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(24))
+@every(seed=some(range(24), 12))
 def test_random_layers_are_exact(seed: int, device: str) -> None:
     c = draw(seed)
     torch.manual_seed(seed)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import cover, rotate
 from tritonconv.kernels import unpool as kernels
 
 import tritonconv
@@ -40,8 +41,7 @@ CASES: list[tuple[tuple[int, ...], tuple[Any, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "window"), CASES, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate({"shape, window": CASES}, channels_last=[False, True])
 def test_values_and_gradients_are_torchs(shape: Any, window: Any, channels_last: bool, device: str) -> None:
     values, places = (t.to(device) for t in pooled(shape, *window, channels_last=channels_last))
     function = f"max_unpool{len(shape) - 2}d"
@@ -64,8 +64,7 @@ def test_every_dtype(dtype: torch.dtype, device: str) -> None:
     assert y.dtype == dtype and torch.equal(y, F.max_unpool2d(values, places, 2))
 
 
-@pytest.mark.parametrize("config", kernels.configs(), ids=lambda c: "x".join(map(str, c.kwargs.values())))
-@pytest.mark.parametrize("channels_last", [False, True], ids=["C", "CL"])
+@rotate(config=cover(kernels.configs()), channels_last=[False, True])
 def test_every_candidate_config(config: Any, channels_last: bool, device: str) -> None:
     values, places = (t.to(device) for t in pooled((2, 70, 10, 8), 2, channels_last=channels_last))
     with forced(config=config):
