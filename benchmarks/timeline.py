@@ -18,7 +18,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.conv.hopper import prepare_hopper
+from tritonconv.ops.conv.hopper import hopper_convolution
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import captured, forced
@@ -43,10 +43,9 @@ def main() -> None:
     epilogue = Epilogue(residual=residual, activation=ActivationSpec("relu"))
     device = replace(device_named("H200"), multiprocessors=1)
     with captured(device) as launches, forced(config=tile(128, 256, 64, 8, 3)):
-        call = prepare_hopper(x, w, epilogue, ConvGeometry.parse(x.shape, w.shape, nd=2, padding=1))
-        if isinstance(call, str):
-            raise RuntimeError(call)
-        call.run(x, w, epilogue)
+        result = hopper_convolution(x, w, epilogue, ConvGeometry.parse(x.shape, w.shape, nd=2, padding=1))
+        if isinstance(result, str):
+            raise RuntimeError(result)
     (launch,) = launches
     trace = interpreter.run(launch.kernel, 1, launch.arguments, interpreter.Timed(), num_warps=8)
     timeline.draw(trace, PICTURE)

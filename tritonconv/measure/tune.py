@@ -20,7 +20,6 @@ from tritonconv.measure.check import compare
 from tritonconv.measure.clock import copies_for_cold_cache, time_calls
 from tritonconv.measure.progress import track
 from tritonconv.measure.torch_settings import without_cudnn_search
-from tritonconv.ops.conv.dispatch import on_torch, run
 from tritonconv.ops.core.backend import interpreting, set_backend
 from tritonconv.ops.core.launch import Launch, captured, device_of, forced
 from tritonconv.ops.core.observe import Call, Example, observe

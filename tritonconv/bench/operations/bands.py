@@ -9,7 +9,7 @@ from torch import Tensor
 from tritonconv.bench.cases import Case
 from tritonconv.bench.operations.convolution import Convolution, layer
 from tritonconv.bench.registry import Specimen, dtype_of, register
-from tritonconv.ops.conv.banded import bands_dgrad, bands_wgrad, prepare_bands, supports_bands
+from tritonconv.ops.conv.banded import bands_dgrad, bands_wgrad, convolve_banded, supports_bands
 from tritonconv.ops.conv.depthwise import View
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import device_of, forced_config
@@ -32,7 +32,9 @@ class Bands(Convolution):
             return super().ours(case, *tensors)
         if case.pass_ == "fprop":
             x, w, *_ = tensors
-            return prepare_bands(x, w, Epilogue(), geometry).run(x, w, Epilogue())
+            y = convolve_banded(x, w, Epilogue(), geometry).y
+            assert y is not None
+            return y
         dy, other = tensors
         if case.pass_ == "dgrad":
             return bands_dgrad(dy, other, geometry)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
-from tritonconv.ops.batch_norm.dispatch import norm_act
-from tritonconv.ops.batch_norm.library import as_dense, gradients
+from tritonconv.ops.batch_norm.call import BATCH_NORM
+from tritonconv.ops.batch_norm.gradient import Norm
+from tritonconv.ops.batch_norm.operator import gradients
 from tritonconv.ops.core.activation import parse_activation
-from tritonconv.ops.core.layout import as_format
+from tritonconv.ops.core.layout import as_format, keeps_channels_last
 
 __all__ = ["BatchNorm"]
 
@@ -75,11 +76,15 @@ class BatchNorm(Operation):
         if case.pass_ == "fprop":
             x, weight, bias, running_mean, running_var, *rest = tensors
             residual = rest[0] if rest else None
-            return norm_act(x, running_mean, running_var, weight, bias, True, MOMENTUM, EPS, residual, act)
+            y: Tensor = BATCH_NORM(
+                (x, running_mean, running_var, weight, bias, residual), ((True, MOMENTUM, EPS), act, ""), "triton"
+            )
+            return y
         x, weight, bias, mean, var, dy, *rest = tensors
         count = torch.full((1,), float(self.depth(case)), dtype=mean.dtype, device=mean.device)
         residual, needs = rest[0] if rest else None, (True, True, True, bool(rest))
-        dx = gradients(dy, as_dense(x), mean, var, count, weight, bias, residual, EPS, act, "", needs)[0]
+        norm = Norm(mean, var, weight, bias, EPS, residual, act, count)
+        dx = gradients(dy, as_format(x, keeps_channels_last(x)), norm, "", needs)[0]
         assert dx is not None
         return dx
 

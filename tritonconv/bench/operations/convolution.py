@@ -12,9 +12,8 @@ from tritonconv.bench.cases import Case
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import ConvGeometry, Pass
 from tritonconv.ops.causal.launch import is_short
-from tritonconv.ops.conv.dispatch import convolution
+from tritonconv.ops.conv.call import CONVOLUTIONS
 from tritonconv.ops.conv.route import data_gradient, weight_gradient
-from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.layout import as_format, suggests_channels_last
 
 __all__ = ["Convolution", "layer"]
@@ -77,7 +76,8 @@ class Convolution(Operation):
                 y: Tensor = ours.causal_conv1d(x, w)
                 return y
             numbers = case.nd, case.stride, "causal", case.dilation, case.groups
-            return convolution("causal_conv1d", x, w, Epilogue(), *numbers)
+            causal: Tensor = CONVOLUTIONS["conv"]((x, w, *(None,) * 6), (numbers, "causal_conv1d", 0.0, None))
+            return causal
         x, arguments = self.arguments(case, x)
         if not rest:
             return getattr(ours, f"{self.function}{case.nd}d")(x, w, None, **arguments)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tritonconv.bench.cases import Case
 from tritonconv.bench.operations.convolution import Convolution, layer
 from tritonconv.bench.registry import Specimen, register
-from tritonconv.ops.conv.depthwise import depthwise_dgrad, depthwise_wgrad, prepare_depthwise
+from tritonconv.ops.conv.depthwise import convolve_depthwise, depthwise_dgrad, depthwise_wgrad
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.core.layout import suggests_channels_last
@@ -32,7 +32,9 @@ class Depthwise(Convolution):
             x, w, *rest = tensors
             norm = BatchNorm(rest[0], rest[1], rest[2], rest[3], 1e-5) if rest else None
             epilogue = Epilogue(None, norm, rest[4], ActivationSpec("relu")) if rest else Epilogue()
-            return prepare_depthwise(x, w, epilogue, geometry).run(x, w, epilogue)
+            y = convolve_depthwise(x, w, epilogue, geometry).y
+            assert y is not None
+            return y
         dy, other = tensors
         if case.pass_ == "dgrad":
             return depthwise_dgrad(dy, other, geometry, suggests_channels_last(dy))

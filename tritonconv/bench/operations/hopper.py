@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from tritonconv.bench.cases import Case
 from tritonconv.bench.operations.convolution import Convolution, layer
 from tritonconv.bench.operations.training import ConvolutionBatchNorm
 from tritonconv.bench.registry import Specimen, register
-from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.ops.conv.route import prepare_call
+from tritonconv.geometry import Pass
 from tritonconv.ops.core.backend import Backend
-from tritonconv.ops.core.cache import Prepared
-from tritonconv.ops.core.epilogue import Epilogue
 
 __all__ = ["HopperBatchNorm", "HopperConvolution"]
 
@@ -78,9 +73,6 @@ class HopperBatchNorm(ConvolutionBatchNorm):
     kernels = ("hopper.conv",)
     passes: tuple[Pass, ...] = ("fprop",)
     backend: Backend = "hopper"
-
-    def prepare(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Prepared:
-        return prepare_call(x, weight, Epilogue(), geometry, "conv", True)
 
     def checks(self) -> list[Case]:
         return [

@@ -13,12 +13,11 @@ from tritonconv.bench.cases import Case
 from tritonconv.bench.operations.convolution import layer
 from tritonconv.bench.registry import Operation, Specimen, dtype_of, register
 from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.ops.conv.dispatch_extended import averaged_convolution, gated_convolution
+from tritonconv.ops.conv.extended import averaged_convolution, gated_convolution
 from tritonconv.ops.core.activation import ActivationSpec
-from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.layout import as_format
 from tritonconv.ops.squeeze_excite.launch import scale, scale_gradients
-from tritonconv.ops.squeeze_excite.operator import excited
+from tritonconv.ops.squeeze_excite.operator import EXCITE
 
 __all__ = ["Averaged", "AveragedDepthwise", "Excite", "Gated", "Scale"]
 
@@ -125,8 +124,9 @@ class Excite(Operation):
 
     def ours(self, case: Case, *tensors: Tensor) -> Tensor:  # noqa: ARG002
         mean, w1, b1, w2, b2 = tensors
-        gate = excited(mean, w1, b1, SILU, w2, b2, SIGMOID)
-        assert gate is not None
+        found = EXCITE.find((mean, w1, b1, w2, b2), ((), SILU, SIGMOID), None)
+        assert found is not None
+        gate: Tensor = found.run(mean, w1, b1, w2, b2)
         return gate
 
     def torch(self, case: Case, *tensors: Tensor) -> Tensor:  # noqa: ARG002
@@ -163,7 +163,7 @@ class _Extended(Operation):
         )  # fmt: skip
 
     def numbers(self, case: Case) -> tuple[object, ...]:
-        return case.nd, case.stride, case.padding, case.dilation, case.groups
+        return (case.nd, case.stride, case.padding, case.dilation, case.groups), "conv2d", 0.0, SILU
 
     def depth(self, case: Case) -> int:
         return self.geometry(case).gemm()[2]
@@ -191,7 +191,7 @@ class Gated(_Extended):
 
     def ours(self, case: Case, *tensors: Tensor) -> Tensor:
         x, gate, w = tensors
-        y = gated_convolution(x, gate, w, Epilogue(activation=SILU), self.numbers(case), None)
+        y = gated_convolution((x, w, *(None,) * 6), gate, self.numbers(case), None)
         assert y is not None
         return y
 
@@ -231,7 +231,7 @@ class Averaged(_Extended):
 
     def ours(self, case: Case, *tensors: Tensor) -> Tensor:
         x, w = tensors
-        found = averaged_convolution(x, w, Epilogue(activation=SILU), self.numbers(case), None, False)
+        found = averaged_convolution((x, w, *(None,) * 6), self.numbers(case), None, False)
         assert found is not None
         return found[1]
 

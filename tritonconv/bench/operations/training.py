@@ -14,12 +14,8 @@ from tritonconv.bench.registry import Specimen, dtype_of, register
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.batch_norm.launch import input_gradient
 from tritonconv.ops.conv.conv_norm import forward, on_the_way
-from tritonconv.ops.conv.dense import prepare
 from tritonconv.ops.conv.gradients import NormGradient, conv_dgrad, conv_wgrad
-from tritonconv.ops.conv.transposed import prepare_transposed
 from tritonconv.ops.core.activation import ActivationSpec
-from tritonconv.ops.core.cache import Prepared
-from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.layout import empty_output, suggests_channels_last
 
 __all__ = ["ConvolutionBatchNorm", "TransposedBatchNorm"]
@@ -54,15 +50,14 @@ class ConvolutionBatchNorm(Convolution):
         # The table of a backward pass is written in fp32.
         return first, other, torch.randn_like(first), torch.randn(5, case.filters, device=device)
 
-    def prepare(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Prepared:
-        return prepare(x, weight, Epilogue(), geometry, "conv", True)
+    def forward(self, geometry: ConvGeometry, x: Tensor, weight: Tensor, *norm: Any) -> Tensor:
+        return forward("conv", x, weight, None, geometry, None, *norm, RELU, "")[0]
 
     def ours(self, case: Case, *tensors: Tensor) -> Tensor:
         geometry = self.geometry(case)
         if case.pass_ == "fprop":
             x, w, gamma, beta, *rest = tensors
-            call = self.prepare(x, w, geometry)
-            return forward(call, x, w, None, None, gamma, beta, EPS, rest[0] if rest else None, RELU, "")[0]
+            return self.forward(geometry, x, w, gamma, beta, EPS, rest[0] if rest else None)
         dy, other, z, table = tensors
         table = table.double() if dy.dtype == torch.float64 else table
         norm = NormGradient(z, table, RELU, True)
@@ -133,8 +128,8 @@ class TransposedBatchNorm(ConvolutionBatchNorm, TransposedConvolution):
     kernels = (*TransposedConvolution.kernels, "batch_norm")
     passes = ("fprop",)
 
-    def prepare(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Prepared:
-        return prepare_transposed(x, weight, Epilogue(), geometry, True)
+    def forward(self, geometry: ConvGeometry, x: Tensor, weight: Tensor, *norm: Any) -> Tensor:
+        return forward("conv_transpose", x, weight, None, geometry, None, *norm, RELU, "")[0]
 
     def checks(self) -> list[Case]:
         return [

@@ -169,6 +169,8 @@ class AdaptiveCall(NamedTuple):
 class AdaptivePool(Family[AdaptiveCall]):
     """torch's function of a kind; a call's numbers are ((output_size, nd), return_indices)."""
 
+    torch_checks_types = True
+
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         super().__init__(f"adaptive_{kind}_pool")

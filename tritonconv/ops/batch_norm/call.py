@@ -36,6 +36,8 @@ class BatchNormFamily(Family[NormCall]):
 
     tensors = ("input", "running_mean", "running_var", "weight", "bias", "residual")
 
+    torch_checks_types = True
+
     def parse(self, tensors: Any, numbers: tuple[Any, ...]) -> NormCall | Unsupported:
         (training, momentum, eps), activation, group = numbers
         x, *parameters = tensors[:5]

@@ -124,10 +124,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     if ctx.fused:
         raise not_built("tritonconv::conv", "a convolution")
-    return [
-        *conv_gradients(dy, *ctx.saved_tensors, ctx.shapes, ctx.numbers, ctx.formats, ctx.needs, ctx.kind),
-        *(None,) * 5,
-    ]
+    x, weight = ctx.saved_tensors
+    found = conv_gradients(dy, x, weight, ctx.shapes, ctx.numbers, ctx.formats, ctx.needs, ctx.kind)
+    return [*found, *(None,) * 5]
 
 
 def conv_gradients(

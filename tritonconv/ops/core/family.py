@@ -83,6 +83,9 @@ class Family(abc.ABC, Generic[Parsed]):
         self.signature = signature_of(name, [f"t{i}" for i in range(len(self.tensors))], packed=True)
         self.found = Memo()
 
+    torch_checks_types: ClassVar[bool] = False
+    """Whether torch's own function raises best for what is no tensor."""
+
     # What a family declares.
 
     @abc.abstractmethod
@@ -167,7 +170,8 @@ class Family(abc.ABC, Generic[Parsed]):
 
     def _first(self, signature: Any, tensors: Tensors, numbers: tuple[Any, ...], backend: Backend | None) -> Any:
         """The result of a call that was not seen before, or is seen by others one by one."""
-        self._check(tensors, numbers)
+        if self._check(tensors, numbers):
+            return self.on_torch(tensors, numbers)
         if not torch.compiler.is_compiling():
             overriding = [t for t in tensors if t is not None and type(t) not in PLAIN]
             if overriding and has_torch_function(overriding):
@@ -177,7 +181,10 @@ class Family(abc.ABC, Generic[Parsed]):
         cast = self._cast(tensors, dtype)
         given = tuple(t for t in cast if t is not None)
         reason = why_no_views(given)
-        parsed = Unsupported(reason) if reason else self.parse(cast, numbers)
+        if reason is not None:
+            decide(given, backend, lambda: self.describe(cast, numbers, None), reason, self.dtypes)
+            return self.on_torch(cast, numbers)
+        parsed = self.parse(cast, numbers)
         if isinstance(parsed, Unsupported):
             # Torch judges the arguments first, and where it finds nothing wrong, its result is no silent one.
             result = self.on_torch(cast, numbers)
@@ -226,11 +233,14 @@ class Family(abc.ABC, Generic[Parsed]):
 
         return run
 
-    def _check(self, tensors: Tensors, numbers: tuple[Any, ...]) -> None:
-        """Raise TypeError for arguments that are no tensors."""
+    def _check(self, tensors: Tensors, numbers: tuple[Any, ...]) -> bool:
+        """Whether torch is to say that an argument is no tensor; else a TypeError says so."""
         for i, (name, t) in enumerate(zip(self.tensors, tensors, strict=True)):
             if not isinstance(t, Tensor) and not (t is None and i >= self.required) and not has_torch_function((t,)):
+                if self.torch_checks_types:
+                    return True
                 raise TypeError(f"{self.op(numbers)}(): argument '{name}' must be Tensor, not {type(t).__name__}")
+        return False
 
     def _cast(self, tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
         if dtype is None:

@@ -65,6 +65,8 @@ class Windows(Family[PoolCall]):
 
     tensors = ("input", "out")
 
+    torch_checks_types = True
+
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         super().__init__(NAMES[kind])
@@ -241,6 +243,8 @@ class Unpool(Family[UnpoolCall]):
 
     tensors = ("input", "indices")
     required = 2
+
+    torch_checks_types = True
 
     def op(self, numbers: tuple[Any, ...]) -> str:
         return f"max_unpool{numbers[0][0]}d"

@@ -109,6 +109,8 @@ class ResampleCall(NamedTuple):
 class Interpolate(Family[ResampleCall]):
     """torch.nn.functional.interpolate; a call's numbers are its arguments after the input, in a tuple."""
 
+    torch_checks_types = True
+
     def parse(self, tensors: Any, numbers: tuple[Any, ...]) -> ResampleCall | Unsupported:
         (x,), (size, scale_factor, mode, align_corners, recompute, antialias) = tensors, numbers[0]
         if x.dim() not in (3, 4, 5):

@@ -73,6 +73,8 @@ class Shuffle(Family[Any]):
 
     dtypes = None
 
+    torch_checks_types = True
+
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         super().__init__(kind)
