@@ -50,14 +50,16 @@ class ConvolutionBatchNorm(Convolution):
         # The table of a backward pass is written in fp32.
         return first, other, torch.randn_like(first), torch.randn(5, case.filters, device=device)
 
-    def forward(self, geometry: ConvGeometry, x: Tensor, weight: Tensor, *norm: Any) -> Tensor:
-        return forward("conv", x, weight, None, geometry, None, *norm, RELU, "")[0]
+    def forward(
+        self, g: ConvGeometry, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None
+    ) -> Tensor:
+        return forward("conv", x, weight, None, g, None, gamma, beta, EPS, residual, RELU, "")[0]
 
     def ours(self, case: Case, *tensors: Tensor) -> Tensor:
         geometry = self.geometry(case)
         if case.pass_ == "fprop":
             x, w, gamma, beta, *rest = tensors
-            return self.forward(geometry, x, w, gamma, beta, EPS, rest[0] if rest else None)
+            return self.forward(geometry, x, w, gamma, beta, rest[0] if rest else None)
         dy, other, z, table = tensors
         table = table.double() if dy.dtype == torch.float64 else table
         norm = NormGradient(z, table, RELU, True)
@@ -128,8 +130,10 @@ class TransposedBatchNorm(ConvolutionBatchNorm, TransposedConvolution):
     kernels = (*TransposedConvolution.kernels, "batch_norm")
     passes = ("fprop",)
 
-    def forward(self, geometry: ConvGeometry, x: Tensor, weight: Tensor, *norm: Any) -> Tensor:
-        return forward("conv_transpose", x, weight, None, geometry, None, *norm, RELU, "")[0]
+    def forward(
+        self, g: ConvGeometry, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None
+    ) -> Tensor:
+        return forward("conv_transpose", x, weight, None, g, None, gamma, beta, EPS, residual, RELU, "")[0]
 
     def checks(self) -> list[Case]:
         return [
