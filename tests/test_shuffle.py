@@ -224,7 +224,7 @@ def test_nothing_to_move_is_torchs(shape: tuple[int, ...], device: str) -> None:
     [
         (lambda x: x.to(torch.complex128), "complex128 has no kernel"),
         (lambda x: x.to(torch.complex64).conj(), "conjugated"),
-        (lambda x: x.to_sparse(), "not plain strided memory"),
+        (lambda x: x.to_sparse(), "is not strided"),
     ],
     ids=["complex128", "conjugated", "sparse"],
 )

@@ -190,6 +190,8 @@ class Family(abc.ABC, Generic[Parsed]):
             result = self.on_torch(cast, numbers)
             if parsed.reason:
                 decide(given, backend, lambda: self.describe(cast, numbers, None), parsed.reason, self.dtypes)
+                decision, x = Decision("torch", parsed.reason), cast[0]
+                notify(lambda: Call(self.op(numbers), decision, None, 0, 0, x.dtype, x.device, None, ""))
             return result
         reason = self.why_unsupported(cast, parsed)
         refused = decide(given, backend, lambda: self.describe(cast, numbers, parsed), reason, self.dtypes)

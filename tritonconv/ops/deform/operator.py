@@ -102,7 +102,8 @@ DEFORM_CONV2D = Operator(
 
 def _gradient(
     dy: Tensor, x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, needs: Sequence[bool],
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], scatter: str,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    scatter: str = "deterministic",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of tritonconv::deform_conv2d's x, weight, bias, offset and mask on Triton alone; empty if not needed.
 
