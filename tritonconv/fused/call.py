@@ -156,6 +156,11 @@ def eval_call(
     if residual is not None and not _can_add(layer, input, residual, in_place):
         return None
     kind, numbers = ("matmul", ()) if type(layer) is Linear else numbers_of(layer)
+    source = input
+    if layer.__dict__.get("padding_mode") not in ZEROS:
+        # Other padding modes pad beforehand, as torch does.
+        source = torch.nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        numbers = (*numbers[:2], (0,) * numbers[0], *numbers[3:])
     mean = var = gamma = beta = None
     eps = 0.0
     if norm is not None:
@@ -178,7 +183,7 @@ def eval_call(
         weight, bias = parameters["weight"], parameters["bias"]
     except KeyError:
         weight, bias = layer.weight, layer.bias
-    tensors = (input, weight, bias, mean, var, gamma, beta, residual)
+    tensors = (source, weight, bias, mean, var, gamma, beta, residual)
     family = LINEAR if kind == "matmul" else CONVOLUTIONS[kind]
     return family, tensors, (numbers, OPS[type(layer)], eps, spec)
 
