@@ -20,7 +20,7 @@ from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import captured, device_of, forced, record_launches
 from tritonconv.ops.core.layout import as_format
 from tritonconv.ops.squeeze_excite.launch import scale, scale_gradients
-from tritonconv.ops.squeeze_excite.operator import excited, scale_channels
+from tritonconv.ops.squeeze_excite.operator import EXCITE, scale_channels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 ids: Any = lambda d: str(d)[6:]  # noqa: E731
@@ -88,7 +88,9 @@ def test_the_gate_in_one_launch(c: int, r: int, dtype: torch.dtype, device: str)
     silu, sigmoid = parse_activation("silu"), parse_activation("sigmoid")
     for first, second in ((b1, b2), (None, None)):
         with torch.no_grad(), record_launches() as launches:
-            gate = excited(mean, w1, first, silu, w2, second, sigmoid, "triton")
+            tensors = (mean, w1, first, w2, second)
+            found = EXCITE.find(tensors, ((), silu, sigmoid), "triton")
+            gate = None if found is None else found.run(*tensors)
         assert gate is not None and launches == ["excite_kernel"]
         wide = [None if t is None else t.double() for t in (mean, w1, first, w2, second)]
         hidden = nn.functional.silu(nn.functional.conv2d(*wide[:3]))  # type: ignore[arg-type]

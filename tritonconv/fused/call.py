@@ -145,13 +145,8 @@ def eval_call(
     Args:
         layer, norm, activation, input, residual, in_place: as `fused_call` takes them.
     """
-    spec = _spec(activation)
-    if (
-        spec is CHANGED
-        or type(layer) not in LAYERS
-        or _is_changed(layer)
-        or layer.__dict__.get("padding_mode") not in ZEROS
-    ):
+    spec = None if activation is None else _spec(activation)
+    if spec is CHANGED or type(layer) not in LAYERS or _is_changed(layer):
         return None
     if residual is not None and not _can_add(layer, input, residual, in_place):
         return None
@@ -200,8 +195,8 @@ CHANGED: Any = object()
 
 def _spec(activation: Any) -> ActivationSpec | None:
     """What a launch computes for an activation, or `CHANGED`."""
-    if activation is None:
-        return None
+    if activation is None or type(activation) is ActivationSpec:
+        return activation
     if not isinstance(activation, Module):
         return parse_activation(activation)
     spec = from_module(activation)

@@ -115,8 +115,8 @@ class Operator:
         assert self.save is not None
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.hopper = needs[: self.count], hopper
-        if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*(t for t in output[self.differentiable :] if t is not None))
+        if type(output) is tuple and len(output) > self.differentiable:
+            ctx.mark_non_differentiable(*filter(torch.is_tensor, output[self.differentiable :]))
         self.save(ctx, inputs, output)
 
     def _register(self, cast: Sequence[str], mutates: Sequence[str], flops: Callable[..., int] | None) -> None:

@@ -57,9 +57,9 @@ def _outputs(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    x, weight, bias, *norm, offset, mask, residual = inputs[:10]
+    x, weight, bias, mean, _, _, _, offset, mask, residual = inputs[:10]
     ctx.numbers = inputs[10:13]
-    ctx.fused = any(t is not None for t in (*norm, residual)) or bool(inputs[14])
+    ctx.fused = mean is not None or residual is not None or bool(inputs[14])
     # No samples: they are computed again.
     ctx.save_for_backward(x, weight, bias, offset, mask)
 
