@@ -72,7 +72,9 @@ CASES = [
         dict(padding=(4, 1), stride=(3, 2), dilation=(2, 3), groups=8),
     ),
     ConvCase("depthwise 7x7", (1, 12, 5, 6), (12, 1, 7, 7), "depthwise", dict(padding=3, groups=12)),
-    ConvCase("depthwise 3x13, columns walked too", (1, 2, 3, 5), (2, 1, 3, 13), "depthwise", dict(padding=(1, 6), groups=2)),
+    ConvCase(
+        "depthwise 3x13, columns walked too", (1, 2, 3, 5), (2, 1, 3, 13), "depthwise", dict(padding=(1, 6), groups=2)
+    ),
     ConvCase("depthwise 4x12 strided", (1, 3, 9, 15), (3, 1, 4, 12), "depthwise", dict(stride=(4, 2), padding=3, groups=3)),
     ConvCase("depthwise even filter same", (1, 8, 6, 7), (8, 1, 2, 4), "depthwise", dict(padding="same", groups=8)),
     ConvCase("depthwise 1x1", (2, 8, 3, 3), (8, 1, 1, 1), "depthwise", dict(groups=8)),
