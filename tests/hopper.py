@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from gluon_interpreter import Random, Timed, run
-from matrix import some
 from reference import assert_close
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor

@@ -146,18 +146,18 @@ def test_an_empty_batch_and_what_is_broadcast(device: str) -> None:
 
 
 def test_torch_and_compilers(device: str) -> None:
-    x, gate = made((2, 12, 4, 5), torch.float64, True, device)
+    x, gate = made((2, 3, 2, 2), torch.float64, True, device)
     arguments = (x.requires_grad_(), gate.requires_grad_())
     assert torch.autograd.gradcheck(scale_channels, arguments)
     torch.library.opcheck(torch.ops.tritonconv.scale_channels.default, arguments)
     compiled = torch.compile(scale_channels, fullgraph=True, backend="aot_eager")
     y = compiled(*arguments)
     assert_close(y, x * gate)
-    assert_close(torch.autograd.grad(y.sum(), gate)[0], x.sum((2, 3), keepdim=True), depth=20)
+    assert_close(torch.autograd.grad(y.sum(), gate)[0], x.sum((2, 3), keepdim=True), depth=4)
     with set_backend("torch"), record_launches() as launches:
         scale_channels(x, gate)
     assert not launches
-    with pytest.raises(RuntimeError, match=r"expected a gate of size \[2, 12, 1, 1\]"):
+    with pytest.raises(RuntimeError, match=r"expected a gate of size \[2, 3, 1, 1\]"):
         torch.ops.tritonconv.scale_channels(x, gate[:1])
     assert Epilogue().describe() == ""
 
