@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 import pytest
 
 import tritonconv.ops.core.layout
+import tritonconv.ops.core.recording
 from tritonconv.ops.core.backend import HAS_TRITON
 
 # Seconds that each worker has spent.
@@ -71,7 +72,12 @@ def poisoning() -> Iterator[None]:
         t = empty_strided(*args, **kwargs)
         return t.fill_(float("nan")) if t.is_floating_point() and t.device.type != "meta" else t
 
-    with mock.patch.object(tritonconv.ops.core.layout.torch, "empty_strided", poisoned):
+    # Calls that are recorded meanwhile allocate by the same function whenever they are replayed.
+    recorded = {torch.ops.aten.empty_strided.default: poisoned}
+    with (
+        mock.patch.object(tritonconv.ops.core.layout.torch, "empty_strided", poisoned),
+        mock.patch.dict(tritonconv.ops.core.recording.SHORTER, recorded),
+    ):
         yield
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import recorded
 from cases import DTYPES
 from matrix import cover, every, named, rotate, some
 from reference import assert_close
@@ -18,11 +19,14 @@ import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.batch_norm import launch as batch_norm
-from tritonconv.ops.conv import conv_norm as training
+from tritonconv.ops.batch_norm.launch import Statistics
+from tritonconv.ops.conv.dense import convolve_dense
 from tritonconv.ops.conv.gradients import NormGradient
 from tritonconv.ops.conv.gradients import conv_dgrad as launch_dgrad
 from tritonconv.ops.conv.gradients import conv_wgrad as launch_wgrad
+from tritonconv.ops.conv.target import Target
 from tritonconv.ops.core.activation import ActivationSpec, parse_activation
+from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import device_of, forced, record_launches
 from tritonconv.ops.core.layout import as_format
 from tritonconv.tuning import Problem
@@ -311,9 +315,9 @@ def test_statistics_of_every_candidate_config(module: Any, sizes: Any, config: A
     if device == "cuda" and str(config) not in map(str, possible(problem)):
         pytest.skip("the config is pruned for this type on this GPU")
     with forced(config=config):
-        call = tritonconv.ops.conv.dense.prepare(x, w, tritonconv.ops.core.epilogue.Epilogue(), g, "conv")
-        z, parts = training.convolve(call, x, w, None)
-    mean, var, count = batch_norm.combine(parts)
+        call = recorded(lambda x, w: convolve_dense(x, w, Epilogue(), g, "conv", Target(statistics=True)), x, w)
+        z, parts, _ = call.run(x, w)
+        mean, var, count = batch_norm.combine(Statistics(*parts))
     ref = torch.nn.functional.conv2d(x.double(), w.double(), padding=g.padding[1:])
     assert call.kernel == problem.kernel and count.item() == ref.numel() / ref.shape[1]
     assert_close(mean, ref.mean((0, 2, 3)), depth=count.int().item(), what="mean")
