@@ -120,7 +120,7 @@ class Operator:
 
     def _register(self, cast: Sequence[str], mutates: Sequence[str], flops: Callable[..., int] | None) -> None:
         def run(*arguments: Any) -> Any:
-            settled: Any = tuple(tuple(a) if type(a) is list else a for a in arguments)
+            settled = _hashable(arguments)
             found = self.resolve(*settled).run(*settled[: self.count])
             return _without_none(found, settled[0])
 
@@ -134,7 +134,7 @@ class Operator:
             operator.register_autograd(
                 lambda ctx, *gradients: self.gradients(ctx, gradients),
                 setup_context=lambda ctx, inputs, output: self.setup(
-                    ctx, inputs, output, ctx.needs_input_grad, hopper_asked()
+                    ctx, _hashable(inputs), output, ctx.needs_input_grad, hopper_asked()
                 ),
             )
         self.registered = getattr(torch.ops.tritonconv, self.name)
@@ -170,6 +170,11 @@ def mutated(t: Tensor) -> None:
         state.recorder.mutated(t)
     elif not t.is_inference():
         torch.autograd.graph.increment_version(t)
+
+
+def _hashable(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments of registered operators, which give lists of numbers, as operators are called with them."""
+    return tuple(tuple(a) if type(a) is list else a for a in arguments)
 
 
 def _without_none(output: Any, x: Tensor) -> Any:
