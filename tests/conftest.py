@@ -18,6 +18,7 @@ import pytest
 from matrix import TEST_ALL
 
 import tritonconv.ops.core.layout
+import tritonconv.ops.core.recording
 from tritonconv.ops.core.backend import HAS_TRITON
 
 
@@ -82,7 +83,12 @@ def poisoning() -> Iterator[None]:
         t = empty_strided(*args, **kwargs)
         return t.fill_(float("nan")) if t.is_floating_point() and t.device.type != "meta" else t
 
-    with mock.patch.object(tritonconv.ops.core.layout.torch, "empty_strided", poisoned):
+    # Calls that are recorded meanwhile allocate by the same function whenever they are replayed.
+    recorded = {torch.ops.aten.empty_strided.default: poisoned}
+    with (
+        mock.patch.object(tritonconv.ops.core.layout.torch, "empty_strided", poisoned),
+        mock.patch.dict(tritonconv.ops.core.recording.SHORTER, recorded),
+    ):
         yield
 
 

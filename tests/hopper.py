@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -15,11 +14,11 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.conv.hopper import hopper_dgrad, hopper_wgrad, prepare_hopper
-from tritonconv.ops.conv.target import WHOLE, Sink
-from tritonconv.ops.core.cache import Dense, Prepared
+from tritonconv.ops.conv.hopper import hopper_convolution, hopper_dgrad, hopper_wgrad
+from tritonconv.ops.conv.target import WHOLE, Result, Target
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import Launch, captured, forced
+from tritonconv.ops.core.layout import empty_output
 from tritonconv.tuning import device_named
 
 __all__ = [
@@ -36,7 +35,7 @@ ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="Hopper's kernels 
 
 NOTHING = Epilogue()
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 def execute(launches: Sequence[Launch], seed: int | None = 0) -> None:
@@ -53,7 +52,7 @@ def execute(launches: Sequence[Launch], seed: int | None = 0) -> None:
             one.kernel[(one.programs,)](**one.arguments, **one.options)
 
 
-def interpreted(call: Callable[[], Result], *, config: Any = None, seed: int | None = 0) -> Result:
+def interpreted(call: Callable[[], Value], *, config: Any = None, seed: int | None = 0) -> Value:
     """What a call returns, after its launches have run; until then conftest's poison is in what it allocated."""
     with captured(HOPPER) as launches, forced(config=config):
         result = call()
@@ -81,7 +80,7 @@ def of_every_seed(call: Callable[[], Tensor], *, config: Any = None, seeds: Sequ
 
 def channels_last(t: Tensor) -> Tensor:
     """A copy that is channels-last and nothing else, also of a single channel or pixel."""
-    return Dense.of(tuple(t.shape), True).copy(t)
+    return empty_output(t, tuple(t.shape), True, t.dtype).copy_(t)
 
 
 def pads(g: ConvGeometry) -> tuple[int, ...]:
@@ -138,23 +137,20 @@ class Layer:
 
 def forward(
     x: Tensor, weight: Tensor, g: ConvGeometry, epilogue: Epilogue = NOTHING, *, slots: list[Tensor] | None = None,
-    sink: Sink = WHOLE, y: Tensor | None = None,
+    target: Target = WHOLE,
 ) -> Tensor:  # fmt: skip
     """A convolution, or a transposed one, to be interpreted.
 
     Args:
         slots: gets the counts and the moments of statistics, poisoned as results are; None: there are none.
-        y: where the result goes; by default into memory of its own.
+        target: where the result goes.
     """
-    call = prepare_hopper(x, weight, epilogue, g, slots is not None, sink)
-    assert isinstance(call, Prepared), call
-    if slots is None:
-        return call.run(x, weight, epilogue, y=y)
-    assert call.recipe is not None
-    counts = torch.full((call.recipe.slots,), math.nan)
-    moments = torch.full((2, call.recipe.slots, g.out_channels), math.nan)
-    slots += [counts, moments]
-    return call.run(x, weight, epilogue, (counts, moments), y)
+    result = hopper_convolution(x, weight, epilogue, g, target._replace(statistics=slots is not None))
+    assert isinstance(result, Result) and result.y is not None, result
+    assert (result.statistics is None) == (slots is None)
+    if slots is not None and result.statistics is not None:
+        slots += result.statistics
+    return result.y
 
 
 def check(layer: Layer, dtype: torch.dtype, *, config: Any = None, seeds: Sequence[int] = SEEDS) -> None:

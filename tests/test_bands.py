@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import recorded
 from cases import ConvCase, make_epilogue, make_tensors
 from matrix import cover, every, named, rotate, some
 from reference import assert_close, conv_reference
@@ -18,11 +19,12 @@ from tritonconv.ops.conv import banded as bands
 from tritonconv.ops.conv.banded import (
     bands_dgrad,
     bands_wgrad,
+    convolve_banded,
     prefers_bands,
-    prepare_bands,
     supports_bands,
 )  # fmt: skip
-from tritonconv.ops.conv.depthwise import View, depthwise_dgrad, depthwise_wgrad, prepare_depthwise
+from tritonconv.ops.conv.depthwise import View, convolve_depthwise, depthwise_dgrad, depthwise_wgrad
+from tritonconv.ops.conv.target import Target
 from tritonconv.ops.core.activation import make_spec
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import forced, record_launches
@@ -79,8 +81,9 @@ def made(case: ConvCase, dtype: torch.dtype, device: str, integers: bool = False
 
 
 def forward(case: ConvCase, x: Tensor, w: Tensor, epilogue: Epilogue | None = None) -> Tensor:
-    epilogue = epilogue or Epilogue()
-    return prepare_bands(x, w, epilogue, geometry(case)).run(x, w, epilogue)
+    y = convolve_banded(x, w, epilogue or Epilogue(), geometry(case)).y
+    assert y is not None
+    return y
 
 
 def gradients(case: ConvCase, x: Tensor, w: Tensor, dy: Tensor) -> list[Tensor]:
@@ -175,11 +178,9 @@ def test_statistics_are_of_the_result_before_rounding(case: ConvCase, device: st
     x, w, _ = made(case, torch.float16, device)
     bias = torch.randn(case.weight[0], device=device).half()
     with forced(config=tile(4, 16, 128, 4, 2, tma=False)):
-        call = prepare_bands(x, w, Epilogue(bias), geometry(case), True)
-        assert call.recipe is not None and call.recipe.slots > 1
-        counts = torch.full((call.recipe.slots,), float("nan"), device=device)
-        moments = torch.full((2, call.recipe.slots, case.weight[0]), float("nan"), device=device)
-        call.run(x, w, Epilogue(bias), (counts, moments))
+        parts = convolve_banded(x, w, Epilogue(bias), geometry(case), Target(statistics=True)).statistics
+    assert parts is not None and parts.counts.numel() > 1
+    counts, moments = parts
     ref = conv_reference(x, w, Epilogue(bias), **arguments(case)).transpose(0, 1).flatten(1)
     assert counts.sum() == ref.shape[1]
     n, means = counts[:, None].double(), moments[0].double()
@@ -193,7 +194,8 @@ def test_statistics_are_of_the_result_before_rounding(case: ConvCase, device: st
 def test_equal_to_the_direct_kernel(case: ConvCase, device: str) -> None:
     x, w, dy = made(case, torch.float32, device, integers=True)
     g = geometry(case)
-    assert torch.equal(forward(case, x, w), prepare_depthwise(x, w, Epilogue(), g).run(x, w, Epilogue()))
+    y = convolve_depthwise(x, w, Epilogue(), g).y
+    assert y is not None and torch.equal(forward(case, x, w), y)
     direct = [depthwise_dgrad(dy, w, g, False), *depthwise_wgrad(dy, x, g, False, True)]
     assert all(torch.equal(a, b) for a, b in zip(ours(case, x, w, dy), direct, strict=True))
 
@@ -202,7 +204,8 @@ def test_a_transposed_convolution_is_the_gradient(device: str) -> None:
     x, w = (torch.randint(-2, 3, shape, device=device).float() for shape in ((2, 3, 6, 7), (3, 1, 7, 7)))
     numbers = dict(stride=2, padding=3, output_padding=1, groups=3)
     g = ConvGeometry.parse(x.shape, w.shape, nd=2, transposed=True, **numbers)  # type: ignore[arg-type]
-    assert torch.equal(prepare_bands(x, w, Epilogue(), g).run(x, w, Epilogue()), F.conv_transpose2d(x, w, **numbers))  # type: ignore[arg-type]
+    y = convolve_banded(x, w, Epilogue(), g).y
+    assert y is not None and torch.equal(y, F.conv_transpose2d(x, w, **numbers))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["channels-last", "rows apart", "columns apart", "broadcast"])
@@ -221,7 +224,7 @@ def test_images_that_are_not_contiguous(kind: str, device: str) -> None:
 
     x, dy = other(x), other(dy)
     copies = {"channels-last": 2, "columns apart": 1}.get(kind, 0)  # a channels-last result is copied back, too
-    assert prepare_bands(x, w, Epilogue(), geometry(case)).copies == copies
+    assert recorded(lambda x, w: forward(case, x, w), x, w).copies == copies
     assert torch.equal(forward(case, x, w).double(), conv_reference(x, w, **arguments(case)))
     for out, ref in zip(ours(case, x, w, dy), gradients(case, x, w, dy), strict=True):
         assert torch.equal(out.double(), ref)

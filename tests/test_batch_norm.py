@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calls import patched
 from matrix import cover, named, rotate
 from norms import CASES, FORWARD, NAMES, Case, Layer, compared
 from reference import assert_close
@@ -12,7 +13,7 @@ from tritonconv.kernels import batch_norm as kernels
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.ops.batch_norm import launch as launches_of
-from tritonconv.ops.batch_norm.dispatch import norm_act
+from tritonconv.ops.batch_norm.call import BATCH_NORM
 from tritonconv.ops.batch_norm.launch import Statistics, combine, statistics
 from tritonconv.ops.core.activation import parse_activation
 from tritonconv.ops.core.launch import captured, device_of, forced, record_launches
@@ -166,12 +167,11 @@ def test_two_runs_are_bit_equal(dtype: torch.dtype, device: str) -> None:
     assert all(map(torch.equal, first, second))
 
 
-def test_64_bit_offsets_change_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_64_bit_offsets_change_nothing(device: str) -> None:
     for channels_last in (False, True):
         layer = Layer.random((3, 10, 6, 7), torch.float32, channels_last, device)
         narrow = layer.run(TF, True)
-        with monkeypatch.context() as patch:
-            patch.setattr(launches_of, "needs_int64", lambda _elements: True)
+        with patched(launches_of, "needs_int64", lambda _elements: True):
             assert all(map(torch.equal, narrow, layer.run(TF, True)))
 
 
@@ -199,5 +199,5 @@ def test_channels_of_a_wider_tensor_are_read_where_they_lie(device: str) -> None
         assert is_dense(y, True)
         assert_close(y, F.batch_norm(z.double(), *(v.double() for v in vectors)))
         residual = torch.randn_like(y)
-        y = norm_act(z, *vectors, False, 0.1, 1e-5, residual, parse_activation("relu"))
+        y = BATCH_NORM((z, *vectors, residual), ((False, 0.1, 1e-5), parse_activation("relu"), ""))
         assert_close(y, (F.batch_norm(z.double(), *(v.double() for v in vectors)) + residual).relu())

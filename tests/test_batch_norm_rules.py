@@ -86,11 +86,16 @@ def test_gradcheck(device: str) -> None:
         assert torch.autograd.gradcheck(frozen, (x, w, b), fast_mode=True)
 
 
-def test_double_backward_raises_torchs_error(device: str) -> None:
-    x = torch.randn(4, 3, 5, device=device, requires_grad=True)
-    (dx,) = torch.autograd.grad(TF.batch_norm(x, None, None, training=True).pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        dx.sum().backward()
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_second_derivative_is_torchs(training: bool, device: str) -> None:
+    x, w, b = (torch.randn(s, dtype=torch.float64, device=device, requires_grad=True) for s in ((4, 3, 5), (3,), (3,)))
+    mean, var = torch.randn(3, dtype=torch.float64, device=device), torch.ones(3, dtype=torch.float64, device=device)
+    found = []
+    for module in (TF, F):
+        y = module.batch_norm(x, mean.clone(), var.clone(), w, b, training)
+        first = torch.autograd.grad(y.pow(3).sum(), (x, w, b), create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, w, b))])
+    torch.testing.assert_close(*found)
 
 
 def test_operators_are_clean(device: str) -> None:

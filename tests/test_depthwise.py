@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import convolution, patched
 from cases import DTYPES, ConvCase, make_epilogue, make_tensors
 from matrix import cover, rotate
 from reference import assert_close, conv_reference
@@ -15,9 +16,9 @@ from tritonconv.kernels import depthwise, depthwise_wgrad
 import tritonconv.functional as TF
 from tritonconv.bench.registry import operations
 from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.conv import depthwise as launches_of
 from tritonconv.ops.conv.depthwise import depthwise_dgrad, is_depthwise
 from tritonconv.ops.conv.depthwise import depthwise_wgrad as launch_wgrad
-from tritonconv.ops.conv.dispatch import convolution
 from tritonconv.ops.core.activation import make_spec
 from tritonconv.ops.core.launch import captured, device_of, forced, record_launches
 from tritonconv.ops.core.layout import as_format, is_dense
@@ -52,10 +53,9 @@ def test_every_candidate_config(case: ConvCase, channels_last: bool, dtype: torc
         w.shape[0], as_format(plain.to(dtype), channels_last), dtype, device, activation=make_spec("relu")
     )
     reference = conv_reference(x, w, epilogue, **case.arguments)
-    arguments = dict(stride=1, padding=0, dilation=1, groups=1) | case.arguments
     for config in cover(configs_for(case, "fprop", channels_last, device)):
         with forced(config=config):
-            out = convolution("conv2d", x, w, epilogue, 2, *arguments.values())
+            out = convolution(x, w, epilogue, **case.arguments)
         assert_close(out, reference, depth=case.depth, what=(case, config))
 
     g, dy = geometry_of(case), as_format(torch.randn_like(plain).to(dtype), channels_last)
@@ -214,7 +214,7 @@ def test_large_strides_run_on_the_general_kernels(device: str) -> None:
     assert_close(out, conv_reference(x, w, stride=5, groups=4), depth=25)
 
 
-def test_offsets_of_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_of_64_bits(device: str) -> None:
     x, w = (
         torch.randn(2, 8, 4, 4, device=device).to(memory_format=torch.channels_last),
         torch.randn(8, 1, 3, 3, device=device),
@@ -225,13 +225,13 @@ def test_offsets_of_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
             strided = torch.empty_strided(x.shape, (batch_stride, 1, 32, 8), device="meta")
             TF.conv2d(strided, w.to("meta"), padding=1, groups=8)
     assert [launch.arguments["INDEX_64"] for launch in launches] == [False, True]
-    monkeypatch.setattr("tritonconv.ops.conv.depthwise._index_64", lambda *_: True)
+    g = ConvGeometry.parse(x.shape, w.shape, nd=2, stride=2, padding=1, groups=8)
     for channels_last in (True, False):
         images = as_format(x, channels_last)
-        out = TF.conv2d(images, w, stride=2, padding=1, groups=8)
+        with patched(launches_of, "_index_64", lambda *_: True):
+            out = TF.conv2d(images, w, stride=2, padding=1, groups=8)
+            dx, (dw, _) = depthwise_dgrad(out, w, g, channels_last), launch_wgrad(out, images, g, False, False)
         assert_close(out, conv_reference(x, w, stride=2, padding=1, groups=8), depth=9)
-        g = ConvGeometry.parse(x.shape, w.shape, nd=2, stride=2, padding=1, groups=8)
-        dx, (dw, _) = depthwise_dgrad(out, w, g, channels_last), launch_wgrad(out, images, g, False, False)
         leaves = [t.double().requires_grad_() for t in (x, w)]
         with torch.enable_grad():
             y = torch.nn.functional.conv2d(*leaves, stride=2, padding=1, groups=8)

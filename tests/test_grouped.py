@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import convolution, patched, transposed_convolution
 from cases import ConvCase, make_epilogue, make_tensors
 from matrix import cover, every, named, rotate, some
 from reference import assert_close, conv_reference
@@ -19,14 +20,12 @@ import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.batch_norm import launch as batch_norm
-from tritonconv.ops.conv.conv_norm import convolve
-from tritonconv.ops.conv.dense import plan_for, prepare, problem_of
-from tritonconv.ops.conv.dispatch import convolution, transposed_convolution
+from tritonconv.ops.conv.dense import convolve_dense, plan_for, problem_of
 from tritonconv.ops.conv.gradients import NormGradient
 from tritonconv.ops.conv.gradients import conv_dgrad as launch_dgrad
 from tritonconv.ops.conv.plan import PACK_WIDTH, packed
+from tritonconv.ops.conv.target import Target
 from tritonconv.ops.core.activation import make_spec
-from tritonconv.ops.core.cache import clear_caches
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import device_of, forced, record_launches
 from tritonconv.ops.core.layout import as_format
@@ -37,7 +36,6 @@ from tritonconv.tuning.tables import layer_key
 
 F = torch.nn.functional
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NUMBERS: dict[str, Any] = dict(stride=1, padding=0, dilation=1, groups=1)
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +95,7 @@ def check_forward(c: ConvCase, x: Tensor, w: Tensor) -> None:
     plain = conv_reference(x, w, **c.arguments)
     epilogue = make_epilogue(w.shape[0], plain.to(x.dtype), x.dtype, str(x.device), activation=make_spec("relu"))
     with torch.no_grad():
-        out = convolution("conv", x, w, epilogue, x.dim() - 2, *(NUMBERS | c.arguments).values())
+        out = convolution(x, w, epilogue, **c.arguments)
     assert_close(out, conv_reference(x, w, epilogue, **c.arguments), depth=c.depth, what=c)
 
 
@@ -121,9 +119,8 @@ def check_transposed(c: ConvCase, x: Tensor, w: Tensor) -> None:
     nd = x.dim() - 2
     plain = getattr(F, f"conv_transpose{nd}d")(x.double(), w.double(), None, **arguments)
     e = make_epilogue(plain.shape[1], plain.to(x.dtype), x.dtype, str(x.device), activation=make_spec("silu"))
-    given = dict(stride=1, padding=0, output_padding=0, groups=1, dilation=1) | arguments
     with torch.no_grad(), record_launches() as launches:
-        out = transposed_convolution("conv_transpose", x, w, e, nd, *given.values())
+        out = transposed_convolution(x, w, e, **arguments)
     assert launches == ["conv_dgrad_kernel"] * (out.numel() > 0)
     wide = e.map(Tensor.double)
     ref = wide.torch(getattr(F, f"conv_transpose{nd}d")(x.double(), w.double(), wide.bias, **arguments))
@@ -240,9 +237,7 @@ def test_small_integers_are_exact(c: ConvCase, device: str) -> None:
 
 
 @every(c=some([FOUR, named(CASES, "1-d of 4")], 1))
-def test_64_bit_offsets_change_nothing_and_two_runs_are_bit_equal(
-    c: ConvCase, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_64_bit_offsets_change_nothing_and_two_runs_are_bit_equal(c: ConvCase, device: str) -> None:
     x, w = make_tensors(c, torch.float16, device)
     x[0, 1].view(-1)[3] = math.nan
     b, dy = torch.randn(w.shape[0], device=device).half(), torch.randn(geometry(c).output_shape, device=device)
@@ -252,10 +247,8 @@ def test_64_bit_offsets_change_nothing_and_two_runs_are_bit_equal(
 
     narrow = run()
     assert all(map(torch.equal, narrow, run()))
-    clear_caches()
-    monkeypatch.setattr(ConvGeometry, "needs_int64", True)
-    assert all(map(torch.equal, narrow, run()))
-    clear_caches()
+    with patched(ConvGeometry, "needs_int64", True):
+        assert all(map(torch.equal, narrow, run()))
 
 
 def test_gradcheck(device: str) -> None:
@@ -316,10 +309,9 @@ def test_statistics_are_those_of_the_results(bad: bool, device: str) -> None:
     for c in (named(CASES, "32 of 4"), named(CASES, "16 of 3 dilated")):
         x, w = make_tensors(c, torch.float32, device)
         x = poison(x, c.arguments["groups"]) if bad else x
-        call = prepare(x, w, Epilogue(), geometry(c), "conv", statistics=True)
-        with torch.no_grad():
-            _, parts = convolve(call, x, w, None)
-            mean, var, count = batch_norm.combine(parts)
+        parts = convolve_dense(x, w, Epilogue(), geometry(c), "conv", Target(statistics=True)).statistics
+        assert parts is not None
+        mean, var, count = batch_norm.combine(parts)
         ref = conv_reference(x, w, **c.arguments).transpose(0, 1).flatten(1)
         assert float(count) == ref.shape[1] and ref.mean(1).isnan().any() == bad
         finite = ref.isfinite().all(1)

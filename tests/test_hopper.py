@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import recorded
 from cases import make_epilogue
 from hopper import (
     BF16,
@@ -36,13 +37,12 @@ from tritonconv.kernels.hopper import conv, wgrad
 
 from tritonconv.geometry import ConvGeometry, Pass, best_box, boxes_over, pass_extents
 from tritonconv.ops.batch_norm.launch import Statistics, combine
-from tritonconv.ops.conv.hopper import hopper_dgrad, hopper_wgrad, prepare_hopper
+from tritonconv.ops.conv.hopper import hopper_convolution, hopper_dgrad, hopper_wgrad
 from tritonconv.ops.conv.hopper.convolution import axis_phases, pixels_of, rows_of
-from tritonconv.ops.conv.hopper.supports import unsupported
+from tritonconv.ops.conv.hopper.supports import why_unsupported
 from tritonconv.ops.conv.hopper.views import Image
-from tritonconv.ops.conv.target import Sink
+from tritonconv.ops.conv.target import Result, Target
 from tritonconv.ops.core.activation import make_spec
-from tritonconv.ops.core.cache import Prepared
 from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
 from tritonconv.ops.core.launch import Launch, captured, forced
 from tritonconv.tuning import Problem
@@ -406,6 +406,14 @@ def test_a_contiguous_weight_has_a_contiguous_gradient(layer: Layer) -> None:
 # Layouts.
 
 
+def copies(x: Tensor, w: Tensor, g: ConvGeometry) -> int:
+    """How many tensors are copied on the way to the kernel."""
+    with captured(HOPPER):
+        call = recorded(lambda x, w: hopper_convolution(x, w, Epilogue(), g), x, w)
+    assert isinstance(call.result, Result) and call.kernel == "hopper.conv"
+    return call.copies
+
+
 @pytest.mark.parametrize(
     "view",
     [
@@ -419,9 +427,7 @@ def test_views_are_read_in_place(view: Any, kernel: int, stride: int) -> None:
     x = view(channels_last(torch.randn(3, 128, 10, 8).to(BF16)))
     w = channels_last(torch.randn(72, 64, kernel, kernel).to(BF16))
     g = ConvGeometry.parse(x.shape, w.shape, nd=2, padding=kernel // 3, stride=stride)
-    with captured(HOPPER):
-        call = prepare_hopper(x, w, Epilogue(), g)
-    assert isinstance(call, Prepared) and call.copies == 0
+    assert copies(x, w, g) == 0
     assert_close(of_every_seed(lambda: forward(x, w, g)), reference(x, w, g))
 
 
@@ -432,9 +438,7 @@ def test_contiguous_tensors_are_copied(transposed: bool) -> None:
         x, w = channels_last(torch.randn(2, 64, 6, 5).to(BF16)), channels_last(torch.randn(64, 64, 3, 3).to(BF16))
         x, w = x.contiguous() if contiguous_x else x, w.contiguous() if contiguous_w else w
         g = ConvGeometry.parse(x.shape, w.shape, nd=2, padding=1, transposed=transposed)
-        with captured(HOPPER):
-            call = prepare_hopper(x, w, Epilogue(), g)
-        assert isinstance(call, Prepared) and call.copies == 1
+        assert copies(x, w, g) == 1
         y = of_every_seed(lambda: forward(x, w, g))  # noqa: B023
         assert y.stride()[1] == 1
         assert_close(y, reference(x, w, g))
@@ -460,13 +464,13 @@ def test_gradients_of_contiguous_tensors() -> None:
     "layer", ["3x3 padded", "tails of channels and filters", "1x1: rows", "groups of 96", "1-d", "3-d"]
 )
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-def test_a_sink_leaves_its_neighbors_alone(layer: str, residual: bool) -> None:
-    check_sink(layer_named(layer), residual)
+def test_a_target_leaves_its_neighbors_alone(layer: str, residual: bool) -> None:
+    check_target(layer_named(layer), residual)
 
 
 @pytest.mark.parametrize("layer", ["2x2 stride 2", "3x3 stride 2 with output padding"])
-def test_a_sink_of_a_transposed_convolution(layer: str) -> None:
-    check_sink(layer_named(layer), residual=True)
+def test_a_target_of_a_transposed_convolution(layer: str) -> None:
+    check_target(layer_named(layer), residual=True)
 
 
 def test_no_box_is_written_to_channels_that_start_anywhere() -> None:
@@ -474,12 +478,12 @@ def test_no_box_is_written_to_channels_that_start_anywhere() -> None:
     x, w, _ = layer_named("3x3 padded").tensors(BF16)
     y = channels_last(torch.zeros(2, 88, 9, 8).to(BF16))[:, 4:68]
     with captured(HOPPER) as launches:
-        forward(x, w, layer_named("3x3 padded").geometry, sink=Sink(pitch=88), y=y)
+        forward(x, w, layer_named("3x3 padded").geometry, target=Target(y))
     (one,) = launches
     assert y.data_ptr() % 16 == 8 and all(d.base.data_ptr() % 16 == 0 for d in descriptors(one, "y"))
 
 
-def check_sink(layer: Layer, residual: bool) -> None:
+def check_target(layer: Layer, residual: bool) -> None:
     g = layer.geometry
     x, w, _ = layer.tensors(BF16)
     plain, k = reference(x, w, g), g.out_channels
@@ -489,7 +493,7 @@ def check_sink(layer: Layer, residual: bool) -> None:
         room = channels_last(torch.randn(n, k + 24, *spatial).to(BF16))
         before = room.clone()
         y = room[:, 8 : 8 + k]
-        interpreted(lambda y=y: forward(x, w, g, epilogue, sink=Sink(pitch=k + 24), y=y), seed=seed)  # type: ignore[misc]
+        interpreted(lambda y=y: forward(x, w, g, epilogue, target=Target(y)), seed=seed)  # type: ignore[misc]
         assert_close(y, reference(x, w, g, epilogue), what=layer)
         assert torch.equal(room[:, :8], before[:, :8]) and torch.equal(room[:, 8 + k :], before[:, 8 + k :])
 
@@ -679,7 +683,7 @@ def draw(seed: int) -> dict[str, Any]:
         )  # fmt: skip
         g = geometry_of(layer)
         passes: tuple[Pass, ...] = ("fprop", "dgrad", "wgrad")
-        if all(unsupported(g, BF16, HOPPER, pass_) is None for pass_ in passes):
+        if all(why_unsupported(g, BF16, HOPPER, pass_) is None for pass_ in passes):
             return layer
     raise AssertionError
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tritonconv.bench.cases import Case, load_cases
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.conv.hopper import hopper_dgrad, hopper_wgrad
-from tritonconv.ops.conv.hopper.supports import unsupported
+from tritonconv.ops.conv.hopper.supports import why_unsupported
 from tritonconv.ops.core.launch import Launch, captured
 from tritonconv.ops.core.layout import dense_strides
 from tritonconv.tuning import device_named
@@ -81,7 +81,7 @@ def test_what_is_refused_and_why() -> None:
     found = {}
     for case in CASES:
         g = layer_of(case).geometry
-        reason = unsupported(g.mirrored, BF16, HOPPER, "dgrad") if g.transposed else unsupported(g, BF16, HOPPER)
+        reason = why_unsupported(g.mirrored, BF16, HOPPER, "dgrad") if g.transposed else why_unsupported(g, BF16, HOPPER)
         if reason is not None:
             found[case.id] = reason
     assert found == REFUSED

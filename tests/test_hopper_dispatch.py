@@ -14,11 +14,12 @@ from torch import Tensor
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
-from tritonconv.ops.conv import route as prepare
+from tritonconv.ops.conv import conv_norm, operator, route
 from tritonconv.ops.conv.route import data_gradient, weight_gradient
 from tritonconv.ops.core import backend
 from tritonconv.ops.core.backend import asking_hopper, hopper_asked
 from tritonconv.ops.core.launch import captured
+from tritonconv.ops.core.signature import clear_caches
 from tritonconv.tuning import device_named
 
 pytestmark = ON_CPU
@@ -52,7 +53,7 @@ def test_the_process_asks() -> None:
 
 
 def test_the_environment_asks_unless_torch_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "HOPPER_EVERYWHERE", True)
+    monkeypatch.setattr(backend.settings, "hopper", True)
     assert kernels(lambda: layer()(image())) == ["hopper.conv"]
     with tritonconv.set_backend("triton"):
         assert kernels(lambda: layer()(image())) == ["hopper.conv"]
@@ -133,7 +134,7 @@ def test_a_backward_pass_remembers_who_asked(monkeypatch: pytest.MonkeyPatch) ->
     asked: list[tuple[str, bool]] = []
 
     def watching(name: str) -> Any:
-        original = getattr(prepare, name)
+        original = getattr(route, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             asked.append((name, hopper_asked()))
@@ -141,12 +142,9 @@ def test_a_backward_pass_remembers_who_asked(monkeypatch: pytest.MonkeyPatch) ->
 
         return watched
 
-    from tritonconv.ops.conv import conv_norm as training
-    from tritonconv.ops.conv import library
-
     for name in ("data_gradient", "weight_gradient"):
         watched = watching(name)
-        for module in (library, training):
+        for module in (operator, conv_norm):
             monkeypatch.setattr(module, name, watched)
     for choice in ("hopper", None):
         for made in (tritonconv.nn.Conv2d(8, 8, 3), tritonconv.nn.ConvBNAct2d(8, 8, 3)):
@@ -155,6 +153,8 @@ def test_a_backward_pass_remembers_who_asked(monkeypatch: pytest.MonkeyPatch) ->
                     module.backend = choice
             x = torch.randn(1, 8, 5, 5, requires_grad=True)
             asked.clear()
+            # A gradient that was recorded before is not asked for again.
+            clear_caches()
             y = made(x)
             # On a thread of its own, as autograd's are on a GPU.
             thread = threading.Thread(target=lambda y=y: y.sum().backward())

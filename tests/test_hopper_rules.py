@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import recorded
 from gluon_interpreter import Fault
 from hopper import BF16, FP16, HOPPER, ON_CPU, SEEDS, Layer, channels_last, forward, interpreted, reference_gradients
 from reference import assert_close
@@ -19,10 +20,11 @@ from torch import Tensor
 from tritonconv.kernels.hopper import conv, wgrad
 
 from tritonconv.geometry import ConvGeometry, Pass
-from tritonconv.ops.conv.hopper import hopper_dgrad, hopper_wgrad, prepare_hopper, unsupported_gradient
-from tritonconv.ops.conv.hopper.supports import aligned, unsupported
-from tritonconv.ops.conv.target import WHOLE, Sink
-from tritonconv.ops.core.cache import Prepared
+from tritonconv.ops.conv.hopper import hopper_convolution, hopper_dgrad, hopper_wgrad, why_no_gradient
+from tritonconv.ops.conv.hopper.supports import why_no_boxes, why_unsupported
+from tritonconv.ops.conv.route import convolve
+from tritonconv.ops.conv.target import WHOLE, Result, Target
+from tritonconv.ops.core.backend import asking_hopper
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import captured
 from tritonconv.tuning import Device, device_named
@@ -44,7 +46,7 @@ PLAIN = geometry((2, 64, 9, 8), (64, 64, 3, 3), padding=1)
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 def test_hopper_gpus_run_16_bit_layers(name: str, pass_: Pass, dtype: torch.dtype) -> None:
     device = next(d for d in every_device() if name in d.name)
-    assert unsupported(PLAIN, dtype, device, pass_) is None
+    assert why_unsupported(PLAIN, dtype, device, pass_) is None
 
 
 def every_device() -> list[Device]:
@@ -57,15 +59,15 @@ def every_device() -> list[Device]:
 def test_other_gpus_do_not(name: str) -> None:
     device = device_named(name)
     for pass_ in PASSES:
-        assert unsupported(PLAIN, BF16, device, pass_) == f"{device.name} ({device.arch}) is no Hopper GPU"
+        assert why_unsupported(PLAIN, BF16, device, pass_) == f"{device.name} ({device.arch}) is no Hopper GPU"
     x, w = channels_last(torch.zeros(2, 64, 9, 8, dtype=BF16)), torch.zeros(64, 64, 3, 3, dtype=BF16)
     with captured(device):
-        assert prepare_hopper(x, w, Epilogue(), PLAIN) == f"{device.name} ({device.arch}) is no Hopper GPU"
+        assert hopper_convolution(x, w, Epilogue(), PLAIN) == f"{device.name} ({device.arch}) is no Hopper GPU"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_other_types(dtype: torch.dtype) -> None:
-    assert unsupported(PLAIN, dtype, HOPPER) == f"{str(dtype)[6:]} is not float16 or bfloat16"
+    assert why_unsupported(PLAIN, dtype, HOPPER) == f"{str(dtype)[6:]} is not float16 or bfloat16"
 
 
 BACKWARD = ("dgrad",)
@@ -119,31 +121,32 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_rules(rule: Rule) -> None:
     for pass_ in rule.passes:
-        assert unsupported(rule.refused, BF16, HOPPER, pass_) == rule.reason, pass_  # type: ignore[arg-type]
-        assert unsupported(rule.allowed, BF16, HOPPER, pass_) is None, pass_  # type: ignore[arg-type]
+        assert why_unsupported(rule.refused, BF16, HOPPER, pass_) == rule.reason, pass_  # type: ignore[arg-type]
+        assert why_unsupported(rule.allowed, BF16, HOPPER, pass_) is None, pass_  # type: ignore[arg-type]
     for pass_ in set(PASSES) - set(rule.passes):
-        assert unsupported(rule.refused, BF16, HOPPER, pass_) is None, pass_  # type: ignore[arg-type]
+        assert why_unsupported(rule.refused, BF16, HOPPER, pass_) is None, pass_  # type: ignore[arg-type]
 
 
 def test_what_gradients_refuse_beside() -> None:
     def reason(pass_: Pass, contiguous: bool = False, computed: bool = False) -> str | None:
-        return unsupported_gradient(PLAIN, BF16, HOPPER, pass_, contiguous, computed)
+        return why_no_gradient(PLAIN, BF16, HOPPER, pass_, contiguous, computed)
 
     assert reason("dgrad") is reason("wgrad") is None
     assert reason("dgrad", contiguous=True) == "the result is contiguous"
     for pass_ in ("dgrad", "wgrad"):
         assert reason(pass_, computed=True) == "a gradient that is computed on its way in comes through registers"  # type: ignore[arg-type]
     a100 = device_named("A100")
-    assert unsupported_gradient(PLAIN, BF16, a100, "dgrad", False, False) == f"{a100.name} (sm_80) is no Hopper GPU"
+    assert why_no_gradient(PLAIN, BF16, a100, "dgrad", False, False) == f"{a100.name} (sm_80) is no Hopper GPU"
 
 
 def test_what_boxes_can_be_read_from() -> None:
-    assert aligned((640, 0, 64, 8), (2, 1, 9, 8), 4096) is None
+    storage = torch.empty(16, dtype=BF16, device="meta")
+    assert why_no_boxes((640, 0, 64, 8), (2, 1, 9, 8), storage) is None
     # Of axes of one pixel the strides do not matter.
-    assert aligned((3, -5, 64, 8), (1, 1, 9, 8), 16) is None
-    assert aligned((640, 0, 64, 8), (2, 1, 9, 8), 4098) == "a tensor does not start on 16 bytes"
+    assert why_no_boxes((3, -5, 64, 8), (1, 1, 9, 8), storage[8:]) is None
+    assert why_no_boxes((640, 0, 64, 8), (2, 1, 9, 8), storage[1:]) == "a tensor does not start on 16 bytes"
     for strides in ((640, 0, 64, 12), (644, 0, 64, 8), (0, 0, 64, 8), (640, 0, -64, 8)):
-        assert aligned(strides, (2, 1, 9, 8), 0) == (
+        assert why_no_boxes(strides, (2, 1, 9, 8), storage) == (
             f"pixels lie {strides} elements apart, which are not positive multiples of 8"
         )
 
@@ -173,8 +176,7 @@ class Refusal:
     reason: str
     x: Callable[[], Tensor] = lambda: zeros(*X)
     w: Callable[[], Tensor] = lambda: zeros(*W)
-    sink: Sink = WHOLE
-    gated: bool = False
+    target: Target = WHOLE
     stride: int = 1
     transposed: bool = False
 
@@ -184,10 +186,11 @@ class Refusal:
 
 REFUSALS = [
     Refusal("contiguous", "the result is contiguous", lambda: zeros(*X).contiguous(), lambda: zeros(*W).contiguous()),
-    Refusal("gated", "a gated input comes through registers", gated=True),
-    Refusal("average", "averages are added by portable kernels", sink=Sink(average="also")),
-    Refusal("average alone", "averages are added by portable kernels", sink=Sink(average="alone")),
-    Refusal("pitch", "results lie 68 elements apart, which is no multiple of 8", sink=Sink(pitch=68)),
+    Refusal("average", "averages are added by portable kernels", target=Target(average="also")),
+    Refusal("average alone", "averages are added by portable kernels", target=Target(average="alone")),
+    Refusal(
+        "pitch", "results lie 68 elements apart, which is no multiple of 8", target=Target(zeros(2, 68, 7, 6)[:, :64])
+    ),
     Refusal("type", "float32 is not float16 or bfloat16", lambda: zeros(*X).float(), lambda: zeros(*W).float()),
     Refusal("unaligned image", "a tensor does not start on 16 bytes", lambda: unaligned(zeros(*X))),
     Refusal("unaligned weight", "a tensor does not start on 16 bytes", w=lambda: unaligned(zeros(*W))),
@@ -216,15 +219,25 @@ def test_refused_calls(case: Refusal) -> None:
     x, w = case.x(), case.w()
     g = geometry(tuple(x.shape), tuple(w.shape), stride=case.stride, transposed=case.transposed)
     with captured(HOPPER) as launches:
-        assert prepare_hopper(x, w, Epilogue(), g, sink=case.sink, gated=case.gated) == case.reason
+        assert hopper_convolution(x, w, Epilogue(), g, case.target) == case.reason
     assert not launches
+
+
+def test_a_gated_input_goes_to_the_portable_kernel() -> None:
+    x, w, gate = zeros(*X), zeros(64, 64, 1, 1), torch.zeros(2, 64, dtype=BF16)
+    g = geometry(tuple(x.shape), tuple(w.shape))
+    with captured(HOPPER), asking_hopper(True):
+        alone = recorded(lambda x, w: convolve(x, w, Epilogue(), g, "conv"), x, w)
+        gated = recorded(lambda x, w, gate: convolve(x, w, Epilogue(), g, "conv", gate=gate), x, w, gate)
+    assert (alone.kernel, alone.note) == ("hopper.conv", "")
+    assert (gated.kernel, gated.note) == ("matmul", "not hopper: a gated input comes through registers")
 
 
 def test_a_copy_is_aligned() -> None:
     """What is copied anyway may start anywhere."""
     for x, w in ((unaligned(zeros(*X).contiguous()), zeros(*W)), (zeros(*X), unaligned(zeros(*W).contiguous()))):
         with captured(HOPPER):
-            assert isinstance(prepare_hopper(x, w, Epilogue(), PLAIN), Prepared)
+            assert isinstance(hopper_convolution(x, w, Epilogue(), PLAIN), Result)
 
 
 def test_an_empty_batch_launches_nothing() -> None:
@@ -241,8 +254,8 @@ def test_an_unaligned_residual() -> None:
     x, w = channels_last(torch.randn(X).to(BF16)), channels_last(torch.randn(W).to(BF16))
     epilogue = Epilogue(residual=unaligned(channels_last(torch.randn(X).to(BF16))))
     with captured(HOPPER):
-        call = prepare_hopper(x, w, epilogue, PLAIN)
-    if isinstance(call, Prepared):
+        call = hopper_convolution(x, w, epilogue, PLAIN)
+    if isinstance(call, Result):
         y = interpreted(lambda: forward(x, w, PLAIN, epilogue))
         assert_close(y, torch.nn.functional.conv2d(x.double(), w.double(), padding=1) + epilogue.residual.double())  # type: ignore[union-attr]
 
@@ -293,16 +306,6 @@ class Plant:
 
     def __str__(self) -> str:
         return self.name.replace(" ", "-")
-
-
-# Tiles of several slices; of the weight gradient's more than it has buffers for.
-CONFIG = next(config for config in conv.configs() if config.kwargs["BLOCK_M"] == config.kwargs["BLOCK_N"] == 128)
-CONFIG_WGRAD = next(config for config in wgrad.configs() if config.kwargs["BLOCK_N"] == 256)
-
-
-# Tiles of several slices; of the weight gradient's more than it has buffers for.
-CONFIG = next(config for config in conv.configs() if config.kwargs["BLOCK_M"] == config.kwargs["BLOCK_N"] == 128)
-CONFIG_WGRAD = next(config for config in wgrad.configs() if config.kwargs["BLOCK_N"] == 256)
 
 
 # Tiles of several slices; of the weight gradient's more than it has buffers for.

@@ -25,9 +25,9 @@ import tritonconv.functional as TF
 from tritonconv.fused.call import fused_call
 from tritonconv.ops.conv import operator
 from tritonconv.ops.conv.call import CONVOLUTIONS
+from tritonconv.ops.core import signature
 from tritonconv.ops.core.launch import captured, forced, record_launches
 from tritonconv.ops.core.observe import observe
-from tritonconv.ops.core import signature
 from tritonconv.ops.core.signature import clear_caches
 from tritonconv.tuning import known_devices
 

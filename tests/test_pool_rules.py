@@ -50,11 +50,24 @@ def test_gradcheck(device: str) -> None:
     assert torch.autograd.gradgradcheck(lambda x: TF.avg_pool2d(x, 3, 2, 1), (x,), fast_mode=True)
 
 
-def test_a_maximum_has_no_second_derivative(device: str) -> None:
-    x = torch.randn(1, 2, 4, 4, device=device, requires_grad=True)
-    (dx,) = torch.autograd.grad(TF.max_pool2d(x, 2).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative of max_pool"):
-        dx.sum().backward()
+@pytest.mark.parametrize("name", ["max_pool2d", "avg_pool2d"])
+def test_a_second_derivative_is_torchs(name: str, device: str) -> None:
+    x = as_format(torch.randn(2, 3, 5, 6, dtype=torch.float64, device=device), True).requires_grad_()
+    found = []
+    for module in (TF, F):
+        y = getattr(module, name)(x, 3, 2, 1)
+        (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        found.append([y, dx, *torch.autograd.grad(dx.square().sum(), x)])
+    torch.testing.assert_close(*found)
+
+
+def test_a_power_sums_second_derivative_is_torchs(device: str) -> None:
+    x = torch.rand(2, 3, 4, 6, dtype=torch.float64, device=device).add(0.25).requires_grad_()
+    found = []
+    for module in (TF, F):
+        (dx,) = torch.autograd.grad(module.lp_pool2d(x, 3.0, 2).square().sum(), x, create_graph=True)
+        found.append([dx, *torch.autograd.grad(dx.square().sum(), x)])
+    torch.testing.assert_close(*found)
 
 
 def test_operators_are_clean(device: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import patched
 from matrix import cover, every, named, rotate, some
 from reference import assert_close
 from tritonconv.kernels import pool as forward_kernels
@@ -20,7 +21,7 @@ from tritonconv.geometry import PoolGeometry
 from tritonconv.ops.core.launch import forced, record_launches
 from tritonconv.ops.core.layout import as_format, is_dense, reads_in_place, suggests_channels_last
 from tritonconv.ops.pool import launch as launches_of
-from tritonconv.ops.pool.dispatch import pool
+from tritonconv.ops.pool.call import pool
 
 F = torch.nn.functional
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -274,7 +275,7 @@ def test_two_runs_are_bit_equal_and_ours(device: str) -> None:
     assert all(map(torch.equal, first, run()))
 
 
-def test_64_bit_offsets_change_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_64_bit_offsets_change_nothing(device: str) -> None:
     for channels_last in (False, True):
         for case in (named(CASES, "3-d"),):
             x = case.random(torch.float32, channels_last, device).requires_grad_()
@@ -286,8 +287,7 @@ def test_64_bit_offsets_change_nothing(device: str, monkeypatch: pytest.MonkeyPa
                 return [y, places, *torch.autograd.grad(y.sum() + z.sum(), x)]
 
             narrow = run()
-            with monkeypatch.context() as patch:
-                patch.setattr(launches_of, "wide_offsets", lambda *_: True)
+            with patched(launches_of, "wide_offsets", lambda *_: True):
                 assert all(map(torch.equal, narrow, run()))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import patched, transposed_convolution
 from cases import DTYPES, ConvCase, make_epilogue, make_tensors
 from matrix import cover, every, named, rotate, some
 from reference import assert_close
@@ -21,11 +22,10 @@ import tritonconv
 import tritonconv.functional as TF
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.conv.dense import output_format
-from tritonconv.ops.conv.dispatch import transposed_convolution
 from tritonconv.ops.conv.gradients import conv_dgrad as launch_dgrad
-from tritonconv.ops.conv.transposed import prepare_transposed
+from tritonconv.ops.conv.target import Target
+from tritonconv.ops.conv.transposed import convolve_transposed
 from tritonconv.ops.core.activation import make_spec
-from tritonconv.ops.core.cache import clear_caches
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import device_of, forced, record_launches
 from tritonconv.ops.core.layout import as_format, dense_strides, is_dense, suggests_channels_last
@@ -94,9 +94,7 @@ def run(case: ConvCase, x: Tensor, w: Tensor, b: Tensor | None = None, module: A
 
 
 def fused(case: ConvCase, x: Tensor, w: Tensor, e: Epilogue) -> Tensor:
-    nd = x.dim() - 2
-    given = dict(stride=1, padding=0, output_padding=0, groups=1, dilation=1) | case.arguments
-    return transposed_convolution("conv_transpose", x, w, e, nd, *given.values())
+    return transposed_convolution(x, w, e, **case.arguments)
 
 
 def reference(case: ConvCase, x: Tensor, w: Tensor, e: Epilogue | None = None) -> Tensor:
@@ -165,17 +163,13 @@ def test_every_candidate_config(case: ConvCase, config: object, dtype: torch.dty
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_two_runs_are_bit_equal_and_so_are_64_bit_offsets(
-    case: ConvCase, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_runs_are_bit_equal_and_so_are_64_bit_offsets(case: ConvCase, device: str) -> None:
     x, w = make_tensors(case, torch.float16, device)
     with torch.no_grad():
         first = run(case, x, w)
         assert torch.equal(run(case, x, w), first)
-        clear_caches()
-        monkeypatch.setattr(ConvGeometry, "needs_int64", True)
-        assert torch.equal(run(case, x, w), first)
-    clear_caches()
+        with patched(ConvGeometry, "needs_int64", True):
+            assert torch.equal(run(case, x, w), first)
 
 
 @pytest.mark.parametrize("options", [dict(stride=2), dict(stride=2, padding=1)], ids=["conv_up", "conv_dgrad"])
@@ -302,11 +296,10 @@ def test_fused_is_unfused(nd: int, stride: int, device: str) -> None:
 @every(case=[*FEW, named(CASES, "3-d 1x2x2")])
 def test_statistics_come_from_the_accumulators(case: ConvCase, device: str) -> None:
     x, w = make_tensors(case, torch.float32, device)
-    call = prepare_transposed(x, w, Epilogue(), geometry(case))
-    assert call.recipe is not None
-    slots, channels = call.recipe.slots, filters(case)
-    counts, moments = torch.empty(slots, device=device), torch.empty(2, slots, channels, device=device)
-    y = call.run(x, w, Epilogue(), (counts, moments)).transpose(0, 1).flatten(1).double()
+    result = convolve_transposed(x, w, Epilogue(), geometry(case), Target(statistics=True))
+    assert result.y is not None and result.statistics is not None
+    counts, moments = result.statistics
+    y = result.y.transpose(0, 1).flatten(1).double()
     assert counts.sum() == y.shape[1]
     mine = counts[:, None] > 0
     # An empty slot's moments are not written.

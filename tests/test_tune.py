@@ -18,8 +18,9 @@ import tritonconv
 from tritonconv.measure import tune as tune_module
 from tritonconv.measure.clock import Timing
 from tritonconv.ops.core.backend import current_backend
-from tritonconv.ops.core.cache import clear_caches
-from tritonconv.ops.core.launch import captured, forced, forcing, record_launches
+from tritonconv.ops.core.launch import captured, forced, record_launches, state
+from tritonconv.ops.core.observe import Example
+from tritonconv.ops.core.signature import clear_caches
 from tritonconv.tuning import choose, device_named
 from tritonconv.tuning.cache import cached_table, forget
 from tritonconv.tuning.configs import as_dict, config_name
@@ -53,7 +54,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def time_calls(calls: list[Callable[[], object]], **_: object) -> Timing:
             # The call must work as it would be timed.
             calls[0]()
-            config = forcing() and forcing().config  # type: ignore[union-attr]
+            config = state.forced and state.forced.config
             ms = torch_ms if not config else ours.get(config_name(as_dict(config)), 1.0)
             return Timing(ms, ms, ms, 9, "graph")
 
@@ -141,14 +142,14 @@ def test_the_layer_alone_was_not_measured(clock: Callable[..., None]) -> None:
 
 def test_a_candidate_that_is_wrong_is_never_timed(clock: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     clock({BEST: 0.1}, torch_ms=0.2)
-    right = tune_module.run
+    right = Example.run
 
-    def wrong(example: Any) -> torch.Tensor:
+    def wrong(example: Example) -> Any:
         y = right(example)
-        config = forcing() and forcing().config  # type: ignore[union-attr]
+        config = state.forced and state.forced.config
         return y + 1 if config and config_name(as_dict(config)) == BEST else y
 
-    monkeypatch.setattr(tune_module, "run", wrong)
+    monkeypatch.setattr(Example, "run", wrong)
     with forced(device=H200):
         report = tritonconv.tune(make_model(), image())
     (layer,) = report.layers
@@ -160,15 +161,15 @@ def test_whatever_a_candidate_raises_is_reported(clock: Callable[..., None], mon
     from triton.runtime.errors import OutOfResources
 
     clock({}, torch_ms=2.0)
-    run = tune_module.run
+    run = Example.run
 
-    def failing(example: Any) -> torch.Tensor:
-        config = forcing() and forcing().config  # type: ignore[union-attr]
+    def failing(example: Example) -> Any:
+        config = state.forced and state.forced.config
         if config and config_name(as_dict(config)) == BEST:
             raise OutOfResources(300000, 232448, "shared memory")
         return run(example)
 
-    monkeypatch.setattr(tune_module, "run", failing)
+    monkeypatch.setattr(Example, "run", failing)
     with forced(device=H200):
         (layer,) = tritonconv.tune(make_model(), image()).layers
     assert layer.entry is not None
@@ -211,7 +212,7 @@ def test_what_is_measured_lies_as_the_models_tensors_do(
     time_calls = tune_module.time_calls
 
     def look(calls: list[Any], **more: Any) -> Timing:
-        seen.update(call.args[0].x.stride() for call in calls)
+        seen.update(call.__self__.tensors[0].stride() for call in calls)
         return time_calls(calls, **more)
 
     monkeypatch.setattr(tune_module, "time_calls", look)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import patched
 from matrix import cover, rotate
 from tritonconv.kernels import unpool as kernels
 
@@ -73,17 +74,15 @@ def test_every_candidate_config(config: Any, channels_last: bool, device: str) -
         assert torch.equal(launches_of.unpool_backward(y, places, channels_last), values)
 
 
-def test_unbatched_strided_and_64_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unbatched_strided_and_64_bit(device: str) -> None:
     values, places = (t.to(device) for t in pooled((4, 12, 6, 8), 2))
     expected = F.max_unpool2d(values, places, 2)
     assert torch.equal(TF.max_unpool2d(values[0], places[0], 2), expected[0])
     assert torch.equal(TF.max_unpool2d(values[::2, ::3], places[::2, ::3], 2), expected[::2, ::3])
     # Of maxima and of places alike.
     assert torch.equal(TF.max_unpool2d(values.contiguous(memory_format=torch.channels_last), places, 2), expected)
-    monkeypatch.setattr(launches_of, "INT32_MAX", -1)
-    launches_of._unpool.cache_clear()
-    assert torch.equal(TF.max_unpool2d(values, places, 2), expected)
-    launches_of._unpool.cache_clear()
+    with patched(launches_of, "INT32_MAX", -1, [launches_of._unpool]):
+        assert torch.equal(TF.max_unpool2d(values, places, 2), expected)
 
 
 def test_what_is_not_finite_is_moved_as_it_is(device: str) -> None:

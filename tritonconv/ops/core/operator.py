@@ -211,7 +211,7 @@ def _eager_function(operator: Operator) -> type[torch.autograd.Function]:
 def differentiate(
     form: Callable[..., Tensor], tensors: Sequence[Tensor | None], needs: Sequence[bool], *gradients: Tensor | None
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated themselves, by torch, where a second derivative has no kernel.
+    """Gradients by torch, where a second derivative has no kernel; in grad mode they can be differentiated themselves.
 
     Args:
         form: what torch computes from the tensors.
@@ -219,13 +219,18 @@ def differentiate(
         needs: which of them need a gradient.
         gradients: of what `form` gives.
     """
-    # Aliases: what one of them was computed from is no part of its own gradient.
-    inputs = [t if t is None else t.view_as(t) for t in tensors]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: what one of them was computed from is no part of its own gradient.
+        inputs = [
+            t if t is None else t.view_as(t) if again else t.detach().requires_grad_(bool(need))
+            for t, need in zip(tensors, needs, strict=True)
+        ]
+        output = form(*inputs)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    output = form(*inputs)
     outputs = output if isinstance(output, tuple) else (output,)
     pairs = [(y, dy) for y, dy in zip(outputs, gradients, strict=False) if dy is not None]
     found = iter(torch.autograd.grad(
-        [y for y, _ in pairs], wanted, [dy for _, dy in pairs], create_graph=True, allow_unused=True
+        [y for y, _ in pairs], wanted, [dy for _, dy in pairs], create_graph=again, allow_unused=True
     ))  # fmt: skip
     return [next(found) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]

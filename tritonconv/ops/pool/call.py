@@ -305,6 +305,8 @@ def unpool(
 
 def _has_index_outside(x: Any, indices: Any, numbers: tuple[Any, ...]) -> bool:
     """Whether torch must say so. On a GPU an index outside is skipped; to look would wait for the device."""
+    if not isinstance(x, Tensor) or not isinstance(indices, Tensor):
+        return False
     if torch.compiler.is_compiling() or is_traced((x, indices)) or x.device.type != "cpu" or indices.numel() == 0:
         return False
     if indices.device.type != "cpu" or indices.dtype != torch.int64:
