@@ -141,7 +141,8 @@ class FusedForward:
             program = self._current()
         if program is not None and program.function is not None:
             given = args if not kwargs and len(args) == len(program.names) else _positional(program, args, kwargs)
-            if given is not None and not any(value is None for value in given):
+            # Others who trace with torch.fx see the layers, as they do in the original.
+            if given is not None and not any(value is None or type(value) is fx.Proxy for value in given):
                 return program.function(root, *given)
         return type(root).forward(root, *args, **kwargs)
 

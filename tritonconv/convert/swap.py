@@ -78,6 +78,9 @@ def mark_of(module: torch.nn.Module) -> Mark | None:
     return module.__dict__.get(MARK)
 
 
+LEAF = "torch.nn"
+
+
 def set_mark(module: torch.nn.Module, **changes: Any) -> None:
     module.__dict__[MARK] = dataclasses.replace(mark_of(module) or Mark(), **changes)
 
@@ -104,6 +107,8 @@ def swap_layers(model: torch.nn.Module, backend: Backend) -> list[torch.nn.Modul
         if twin is not None:
             set_mark(module, original=type(module), layer=True)
             module.__class__ = twin
+            # torch.fx asks an instance where its class stands: layers of torch.nn are kept whole, and so are these.
+            module.__dict__["__module__"] = LEAF
         elif (mark is None or not mark.layer) and backend == "auto":
             # The user's own layer of ours keeps the backend that it was given.
             continue
@@ -133,6 +138,7 @@ def restore_layers(model: torch.nn.Module) -> None:
             module.__class__ = mark.original
         if mark.layer:
             module.__dict__.pop("backend", None)
+            module.__dict__.pop("__module__", None)
         if mark.previous_backend is not None:
             module.backend = mark.previous_backend  # type: ignore[assignment]
         if mark.contiguous:

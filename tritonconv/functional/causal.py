@@ -15,7 +15,8 @@ __all__ = ["causal_conv1d", "causal_conv1d_update"]
 
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: object = None, initial_state: Tensor | None = None,
-    return_final_state: bool = False,
+    return_final_state: bool = False, *, initial_states: Tensor | None = None, return_final_states: bool = False,
+    final_states_out: Tensor | None = None, seq_idx: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Causal depthwise convolution over time with what follows it, as the causal-conv1d package has it (Mamba's, say).
 
@@ -29,6 +30,9 @@ def causal_conv1d(
         activation: None, "silu", "swish", or whatever `conv2d_bn_act` takes.
         initial_state: (B, D, K - 1), of x's dtype: what came before x; None: zeros.
         return_final_state: return what came last too, for the next call.
+        initial_states, return_final_states: the same by the causal-conv1d package's names.
+        final_states_out: (B, D, K - 1), where what came last is written; it is returned then.
+        seq_idx: several sequences in one row are not supported.
 
     Returns:
         (B, D, T), channels-last if x is; with `return_final_state` a pair of it and the last K - 1 steps of what was given,
@@ -37,7 +41,8 @@ def causal_conv1d(
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit.
         TypeError: arguments of a wrong type.
-        ValueError: an unknown activation.
+        ValueError: an unknown activation; one argument given by both of its names.
+        NotImplementedError: `seq_idx`.
 
     >>> x, weight = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[10.0, 1.0]])
     >>> causal_conv1d(x, weight).tolist()
@@ -46,8 +51,17 @@ def causal_conv1d(
     >>> causal_conv1d(x, weight, initial_state=state).tolist()
     [[[31.0, 12.0, 23.0]]]
     """
+    if seq_idx is not None:
+        raise NotImplementedError("causal_conv1d: seq_idx, several sequences in one row, has no kernel: pass one row each")
+    if initial_states is not None:
+        if initial_state is not None:
+            raise ValueError("causal_conv1d: initial_state and initial_states are the same argument, and both were given")
+        initial_state = initial_states
     y = causal_convolution(x, weight, bias, parse_activation(activation), initial_state)
-    return (y, last_steps(x, initial_state, weight.shape[-1] - 1)) if return_final_state else y
+    if not (return_final_state or return_final_states or final_states_out is not None):
+        return y
+    last = last_steps(x, initial_state, weight.shape[-1] - 1)
+    return y, last if final_states_out is None else final_states_out.copy_(last)
 
 
 def causal_conv1d_update(

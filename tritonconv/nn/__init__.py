@@ -29,8 +29,12 @@ from tritonconv.nn.pooling import (
     MaxUnpool1d,
     MaxUnpool2d,
     MaxUnpool3d,
+    MinPool1d,
     MinPool2d,
+    MinPool3d,
+    SumPool1d,
     SumPool2d,
+    SumPool3d,
 )
 from tritonconv.nn.resampling import (
     ChannelShuffle,
@@ -48,6 +52,7 @@ __all__ = [
     "CausalConv1d", "ChannelShuffle", "Conv1d", "Conv2d", "Conv3d", "ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d",
     "ConvBNReLU2d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "DeformConv2d", "DeformConv2dPack",
     "DepthwiseSeparableConv2d", "LPPool1d", "LPPool2d", "LPPool3d", "Linear", "MaxPool1d", "MaxPool2d", "MaxPool3d",
-    "MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d", "MinPool2d", "PixelShuffle", "PixelUnshuffle", "SqueezeExcite",
-    "StochasticPool2d", "SumPool2d", "SyncBatchNorm", "Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d",
+    "MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d", "MinPool1d", "MinPool2d", "MinPool3d", "PixelShuffle", "PixelUnshuffle",
+    "SqueezeExcite", "StochasticPool2d", "SumPool1d", "SumPool2d", "SumPool3d", "SyncBatchNorm", "Upsample",
+    "UpsamplingBilinear2d", "UpsamplingNearest2d",
 ]  # fmt: skip

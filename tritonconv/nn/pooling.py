@@ -12,7 +12,8 @@ from tritonconv.ops.pool.call import Kind, lp_pool, pool, pool_with_indices, unp
 
 __all__ = [
     "AvgPool1d", "AvgPool2d", "AvgPool3d", "LPPool1d", "LPPool2d", "LPPool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d",
-    "MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d", "MinPool2d", "SumPool2d",
+    "MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d", "MinPool1d", "MinPool2d", "MinPool3d",
+    "SumPool1d", "SumPool2d", "SumPool3d",
 ]  # fmt: skip
 
 
@@ -72,6 +73,21 @@ class MaxPool3d(torch.nn.MaxPool3d):
         return _extremum("max", 3, self, input)
 
 
+class MinPool1d(torch.nn.MaxPool1d):
+    """Minimum of every window: `-MaxPool1d(...)(-input)`, with the same arguments; (N, C, L) or without N.
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> MinPool1d(2)(torch.arange(4.0).view(1, 4)).tolist()
+    [[0.0, 2.0]]
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        return _extremum("min", 1, self, input)
+
+
 class MinPool2d(torch.nn.MaxPool2d):
     """Minimum of every window: `-MaxPool2d(...)(-input)`, with the same arguments; (N, C, H, W) or without N.
 
@@ -85,6 +101,21 @@ class MinPool2d(torch.nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Any:
         return _extremum("min", 2, self, input)
+
+
+class MinPool3d(torch.nn.MaxPool3d):
+    """Minimum of every window: `-MaxPool3d(...)(-input)`, with the same arguments; (N, C, D, H, W) or without N.
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> MinPool3d(2)(torch.arange(8.0).view(1, 2, 2, 2)).item()
+    0.0
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor) -> Any:
+        return _extremum("min", 3, self, input)
 
 
 class AvgPool1d(torch.nn.AvgPool1d):
@@ -132,6 +163,21 @@ class AvgPool3d(torch.nn.AvgPool3d):
         return _mean(3, self, input, self.divisor_override, self.count_include_pad)
 
 
+class SumPool1d(torch.nn.AvgPool1d):
+    """Sum of every window: an `AvgPool1d` whose divisor is 1, whatever it was given; (N, C, L) or without N.
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> SumPool1d(2)(torch.ones(1, 2)).item()
+    2.0
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _mean(1, self, input, 1, True)
+
+
 class SumPool2d(torch.nn.AvgPool2d):
     """Sum of every window: an `AvgPool2d` whose divisor is 1, whatever it was given; (N, C, H, W) or without N.
 
@@ -145,6 +191,21 @@ class SumPool2d(torch.nn.AvgPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return _mean(2, self, input, 1, True)
+
+
+class SumPool3d(torch.nn.AvgPool3d):
+    """Sum of every window: an `AvgPool3d` whose divisor is 1, whatever it was given; (N, C, D, H, W) or without N.
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> SumPool3d(2)(torch.ones(1, 2, 2, 2)).item()
+    8.0
+    """
+
+    backend: Backend | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _mean(3, self, input, 1, True)
 
 
 class LPPool1d(torch.nn.LPPool1d):

@@ -151,7 +151,7 @@ class Family(abc.ABC, Generic[Parsed]):
             backend: the layer's own choice.
         """
         signature = None
-        if not torch.compiler.is_compiling() and not is_watched():
+        if isinstance(tensors[0], Tensor) and not torch.compiler.is_compiling() and not is_watched():
             try:
                 signature = self.signature(tensors, numbers, backend)
                 found = self.found.get(signature)
