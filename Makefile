@@ -14,7 +14,7 @@ OTHER_TRITONS := 3.6.0 3.9.0
 # Two workers with two threads each wait for one another.
 test test-all compat-%: export OMP_NUM_THREADS := 1
 # All combinations that tests/matrix.py knows.
-test-all compat-whole-%: export TEST_ALL := 1
+test-all compat-%: export TEST_ALL := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all fuzz lint format types bench host codegen codegen-check compat compat-quick docs clean

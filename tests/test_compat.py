@@ -1,4 +1,4 @@
-"""Every kernel once, on small layers in both layouts: what CI runs under the oldest and the newest supported Triton too."""
+"""Every kernel once, on small layers in both layouts: what CI runs under the oldest and the newest supported Triton."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import triton
+from matrix import every, some
 from reference import assert_close
 
 import tritonconv.functional as F
@@ -56,7 +57,8 @@ def choices() -> list[Choice]:
     return chosen
 
 
-@pytest.mark.parametrize("choice", choices(), ids=str)
+# Under one Triton each kernel has tests of its own besides.
+@every(choice=some(choices(), 16))
 def test_small_layers_are_right(choice: Choice, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     # Settings of the process stay as they are.
     monkeypatch.setattr(layers, "prepare_torch", lambda: device)

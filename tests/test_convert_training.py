@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matrix import every, some
+from matrix import every, rotate, some
 from models import ResNet, Shared
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -278,11 +278,13 @@ class Sum(nn.Module):
         return F.relu(self.bn(self.conv(x)) + residual), residual
 
 
-@pytest.mark.parametrize("body", [
+IN_PLACE = [
     _residual_written_after, _residual_written_through_a_view, _residual_written_by_whoever_called, _two_orders,
     _statistics_of_this_batch, _statistics_before_this_batch,
-], ids=lambda body: body.__name__)  # fmt: skip
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+]  # fmt: skip
+
+
+@rotate(body=IN_PLACE, training=[True, False])
 def test_what_is_changed_in_place_is_as_torch_has_it(body: Callable[[Net, Tensor], Tensor], training: bool) -> None:
     original, converted = (model.train(training) for model in twins(lambda: Net(body, inner=Sum())))
     assert_steps(original, converted, images(2, 4, 6, 6))

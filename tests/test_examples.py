@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import every, some
 
 import tritonconv
 from tritonconv.ops.core.launch import record_launches
@@ -66,7 +67,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every(case=some(CASES, 1))
 def test_matplotlib_is_needed_for_pictures_alone(case: Case) -> None:
     def without(*argv: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", WITHOUT, f"{case}.py", *argv]
@@ -104,7 +105,7 @@ def run(name: str, device: str, *argv: str) -> dict[str, list[float]]:
     return result
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every(case=some(CASES, 1))
 def test_both_implementations_learn_the_same(
     case: Case, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,14 +171,13 @@ class Shuffling(Classifier):
         return super().rows(y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        Classifier, ByHelper, ByStaticMethod, ByProperty, ByName, ByLambda, ByViewAs, ByStrides, Branching, Shuffling,
-        WithHook, WithSubclasses, InAnUntracedBlock,
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["C", "CL"])
+VIEWING = [
+    Classifier, ByHelper, ByStaticMethod, ByProperty, ByName, ByLambda, ByViewAs, ByStrides, Branching, Shuffling,
+    WithHook, WithSubclasses, InAnUntracedBlock,
+]  # fmt: skip
+
+
+@rotate(kind=VIEWING, format=[torch.contiguous_format, torch.channels_last])
 def test_a_view_sees_the_memory_that_torch_gives_it(kind: type[nn.Module], format: torch.memory_format) -> None:
     model, x = kind(), torch.randn(2, 3, 8, 8).contiguous(memory_format=format)
     try:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matrix import rotate
 from torch import Tensor, nn
 
 import tritonconv
@@ -102,8 +103,7 @@ CHANGES: dict[str, tuple[Any, Callable[[Any, Tensor], Tensor], Callable[[Any], N
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", CHANGES)
+@rotate(training=[False, True], name=CHANGES)
 def test_a_change_is_seen_at_the_next_call(name: str, training: bool) -> None:
     held, read, change = CHANGES[name]
     original = Reads(read, copy.deepcopy(held)).train(training)

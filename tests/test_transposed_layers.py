@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import rotate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,8 +54,7 @@ def test_an_output_size_that_cannot_be_raises_torchs_error(size: list[int]) -> N
     assert str(ours.value) == str(theirs.value)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4], ids=["dense", "grouped", "depthwise"])
-@pytest.mark.parametrize("nd", [1, 2, 3])
+@rotate(groups=[1, 2, 4], nd=[1, 2, 3])
 def test_statistics_are_those_of_the_result(nd: int, groups: int) -> None:
     """With padding a stride's first pixels lie before the image, and count for nothing."""
     for kernel, stride, padding in ((3, 2, 1), (4, 2, 1), (2, 2, 0), (3, 3, 1), (3, 2, 0)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
+from matrix import every, some
 from test_families import check_family
 from torch import nn
 from zoo import VGG, DenseNet, EfficientNet, Inception, SEResNet, ShuffleNet, UNet
@@ -25,6 +25,6 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+@every(kind=some(MODELS, 4))
 def test_it_runs_on_our_kernels_and_gives_what_torch_does(kind: type[nn.Module]) -> None:
     check_family(kind, MODELS[kind], COMPUTING)
