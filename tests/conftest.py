@@ -15,10 +15,21 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from matrix import TEST_ALL
 
 import tritonconv.ops.core.layout
 import tritonconv.ops.core.recording
 from tritonconv.ops.core.backend import HAS_TRITON
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `all` stay out of `make test`, which has another one of their kind."""
+    if TEST_ALL:
+        return
+    left_out = [item for item in items if item.get_closest_marker("all")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
 
 # Seconds that each worker has spent.
 spent: list[float] = []

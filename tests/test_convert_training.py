@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matrix import every, some
 from models import ResNet, Shared
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -194,6 +195,9 @@ class Network:
     build: Callable[[], nn.Module]
     chains: int
     shape: tuple[int, ...] = (4, 6, 6)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 NETWORKS = [

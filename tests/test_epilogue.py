@@ -10,7 +10,7 @@ from cases import DTYPES, ConvCase, make_epilogue, make_tensors
 from reference import assert_close, conv_reference
 
 import tritonconv.functional as TF
-from tritonconv.ops.conv.dispatch import convolution
+from tritonconv.ops.conv.call import CONVOLUTIONS
 from tritonconv.ops.core.activation import from_module, make_spec, parse_activation, table
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import record_launches
@@ -27,7 +27,11 @@ POINTWISE = ConvCase("1x1", (2, 16, 5, 6), (20, 16, 1, 1), "matmul", {})
 
 def run(case: ConvCase, x: torch.Tensor, w: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     arguments = dict(stride=1, padding=0, dilation=1, groups=1) | case.arguments
-    return convolution("conv2d_bn_act", x, w, epilogue, 2, *arguments.values())
+    norm = epilogue.batch_norm
+    tensors = (x, w, epilogue.bias, *((None,) * 4 if norm is None else norm[:4]), epilogue.residual)
+    eps = 0.0 if norm is None else norm.eps
+    y: torch.Tensor = CONVOLUTIONS["conv"](tensors, ((2, *arguments.values()), "conv2d_bn_act", eps, epilogue.activation))
+    return y
 
 
 @pytest.mark.parametrize("case", [CASE, STEM, POINTWISE], ids=str)

@@ -101,7 +101,7 @@ def test_every_candidate_config(case: ConvCase, pass_: Any, config: object, dtyp
         compared(case, x, w, of="x" if pass_ == "dgrad" else "wb")
 
 
-MANY_PIXELS = ConvCase("many pixels", (2, 16, 40, 32), (24, 16, 3, 3), "", dict(padding=1))
+MANY_PIXELS = ConvCase("many pixels", (1, 16, 40, 32), (24, 16, 3, 3), "", dict(padding=1))
 
 
 @pytest.mark.parametrize(("dtype", "w_cl"), [(torch.float32, False), (torch.bfloat16, True)], ids=["fp32", "bf16"])
@@ -115,7 +115,7 @@ def test_ranges_of_many_pixels_are_added(dtype: torch.dtype, w_cl: bool, device:
     assert launches.count("wgrad_reduce_kernel") == 4 and all(map(torch.equal, first, second))
     reference = gradients(MANY_PIXELS, x.double(), w.double(), b.double(), dy.double(), torch.nn.functional, "wb")
     for name, out, ref in zip("wb", first, reference, strict=True):
-        assert_close(out, ref, depth=2560, what=f"d{name}")
+        assert_close(out, ref, depth=1280, what=f"d{name}")
 
 
 @every(case=some(CASES[:3], 2))
@@ -184,10 +184,9 @@ def test_nan_reaches_the_gradients_that_see_it(device: str) -> None:
         assert torch.equal(out.isnan(), ref.isnan()) and ref.isnan().any()
 
 
-@pytest.mark.parametrize("nd", [1, 2, 3])
-@pytest.mark.parametrize("options", [dict(stride=2, padding=1), dict(padding="same", dilation=2), dict(groups=2)], ids=str)
+@rotate(nd=[1, 2, 3], options=[dict(stride=2, padding=1), dict(padding="same", dilation=2), dict(groups=2)])
 def test_gradcheck(nd: int, options: dict[str, object], device: str) -> None:
-    x = torch.randn(2, 4, *(5,) * nd, dtype=torch.float64, device=device, requires_grad=True)
+    x = torch.randn(1, 4, *(4,) * nd, dtype=torch.float64, device=device, requires_grad=True)
     w = torch.randn(
         6, 4 // int(options.get("groups", 1)), *(2,) * nd, dtype=torch.float64, device=device, requires_grad=True
     )  # type: ignore[call-overload]

@@ -165,7 +165,7 @@ REDUCED = [
 ]
 
 
-@every(c=some(REDUCED, 4))
+@every(c=some(REDUCED, 3))
 def test_layers_of_networks(c: ConvCase, device: str) -> None:
     x, w = make_tensors(c, torch.bfloat16, device)
     check_forward(c, x, w)
@@ -236,7 +236,7 @@ def test_small_integers_are_exact(c: ConvCase, device: str) -> None:
             assert torch.equal(out.double()[exact], ref[exact]), dtype
 
 
-@every(c=[FOUR, named(CASES, "1-d of 4")])
+@every(c=some([FOUR, named(CASES, "1-d of 4")], 1))
 def test_64_bit_offsets_change_nothing_and_two_runs_are_bit_equal(c: ConvCase, device: str) -> None:
     x, w = make_tensors(c, torch.float16, device)
     x[0, 1].view(-1)[3] = math.nan
@@ -281,9 +281,7 @@ def assert_same(out: Tensor, ref: Tensor, depth: int, what: object) -> None:
 
 
 # The interpreter takes its time for a tile that is made anew.
-@pytest.mark.parametrize(
-    ("name", "x_cl"), [("4 of 4", True), ("4 of 4", False), ("9 of 6 to 10, mixed", True), ("1-d of 4", False)]
-)
+@every({"name, x_cl": some([("4 of 4", True), ("4 of 4", False), ("9 of 6 to 10, mixed", True), ("1-d of 4", False)], 3)})
 def test_nan_and_inf_stay_in_their_group(name: str, x_cl: bool, device: str) -> None:
     c = named(CASES, name)
     groups = c.arguments["groups"]

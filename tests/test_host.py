@@ -23,11 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritonconv
 import tritonconv.functional as TF
 from tritonconv.fused.call import fused_call
-from tritonconv.ops.conv import dispatch
-from tritonconv.ops.core import cache as calls
-from tritonconv.ops.core.cache import clear_caches
+from tritonconv.ops.conv import operator
+from tritonconv.ops.conv.call import CONVOLUTIONS
+from tritonconv.ops.core import signature
 from tritonconv.ops.core.launch import captured, forced, record_launches
 from tritonconv.ops.core.observe import observe
+from tritonconv.ops.core.signature import clear_caches
 from tritonconv.tuning import known_devices
 
 ROOT = Path(__file__).parent.parent
@@ -382,7 +383,7 @@ def test_unbatched_images_of_every_form(channels: int) -> None:
 
 
 def test_wrong_calls_raise_every_time_and_are_not_kept() -> None:
-    x, w, kept = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3), len(calls._calls.found)
+    x, w, kept = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3), len(CONVOLUTIONS["conv"].found)
     wrong: list[tuple[Any, ...]] = [
         (x, w.double()), (x, w, torch.randn(3)), (x, w, None, 0), (x, w, None, 1, -1), (x, w, None, 1, {}), (x[:, :2], w),
         (x, w, None, 1, 0, 1, 3), (x, "w"),
@@ -394,7 +395,7 @@ def test_wrong_calls_raise_every_time_and_are_not_kept() -> None:
                 TF.conv2d(*arguments)
             raised.append((error.type, str(error.value)))
         assert raised[0] == raised[1]
-    assert len(calls._calls.found) == kept
+    assert len(CONVOLUTIONS["conv"].found) == kept
 
 
 @pytest.mark.parametrize("wrong", [True, 1.0, (True, 1), (1, 1.0), np.True_, np.float32(1)])
@@ -520,14 +521,14 @@ def test_tensors_without_memory_are_seen() -> None:
 
 def test_a_backend_that_changes_while_a_call_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
-    prepare = dispatch.prepare_call
+    convolve = operator.convolve
 
     def slowly(*arguments: Any) -> Any:
         # As another thread might, meanwhile.
         tritonconv.set_backend("torch")
-        return prepare(*arguments)
+        return convolve(*arguments)
 
-    monkeypatch.setattr(dispatch, "prepare_call", slowly)
+    monkeypatch.setattr(operator, "convolve", slowly)
     with tritonconv.set_backend("auto"):
         TF.conv2d(x, w)
         with record_launches() as log:
@@ -542,30 +543,30 @@ def test_no_tensor_is_kept_alive() -> None:
     alive = [weakref.ref(t) for t in (x, w, bias, *results)]
     del x, w, bias, results
     gc.collect()
-    assert calls._calls.found and not any(ref() is not None for ref in alive)
+    assert CONVOLUTIONS["conv"].found and not any(ref() is not None for ref in alive)
 
 
 def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "MOST_CALLS", 4)
+    monkeypatch.setattr(signature, "MOST_CALLS", 4)
     w = torch.randn(4, 4, 1, 1)
     for size in range(1, 12):
         x = torch.randn(1, 4, size, 2)
         assert torch.allclose(TF.conv2d(x, w), F.conv2d(x, w), atol=1e-5)
-        assert len(calls._calls.found) <= 4
+        assert len(CONVOLUTIONS["conv"].found) <= 4
 
 
-def test_lists_are_remembered_as_tuples_are() -> None:
+@pytest.mark.parametrize("numbers", [[1, 1], (1, 1), torch.Size([1, 1]), np.int64(1)], ids=lambda n: type(n).__name__)
+def test_numbers_of_every_kind_are_remembered(numbers: Any) -> None:
     x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
-    TF.conv2d(x, w, None, [1, 1], [1, 1])
-    kept = len(calls._calls.found)
-    TF.conv2d(x, w, None, (1, 1), (1, 1))
-    assert len(calls._calls.found) == kept == 1
+    for _ in range(3):
+        TF.conv2d(x, w, None, numbers, numbers)
+    assert len(CONVOLUTIONS["conv"].found) == 1
 
 
 def test_copies_share_what_was_resolved(block: torch.nn.Module) -> None:
-    kept = len(calls._calls.found)
+    kept = len(CONVOLUTIONS["conv"].found)
     agrees(copy.deepcopy(block))
-    assert len(calls._calls.found) == kept
+    assert len(CONVOLUTIONS["conv"].found) == kept
 
 
 def test_the_host_cost_is_bounded(tmp_path: Path) -> None:

@@ -479,7 +479,10 @@ def test_a_second_derivative_is_torchs(block: Block, fixed: bool, device: str) -
     values, _ = make(block, torch.float64, device)
     # One that the batch's mean takes away again has rounding errors alone as its gradient.
     values["bias"] = values["bias"] if fixed else None
-    mean, var = torch.randn(block.channels, device=device).double(), torch.rand(block.channels, device=device).double() + 0.5
+    mean, var = (
+        torch.randn(block.channels, device=device).double(),
+        torch.rand(block.channels, device=device).double() + 0.5,
+    )
     found = []
     for function in (ours, theirs):
         leaves = {name: leaf(t) for name, t in values.items()}

@@ -94,6 +94,7 @@ def test_the_wheel_is_what_runs(site: Path) -> None:
     assert all(Path(line).is_relative_to(site) for line in done.stdout.split()), done.stdout
 
 
+@pytest.mark.all
 def test_doctor(site: Path) -> None:
     done = run(site, "doctor")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -107,6 +108,7 @@ def test_explain(site: Path) -> None:
 
 
 @pytest.mark.codegen
+@pytest.mark.all
 def test_bench_dry_run(site: Path) -> None:
     done = run(site, "bench", "--dry-run", "--only", "pointwise", "--target", "sm_80")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -121,6 +123,7 @@ def test_tune_needs_a_gpu_and_says_so(site: Path) -> None:
     assert done.returncode == 1 and "tune measures on a GPU, and torch sees none" in done.stderr
 
 
+@pytest.mark.all
 def test_demo(site: Path) -> None:
     done = run(site, "demo", "--epochs", "1")
     # One pass trains badly, but our kernels must agree with torch all the same.

@@ -145,17 +145,17 @@ def eval_call(
     Args:
         layer, norm, activation, input, residual, in_place: as `fused_call` takes them.
     """
-    spec = _spec(activation)
-    if (
-        spec is CHANGED
-        or type(layer) not in LAYERS
-        or _is_changed(layer)
-        or layer.__dict__.get("padding_mode") not in ZEROS
-    ):
+    spec = None if activation is None else _spec(activation)
+    if spec is CHANGED or type(layer) not in LAYERS or _is_changed(layer):
         return None
     if residual is not None and not _can_add(layer, input, residual, in_place):
         return None
     kind, numbers = ("matmul", ()) if type(layer) is Linear else numbers_of(layer)
+    source = input
+    if layer.__dict__.get("padding_mode") not in ZEROS:
+        # Other padding modes pad beforehand, as torch does.
+        source = torch.nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        numbers = (*numbers[:2], (0,) * numbers[0], *numbers[3:])
     mean = var = gamma = beta = None
     eps = 0.0
     if norm is not None:
@@ -178,7 +178,7 @@ def eval_call(
         weight, bias = parameters["weight"], parameters["bias"]
     except KeyError:
         weight, bias = layer.weight, layer.bias
-    tensors = (input, weight, bias, mean, var, gamma, beta, residual)
+    tensors = (source, weight, bias, mean, var, gamma, beta, residual)
     family = LINEAR if kind == "matmul" else CONVOLUTIONS[kind]
     return family, tensors, (numbers, OPS[type(layer)], eps, spec)
 
@@ -195,8 +195,8 @@ CHANGED: Any = object()
 
 def _spec(activation: Any) -> ActivationSpec | None:
     """What a launch computes for an activation, or `CHANGED`."""
-    if activation is None:
-        return None
+    if activation is None or type(activation) is ActivationSpec:
+        return activation
     if not isinstance(activation, Module):
         return parse_activation(activation)
     spec = from_module(activation)

@@ -46,7 +46,8 @@ class _ConvBNAct(torch.nn.Module):
         # As in `member`; an activation may be a module or not.
         act = modules.get("act") or self.act
         conv: Any = modules["conv"]
-        return as_original(conv, input, fused_call(conv, modules["bn"], act, input, residual))
+        y = fused_call(conv, modules["bn"], act, input, residual)
+        return as_original(conv, input, y) if conv.weight_moved else y
 
     def extra_repr(self) -> str:
         return "" if isinstance(self.act, torch.nn.Module) else f"activation={self.act}"

@@ -65,11 +65,6 @@ def group_of(norm: torch.nn.Module) -> str:
     return group.group_name if group.size() > 1 else ""
 
 
-def _forward(norm: Any, input: Tensor) -> Tensor:
-    norm._check_input_dim(input)
-    return normalize(norm, input)
-
-
 def normalize(
     norm: Any, input: Tensor, residual: Tensor | None = None, activation: ActivationSpec | None = None, group: str = ""
 ) -> Tensor:
@@ -92,7 +87,8 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
     backend: Backend | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return _forward(self, input)
+        self._check_input_dim(input)
+        return normalize(self, input)
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
@@ -107,7 +103,8 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
     backend: Backend | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return _forward(self, input)
+        self._check_input_dim(input)
+        return normalize(self, input)
 
 
 class BatchNorm3d(torch.nn.BatchNorm3d):
@@ -122,7 +119,8 @@ class BatchNorm3d(torch.nn.BatchNorm3d):
     backend: Backend | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return _forward(self, input)
+        self._check_input_dim(input)
+        return normalize(self, input)
 
 
 class SyncBatchNorm(torch.nn.SyncBatchNorm):

@@ -136,7 +136,7 @@ def _geometry(
 
 def _forward(
     x: Tensor, u: Tensor | None, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool,
-    gradients: bool,
+    gradients: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Elements drawn by u, (N, C, P, Q) wide, or weighted means where it is None, and what the gradient needs."""
     g = _geometry(x.shape, kernel, stride, padding, ceil_mode)

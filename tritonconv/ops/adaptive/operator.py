@@ -101,7 +101,7 @@ GLOBAL = Operator("global_average", _global, _global_outputs, save=_save_sizes, 
 # Maxima.
 
 
-def _maximum(x: Tensor, output_size: Sequence[int], long_indices: bool, indices: bool) -> tuple[Tensor, Tensor]:
+def _maximum(x: Tensor, output_size: Sequence[int], long_indices: bool, indices: bool = True) -> tuple[Tensor, Tensor]:
     """Maxima over bins and, with `indices`, their places, int64 or int32, for x (N, C, *spatial), on Triton alone."""
     _check(x, output_size)
     dtype = (torch.int64 if long_indices else torch.int32) if indices else None
@@ -109,7 +109,7 @@ def _maximum(x: Tensor, output_size: Sequence[int], long_indices: bool, indices:
 
 
 def _maximum_outputs(
-    x: Tensor, output_size: Sequence[int], long_indices: bool, indices: bool
+    x: Tensor, output_size: Sequence[int], long_indices: bool, indices: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     _check(x, output_size)
     shape, channels_last = (*x.shape[:2], *output_size), suggests_channels_last(x)

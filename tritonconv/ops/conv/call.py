@@ -164,7 +164,12 @@ class Convolution(Family[ConvCall]):
         residual = epilogue.residual
         if self.kind == "matmul":
             if residual is not None:
-                residual = residual.expand(*x.shape[:-1], weight.shape[0]).reshape(-1, weight.shape[0], 1)
+                shape = (*x.shape[:-1], weight.shape[0])
+                if residual.dim() > len(shape) or any(n not in (1, m) for n, m in zip(residual.shape[::-1], shape[::-1])):  # noqa: B905
+                    raise ResidualError(
+                        f"linear: a residual of size {list(residual.shape)} cannot be added to a result of {list(shape)}"
+                    )
+                residual = residual.expand(shape).reshape(-1, weight.shape[0], 1)
             return x.reshape(-1, x.shape[-1], 1), weight.unsqueeze(-1), epilogue._replace(residual=residual)
         if x.dim() != nd + 1:
             return x, weight, epilogue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from tritonconv.ops.conv.norm_operator import conv_batch_norm
 from tritonconv.ops.conv.operator import EPILOGUE, ConvNumbers
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.family import Cost, Family, Unsupported
+from tritonconv.ops.core.family import Cost, Family, Resolved, Unsupported
 from tritonconv.ops.core.launch import Kind
+from tritonconv.ops.core.observe import Call
 from tritonconv.ops.core.torch_norm import batch_norm_on_torch
 
 __all__ = ["CONV_NORMS"]
@@ -91,6 +93,12 @@ class ConvNorm(Family[ConvNormCall]):
     def cost(self, tensors: Any, parsed: ConvNormCall) -> Cost:
         g = parsed.geometry
         return Cost(g.bytes(tensors[0].element_size(), residual=tensors[7] is not None), g.macs, g)
+
+    def observed(self, resolved: Resolved, tensors: Any, numbers: tuple[Any, ...], parsed: ConvNormCall) -> Call:
+        call = super().observed(resolved, tensors, numbers, parsed)
+        if resolved.refused is not None:
+            return call
+        return replace(call, decision=replace(call.decision, reason=f"{call.decision.reason} and batch norm in training"))
 
     def is_collective(self, parsed: ConvNormCall) -> bool:
         return bool(parsed.group)

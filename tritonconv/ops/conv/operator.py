@@ -115,7 +115,7 @@ def _outputs(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, weight = inputs[:2]
     ctx.numbers, ctx.kind = inputs[8:13], inputs[17]
-    ctx.fused = any(t is not None for t in inputs[3:8]) or bool(inputs[14])
+    ctx.fused = inputs[3] is not None or inputs[7] is not None or bool(inputs[14])
     ctx.shapes, ctx.formats = (x.shape, weight.shape), (suggests_channels_last(x), suggests_channels_last(weight))
     # The data gradient needs the weight alone, the weight's gradient the input alone.
     ctx.save_for_backward(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
@@ -283,7 +283,7 @@ def _transpose_outputs(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 def _transpose_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, weight = inputs[:2]
     ctx.numbers = inputs[8:13]
-    ctx.fused = any(t is not None for t in inputs[3:8]) or bool(inputs[14])
+    ctx.fused = inputs[3] is not None or inputs[7] is not None or bool(inputs[14])
     ctx.shapes, ctx.channels_last = (x.shape, weight.shape), suggests_channels_last(weight)
     # As of a convolution: the input's gradient needs the weight alone, the weight's gradient the input alone.
     ctx.save_for_backward(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)

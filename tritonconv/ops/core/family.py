@@ -19,7 +19,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.core.backend import (
     FLOATS,
-    PLAIN,
     Backend,
     OnTorch,
     asking_hopper,
@@ -173,8 +172,9 @@ class Family(abc.ABC, Generic[Parsed]):
         if self._check(tensors, numbers):
             return self.on_torch(tensors, numbers)
         if not torch.compiler.is_compiling():
-            overriding = [t for t in tensors if t is not None and type(t) not in PLAIN]
-            if overriding and has_torch_function(overriding):
+            # Classes of tensors find torch's own function where they have rules for it (`why_no_views`).
+            overriding = [t for t in tensors if t is not None and not isinstance(t, Tensor)]
+            if overriding:
                 function, arguments, named = self.face(tensors, numbers)
                 return handle_torch_function(function, overriding, *arguments, **named)
         dtype = autocast_dtype(tensors[0]) if self.casts else None
@@ -190,6 +190,8 @@ class Family(abc.ABC, Generic[Parsed]):
             result = self.on_torch(cast, numbers)
             if parsed.reason:
                 decide(given, backend, lambda: self.describe(cast, numbers, None), parsed.reason, self.dtypes)
+                decision, x = Decision("torch", parsed.reason), cast[0]
+                notify(lambda: Call(self.op(numbers), decision, None, 0, 0, x.dtype, x.device, None, ""))
             return result
         reason = self.why_unsupported(cast, parsed)
         refused = decide(given, backend, lambda: self.describe(cast, numbers, parsed), reason, self.dtypes)

@@ -66,6 +66,7 @@ class Operator:
         self.tensors = [p for p, declared in parameters.items() if str(declared.annotation).startswith("Tensor")]
         assert list(parameters)[: len(self.tensors)] == self.tensors, f"{name}: tensors come first"
         self.count, self.numbers = len(self.tensors), len(parameters) - len(self.tensors)
+        self.defaults = tuple(p.default for p in parameters.values())
         self.signature = signature_of(name, self.tensors, packed=False)
         self.recordings = Memo()
         self.function = _eager_function(self)
@@ -114,18 +115,18 @@ class Operator:
         assert self.save is not None
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.hopper = needs[: self.count], hopper
-        if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*(t for t in output[self.differentiable :] if t is not None))
+        if type(output) is tuple and len(output) > self.differentiable:
+            ctx.mark_non_differentiable(*filter(torch.is_tensor, output[self.differentiable :]))
         self.save(ctx, inputs, output)
 
     def _register(self, cast: Sequence[str], mutates: Sequence[str], flops: Callable[..., int] | None) -> None:
         def run(*arguments: Any) -> Any:
-            settled = _hashable(arguments)
+            settled: Any = self._whole(arguments)
             found = self.resolve(*settled).run(*settled[: self.count])
             return _without_none(found, settled[0])
 
         def fake(*arguments: Any) -> Any:
-            return _without_none(self.outputs(*arguments), arguments[0])
+            return _without_none(self.outputs(*self._whole(arguments)), arguments[0])
 
         schema = torch.library.infer_schema(self.forward, mutates_args=tuple(mutates))
         operator = torch.library.custom_op(f"tritonconv::{self.name}", run, mutates_args=tuple(mutates), schema=schema)
@@ -134,15 +135,20 @@ class Operator:
             operator.register_autograd(
                 lambda ctx, *gradients: self.gradients(ctx, gradients),
                 setup_context=lambda ctx, inputs, output: self.setup(
-                    ctx, _hashable(inputs), output, ctx.needs_input_grad, hopper_asked()
+                    ctx, self._whole(inputs), output, ctx.needs_input_grad, hopper_asked()
                 ),
             )
         self.registered = getattr(torch.ops.tritonconv, self.name)
         if flops is not None:
-            register_flop_formula(self.registered)(flops)
+            register_flop_formula(self.registered)(lambda *sizes, **named: flops(*sizes, *_unnamed(named)))
         if cast:
             for device in ("cuda", "cpu"):
                 self._cast_on(device, [name in cast for name in self.tensors])
+
+    def _whole(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Arguments as torch.library gives them, hashable and with the defaults of the last ones."""
+        settled = tuple(tuple(a) if type(a) is list else a for a in arguments)
+        return settled + self.defaults[len(settled) :]
 
     def _cast_on(self, device: str, which: list[bool]) -> None:
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
@@ -172,9 +178,9 @@ def mutated(t: Tensor) -> None:
         torch.autograd.graph.increment_version(t)
 
 
-def _hashable(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """Arguments of registered operators, which give lists of numbers, as operators are called with them."""
-    return tuple(tuple(a) if type(a) is list else a for a in arguments)
+def _unnamed(named: dict[str, Any]) -> list[Any]:
+    """Arguments that were given by name, in their order."""
+    return [value for name, value in named.items() if name != "out_shape"]
 
 
 def _without_none(output: Any, x: Tensor) -> Any:

@@ -105,8 +105,8 @@ def _without_memory(t: Tensor) -> Tensor:
 class _Step:
     """A line of the recording."""
 
-    def __init__(self, text: str, made: Sequence[str], read: set[str], pure: bool) -> None:
-        self.text, self.made, self.read, self.pure = text, made, read, pure
+    def __init__(self, text: str, made: Sequence[str], read: set[str], pure: bool, casts: bool = False) -> None:
+        self.text, self.made, self.read, self.pure, self.casts = text, made, read, pure, casts
 
 
 class _Recorder(TorchDispatchMode):
@@ -121,7 +121,7 @@ class _Recorder(TorchDispatchMode):
         self.scope: dict[str, Any] = {}
         self.steps: list[_Step] = []
         self.launches: list[Launch] = []
-        self.copies, self.note, self.casts = 0, "", False
+        self.copies, self.note = 0, ""
         self.parameters = [f"t{i}" for i in range(len(tensors))]
         for name, t in zip(self.parameters, tensors, strict=True):
             if t is not None:
@@ -133,7 +133,6 @@ class _Recorder(TorchDispatchMode):
         # Vectors are too small to count.
         self.copies += func in (aten.copy_.default, aten.clone.default) and args[0].dim() > 1
         packet = func.overloadpacket
-        self.casts |= func not in SHORTER and packet not in UNCAST
         read: set[str] = set()
         arguments = [self._text(a, read) for a in args]
         arguments += [f"{name}={self._text(a, read)}" for name, a in kwargs.items()]
@@ -141,7 +140,8 @@ class _Recorder(TorchDispatchMode):
         made = self._made(result)
         target = f"{', '.join(made)} = " if made else ""
         pure = not func._schema.is_mutable
-        self.steps.append(_Step(target + call, made, read, pure))
+        casts = func not in SHORTER and packet not in UNCAST
+        self.steps.append(_Step(target + call, made, read, pure, casts))
         return result
 
     def launch(self, one: Launch) -> None:
@@ -181,17 +181,19 @@ class _Recorder(TorchDispatchMode):
 
     def finish(self, result: Any) -> Recording:
         read: set[str] = set()
+        casts = False
         lines = [f"return {self._text(result, read)}"]
         for step in reversed(self.steps):
             # Views that only their strides were asked of need not be made.
             if not step.pure or any(name in read for name in step.made):
                 lines.append(step.text)
                 read |= step.read
+                casts |= step.casts
         body = "\n    ".join(reversed(lines))
         source = f"def replay({', '.join(self.parameters)}):\n    {body}\n"
         exec(compile(source, "<tritonconv: a recorded call>", "exec"), self.scope)
         run: Callable[..., Any] = self.scope["replay"]
-        if self.casts:
+        if casts:
             run = _uncast(run)
         return Recording(run, self.launches, self.copies, self.note, result)
 

@@ -57,9 +57,9 @@ def _outputs(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    x, weight, bias, *norm, offset, mask, residual = inputs[:10]
+    x, weight, bias, mean, _, _, _, offset, mask, residual = inputs[:10]
     ctx.numbers = inputs[10:13]
-    ctx.fused = any(t is not None for t in (*norm, residual)) or bool(inputs[14])
+    ctx.fused = mean is not None or residual is not None or bool(inputs[14])
     # No samples: they are computed again.
     ctx.save_for_backward(x, weight, bias, offset, mask)
 
@@ -102,7 +102,8 @@ DEFORM_CONV2D = Operator(
 
 def _gradient(
     dy: Tensor, x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, needs: Sequence[bool],
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], scatter: str,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    scatter: str = "deterministic",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of tritonconv::deform_conv2d's x, weight, bias, offset and mask on Triton alone; empty if not needed.
 
