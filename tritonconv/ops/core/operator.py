@@ -108,7 +108,8 @@ class Operator:
             return (*(None,) * self.count, *missing)
         with asking_hopper(ctx.hopper):
             found = self.backward(ctx, *gradients[: self.differentiable])
-        return (*(g if need else None for g, need in zip(found, ctx.needs, strict=False)), *missing)
+        wanted = [g if need else None for g, need in zip(found, ctx.needs, strict=False)]
+        return (*wanted, *(None,) * (self.count - len(wanted)), *missing)
 
     def setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any, needs: Sequence[bool], hopper: bool) -> None:
         """Prepare the gradient of a call; `hopper`: it runs on Hopper's kernels where the forward pass was asked to."""
