@@ -84,12 +84,22 @@ def test_another_gpu_has_the_portable_kernels() -> None:
 
 
 def test_what_they_do_not_support_runs_on_the_portable_kernels_and_explain_says_why() -> None:
-    model = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3), torch.nn.Conv2d(64, 5, 3)).eval()
+    model = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3), torch.nn.Conv2d(64, 5, 3)).to(torch.bfloat16).eval()
+    x = torch.randn(1, 64, 9, 9, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+
+    def reasons() -> list[str]:
+        rows = tritonconv.explain(converted, x).to_dict()["layers"]
+        return [row["reason"].removesuffix(", not measured") for row in rows if row["kind"] == "Conv2d"]
+
     with tritonconv.set_backend("hopper"):
         converted = tritonconv.convert(model)
-        rows = tritonconv.explain(converted, torch.randn(1, 64, 9, 9)).to_dict()["layers"]
-    reasons = [row["reason"] for row in rows if row["kind"] == "Conv2d"]
-    assert len(reasons) == 2 and all("not hopper: " in reason and "no Hopper GPU" in reason for reason in reasons)
+        assert reasons() == ["conv_flat, not hopper: the interpreter runs no Gluon"] * 2
+        with captured(HOPPER) as launches:
+            assert reasons() == ["hopper.conv", "conv_flat, not hopper: 64 channels and 5 filters are not multiples of 8"]
+        other = device_named("A100")
+        with captured(other) as more:
+            assert reasons() == [f"conv_flat, not hopper: {other.name} (sm_80) is no Hopper GPU"] * 2
+    assert not launches and not more
 
 
 def test_cpu_tensors_have_no_hopper_backend_either(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,16 +116,18 @@ def _launch(
     axes = axis_phases(g, back)
     slice_n = min(SLICE_N.value, block_n)
     phases = list(pixels_of(axes))
-    xs: tuple[View, ...]
-    ys: tuple[View, ...]
-    if back:
-        xs, ys = (
-            (output.view(box, block_k, x.dtype),), tuple(image.view(box, slice_n, x.dtype, p, g.stride) for p in phases)
-        )  # fmt: skip
-    else:
-        xs, ys = (
-            tuple(image.view(box, block_k, x.dtype, p, g.stride) for p in phases), (output.view(box, slice_n, x.dtype),)
-        )  # fmt: skip
+
+    def views(seen: Image, width: int, in_phases: bool) -> tuple[View, ...]:
+        if not in_phases:
+            return (seen.view(box, width, x.dtype),)
+        return tuple(seen.view(box, width, x.dtype, p, g.stride) for p in phases)
+
+    xs, ys = views(output if back else image, block_k, not back), views(image if back else output, slice_n, back)
+    residuals = ys
+    if target.out is not None:
+        # A residual is dense, also beside some channels of a wider tensor.
+        sizes, channels = (g.input, c) if back else (g.output, k)
+        residuals = views(Image.of(g.batch, sizes, channels, g.groups, g.nd), slice_n, back)
     # [groups, K, taps, C], as a channels-last weight lies.
     w = View(
         (g.groups, k, g.taps, c), (k * g.taps * c, g.taps * c, c, 1),
@@ -149,7 +151,7 @@ def _launch(
     )  # fmt: skip
     names = hopper_conv_kernel.arg_names
     tensors = (
-        *of_phases(xs, x), w.of(weight), *of_phases(ys, result.y), *of_phases(ys, epilogue.residual),
+        *of_phases(xs, x), w.of(weight), *of_phases(ys, result.y), *of_phases(residuals, epilogue.residual),
     )  # fmt: skip
     arguments = dict(zip(names, tensors, strict=False)) | {name: values[name] for name in names[len(tensors) :]}
     programs = min(count, device.multiprocessors)
