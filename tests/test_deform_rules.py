@@ -155,14 +155,14 @@ def test_fast_sums_are_selectable_and_determinism_goes_first() -> None:
         ours = [t.to(dtype) for t in (x, offset, weight, bias)]
         image = ours[0].contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         image.requires_grad_()
-        with tritonconv.set_scatter("fast"), record_launches() as launches:
+        with tritonconv.set_deform_scatter("fast"), record_launches() as launches:
             (dx,) = torch.autograd.grad(TF.deform_conv2d(image, *ours[1:]).sum(), image)
         # Float sums in the gradient's own memory, where they have its type and format.
         in_place = channels_last and dtype in (torch.float32, torch.float64)
         assert launches == FORWARD + ["deform_conv_dgrad_kernel"] + ["deform_scatter_kernel"] * (not in_place)
         if dtype != torch.bfloat16:
             assert_close(dx, expected, depth=16)
-    with tritonconv.set_scatter("fast"):
+    with tritonconv.set_deform_scatter("fast"):
         assert current_scatter() == "fast"
         torch.use_deterministic_algorithms(True)
         try:
@@ -171,7 +171,7 @@ def test_fast_sums_are_selectable_and_determinism_goes_first() -> None:
             torch.use_deterministic_algorithms(False)
     assert current_scatter() == "deterministic"
     with pytest.raises(ValueError, match="deterministic, fast, got 'slow'"):
-        tritonconv.set_scatter("slow")  # type: ignore[arg-type]
+        tritonconv.set_deform_scatter("slow")  # type: ignore[arg-type]
 
 
 def test_the_scale_leaves_room_for_every_sum() -> None:

@@ -320,9 +320,9 @@ def test_statistics_are_those_of_the_results(bad: bool, device: str) -> None:
         torch.testing.assert_close(var[finite].double(), ref.var(1, correction=0)[finite], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sloped", [False, True], ids=["fixed", "batch"])
+@pytest.mark.parametrize("batch_statistics", [False, True], ids=["fixed", "batch"])
 @pytest.mark.parametrize("bad", [False, True], ids=["finite", "nan"])
-def test_a_batch_norms_gradient_is_computed_on_the_way(sloped: bool, bad: bool, device: str) -> None:
+def test_a_batch_norms_gradient_is_computed_on_the_way(batch_statistics: bool, bad: bool, device: str) -> None:
     c = case("1x1", (2, 7, 6), 8, 4, 6, filter=1)
     _, w = make_tensors(c, torch.bfloat16, device)
     g, act = geometry(c), make_spec("silu")
@@ -332,8 +332,8 @@ def test_a_batch_norms_gradient_is_computed_on_the_way(sloped: bool, bad: bool, 
     table = torch.rand(5, g.out_channels, device=device)
     dz = torch.full_like(dy, math.nan)
     with torch.no_grad():
-        one_pass = launch_dgrad(dy, w, g, True, "conv", NormGradient(z, table, act, sloped, dz))
-        between = batch_norm.input_gradient(dy, z, table, act, sloped)
+        one_pass = launch_dgrad(dy, w, g, True, "conv", NormGradient(z, table, act, batch_statistics, dz))
+        between = batch_norm.input_gradient(dy, z, table, act, batch_statistics)
         expected = F.conv_transpose2d(between.double(), w.double(), groups=8)
     torch.testing.assert_close(dz.float(), between.float(), rtol=2e-2, atol=2e-2, equal_nan=True)
     assert_close(one_pass, expected, depth=6, what=c)

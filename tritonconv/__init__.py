@@ -1,5 +1,6 @@
 """Fused convolution kernels in Triton behind torch's own modules and functions."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from tritonconv import functional, nn
 from tritonconv.convert import convert, explain, revert
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.core.backend import set_backend
-from tritonconv.ops.deform.gradients import set_scatter
+from tritonconv.ops.deform.gradients import set_deform_scatter
 
-__all__ = ["ConvGeometry", "convert", "explain", "functional", "nn", "revert", "set_backend", "set_scatter", "tune"]
+__all__ = ["ConvGeometry", "convert", "explain", "functional", "nn", "revert", "set_backend", "set_deform_scatter", "tune"]
 
 __version__ = "0.1.0"
 
@@ -24,4 +25,7 @@ def __getattr__(name: str) -> Any:
         from tritonconv.measure.tune import tune
 
         return tune
+    if name == "set_scatter":
+        warnings.warn("tritonconv.set_scatter is called set_deform_scatter now", DeprecationWarning, stacklevel=2)
+        return set_deform_scatter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

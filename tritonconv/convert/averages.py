@@ -21,7 +21,7 @@ from tritonconv.convert.calls import activation_of, addition_of, module_of
 from tritonconv.convert.functions import mean_of_pixels
 from tritonconv.convert.memory import Memory
 from tritonconv.fused.call import carries_hook, fused_call, fused_pair
-from tritonconv.fused.gates import fused_average, fused_gate, fused_gated, fused_scale, pixel_mean
+from tritonconv.fused.gates import fused_average, fused_excite, fused_gated_call, fused_scale, pixel_mean
 from tritonconv.ops.core.activation import ActivationSpec
 
 __all__ = ["share_averages", "share_gates"]
@@ -132,7 +132,7 @@ def share_gates(graph: fx.Graph, modules: dict[str, torch.nn.Module]) -> int:
         x, gate, first, second = found
         with graph.inserting_before(second):
             members = (first.args[0], first.args[2], second.args[0], second.args[2], first.args[3])
-            whole = graph.call_function(fused_gate, members)
+            whole = graph.call_function(fused_excite, members)
         second.replace_all_uses_with(whole)
         graph.erase_node(second)
         graph.erase_node(first)
@@ -191,10 +191,10 @@ def _take_product(
         with graph.inserting_before(follower):
             if follower.op == "call_module":
                 layer = graph.get_attr(str(follower.target))
-                call = graph.call_function(fused_gated, (layer, None, None, x, gate))
+                call = graph.call_function(fused_gated_call, (layer, None, None, x, gate))
             else:
                 members, behind = follower.args[:3], follower.args[4:]
-                call = graph.call_function(fused_gated, (*members, x, gate, *behind))
+                call = graph.call_function(fused_gated_call, (*members, x, gate, *behind))
         follower.replace_all_uses_with(call)
         graph.erase_node(follower)
         graph.erase_node(node)

@@ -23,7 +23,7 @@ from tritonconv.convert.memory import Memory
 from tritonconv.convert.swap import is_originally_last
 from tritonconv.functional import linear
 from tritonconv.fused.call import carries_hook, fused_call, fused_norm, fused_pair
-from tritonconv.fused.gates import fused_average, fused_gate, fused_gated, fused_scale, pixel_mean
+from tritonconv.fused.gates import fused_average, fused_excite, fused_gated_call, fused_scale, pixel_mean
 from tritonconv.fused.join import Join, joined
 from tritonconv.fused.pool import fused_pool
 from tritonconv.nn.format import are_contiguous, restore
@@ -35,10 +35,10 @@ F = torch.nn.functional
 OWN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BLOCKS = (nn.ConvBNAct1d, nn.ConvBNAct2d, nn.ConvBNAct3d, nn.ConvBNReLU2d)
 # Functions of ours, each with the positions of the layers in it.
-LAYERS: dict[Any, tuple[int, ...]] = {fused_call: (0,), fused_average: (0,), fused_gated: (0,), fused_pair: (0, 3)}
+LAYERS: dict[Any, tuple[int, ...]] = {fused_call: (0,), fused_average: (0,), fused_gated_call: (0,), fused_pair: (0, 3)}
 # Results that have the format of the arguments, with values that do not depend on it.
 KEEPING_FUNCTIONS = {
-    *LAYERS, fused_norm, fused_pool, fused_gate, fused_scale, pixel_mean, joined, *IN_PLACE_OPERATORS, *OURS - {linear},
+    *LAYERS, fused_norm, fused_pool, fused_excite, fused_scale, pixel_mean, joined, *IN_PLACE_OPERATORS, *OURS - {linear},
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.sub, torch.mul, torch.div,
     torch.cat, torch.concat, torch.concatenate, torch.abs, torch.exp, torch.square, torch.sqrt, torch.where, torch.maximum,
     torch.minimum, torch.mean, torch.sum, torch.amax, torch.amin, torch.max, torch.min, F.dropout, F.dropout1d, F.dropout2d,

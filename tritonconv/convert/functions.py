@@ -12,7 +12,7 @@ from tritonconv import functional
 from tritonconv.convert.calls import addition_of, module_of, spec_of_call
 from tritonconv.convert.deform import replace_deform_call
 from tritonconv.fused.call import fused_call, fused_norm, fused_pair
-from tritonconv.fused.gates import all_pixels, fused_gated, fused_scale, pixel_mean
+from tritonconv.fused.gates import all_pixels, fused_gated_call, fused_scale, pixel_mean
 from tritonconv.fused.pool import fused_pool
 
 __all__ = ["FUNCTIONS", "mean_of_pixels", "replace_functions"]
@@ -46,7 +46,7 @@ FUNCTIONS = _functions()
 OURS = {*FUNCTIONS.values(), functional.deform_conv2d}
 # Nodes whose result has as many axes as the argument at this position, in a graph that was rewritten.
 SAME_RANK: dict[Any, int] = {
-    fused_call: 3, fused_norm: 2, fused_pair: 6, fused_pool: 3, fused_gated: 3, fused_scale: 0,
+    fused_call: 3, fused_norm: 2, fused_pair: 6, fused_pool: 3, fused_gated_call: 3, fused_scale: 0,
     torch.nn.functional.dropout: 0,
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from tritonconv.convert.calls import in_place_target, module_of, overwrites, spec_of_call
 from tritonconv.fused.call import BATCH_NORMS, fused_call, fused_norm, fused_pair
-from tritonconv.fused.gates import fused_gate, fused_gated, fused_scale
+from tritonconv.fused.gates import fused_excite, fused_gated_call, fused_scale
 from tritonconv.fused.pool import fused_pool
 from tritonconv.ops.core.activation import from_module, module_types
 
@@ -26,7 +26,7 @@ NEW_MODULES = {
     *(kind for kinds in BATCH_NORMS.values() for kind in kinds),
 }  # fmt: skip
 NEW_FUNCTIONS = {
-    fused_call, fused_gate, fused_gated, fused_norm, fused_pair, fused_pool, fused_scale, operator.add, operator.sub,
+    fused_call, fused_excite, fused_gated_call, fused_norm, fused_pair, fused_pool, fused_scale, operator.add, operator.sub,
     operator.mul, operator.truediv, operator.neg, operator.matmul, torch.add, torch.sub,
     torch.mul, torch.cat, torch.stack, torch.matmul, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d,
     torch.conv_transpose2d, torch.conv_transpose3d, torch.nn.functional.linear,

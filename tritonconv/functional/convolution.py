@@ -10,7 +10,7 @@ from torch import Tensor
 from tritonconv.ops.conv.call import CONVOLUTIONS, LINEAR
 
 __all__ = [
-    "Padding", "Size", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
 ]  # fmt: skip
 
 Size = int | Sequence[int]

@@ -16,7 +16,7 @@ from tritonconv.ops.core.activation import from_module, parse_activation
 from tritonconv.ops.core.observe import Call, Decision, Share, is_observed, notify, sharing
 from tritonconv.ops.squeeze_excite.operator import EXCITE, scale_channels
 
-__all__ = ["all_pixels", "fused_average", "fused_gate", "fused_gated", "fused_scale", "pixel_mean"]
+__all__ = ["all_pixels", "fused_average", "fused_excite", "fused_gated_call", "fused_scale", "pixel_mean"]
 
 CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
 
@@ -78,7 +78,7 @@ def all_pixels(dim: tuple[int, ...], axes: int) -> bool:
     return axes - 2 == len(dim) in (1, 2, 3) and sorted(d % axes for d in dim) == list(range(2, axes))
 
 
-def fused_gate(first: Module, activation: Any, second: Module, gate: Any, mean: Tensor) -> Tensor:
+def fused_excite(first: Module, activation: Any, second: Module, gate: Any, mean: Tensor) -> Tensor:
     """gate(second(activation(first(mean)))), (N, C, 1, ...), in one launch in eval mode.
 
     Args:
@@ -120,7 +120,7 @@ def fused_scale(
     return activation(y) if isinstance(activation, Module) else y if spec is None else spec.torch(y)
 
 
-def fused_gated(
+def fused_gated_call(
     layer: Module, norm: Module | None, activation: Any, input: Tensor, gate: Tensor, residual: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:  # fmt: skip

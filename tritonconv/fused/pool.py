@@ -16,7 +16,7 @@ from tritonconv.ops.core.activation import from_module, parse_activation
 from tritonconv.ops.core.backend import Backend, needs_gradients
 from tritonconv.ops.core.layout import suggests_channels_last
 from tritonconv.ops.core.observe import Share, is_watched, sharing
-from tritonconv.ops.pool.call import Kind, pool
+from tritonconv.ops.pool.call import PoolKind, pool
 
 __all__ = ["Window", "fused_pool", "window_of"]
 
@@ -27,7 +27,7 @@ AVERAGES: dict[type[Module], int] = {AvgPool1d: 1, AvgPool2d: 2, AvgPool3d: 3}
 class Window(NamedTuple):
     """A pooling's numbers, as `dispatch_pool.pool` takes them."""
 
-    kind: Kind
+    kind: PoolKind
     nd: int
     kernel: Any
     stride: Any = None

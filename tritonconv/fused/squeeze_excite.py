@@ -8,7 +8,7 @@ import torch  # noqa: F401 - the examples' name
 from torch import Tensor, fx
 from torch.nn import Module
 
-from tritonconv.fused.gates import fused_gate, fused_scale
+from tritonconv.fused.gates import fused_excite, fused_scale
 from tritonconv.nn.conv import Conv2d
 from tritonconv.ops.adaptive.operator import global_average
 from tritonconv.ops.core.activation import parse_activation, to_module
@@ -64,7 +64,7 @@ class SqueezeExcite(Module):
                 f"({self.fc1.in_channels} channels)"
             )
         mean = global_average(input, True, self.fc1.backend)
-        return fused_scale(input, fused_gate(self.fc1, self.act, self.fc2, self.gate, mean))
+        return fused_scale(input, fused_excite(self.fc1, self.act, self.fc2, self.gate, mean))
 
 
 def _activation(value: Any) -> Module:

@@ -11,17 +11,7 @@ from tritonconv.ops.batch_norm.call import BATCH_NORM
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.backend import Backend
 
-__all__ = [
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "Norm",
-    "SyncBatchNorm",
-    "begin_batch",
-    "count_batch",
-    "group_of",
-    "normalize",
-]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
 
 
 class Norm(NamedTuple):

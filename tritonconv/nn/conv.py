@@ -11,12 +11,9 @@ from tritonconv.geometry import ConvGeometry
 from tritonconv.nn.format import as_original
 from tritonconv.ops.conv.call import CONVOLUTIONS
 from tritonconv.ops.core.backend import Backend
-from tritonconv.ops.core.launch import Kind
+from tritonconv.ops.core.launch import ConvKind
 
-__all__ = [
-    "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "member",
-    "numbers_of", "output_shape",
-]  # fmt: skip
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
 
 
 # Batch norm and residual of a convolution alone.
@@ -30,7 +27,7 @@ def member(module: torch.nn.Module, name: str) -> Any:
     return module._buffers[name] if name in module._buffers else getattr(module, name)
 
 
-def numbers_of(conv: torch.nn.modules.conv._ConvNd) -> tuple[Kind, tuple[Any, ...]]:
+def numbers_of(conv: torch.nn.modules.conv._ConvNd) -> tuple[ConvKind, tuple[Any, ...]]:
     """Which convolution the module is, and its numbers, as ops/conv/call.py takes them."""
     nd = len(conv.kernel_size)
     if conv.transposed:

@@ -14,7 +14,7 @@ from tritonconv.ops.core.backend import Backend
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.deform.operator import deform_convolution
 
-__all__ = ["DeformConv2d", "DeformConv2dPack", "pair"]
+__all__ = ["DeformConv2d", "DeformConv2dPack"]
 
 
 class DeformConv2d(torch.nn.Module):

@@ -8,16 +8,33 @@ import torch
 from torch import Tensor
 
 from tritonconv.ops.core.backend import Backend
-from tritonconv.ops.pool.call import Kind, lp_pool, pool, pool_with_indices, unpool
+from tritonconv.ops.pool.call import PoolKind, lp_pool, pool, pool_with_indices, unpool
+from tritonconv.ops.stochastic import stochastic_pool
 
 __all__ = [
-    "AvgPool1d", "AvgPool2d", "AvgPool3d", "LPPool1d", "LPPool2d", "LPPool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d",
-    "MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d", "MinPool1d", "MinPool2d", "MinPool3d",
-    "SumPool1d", "SumPool2d", "SumPool3d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "LPPool1d",
+    "LPPool2d",
+    "LPPool3d",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+    "MaxUnpool1d",
+    "MaxUnpool2d",
+    "MaxUnpool3d",
+    "MinPool1d",
+    "MinPool2d",
+    "MinPool3d",
+    "StochasticPool2d",
+    "SumPool1d",
+    "SumPool2d",
+    "SumPool3d",
 ]  # fmt: skip
 
 
-def _extremum(kind: Kind, nd: int, layer: Any, input: Tensor) -> Any:
+def _extremum(kind: PoolKind, nd: int, layer: Any, input: Tensor) -> Any:
     function: Any = pool_with_indices if layer.return_indices else pool
     numbers = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode
     return function(kind, input, *numbers, nd=nd, backend=layer.backend)
@@ -296,3 +313,31 @@ class MaxUnpool3d(torch.nn.MaxUnpool3d):
 
     def forward(self, input: Tensor, indices: Tensor, output_size: list[int] | None = None) -> Tensor:
         return unpool(3, input, indices, self.kernel_size, self.stride, self.padding, output_size, self.backend)
+
+
+class StochasticPool2d(torch.nn.Module):
+    """One drawn element of each window in training, its weighted mean in eval mode: (N, C, H, W) or (C, H, W).
+
+    Args:
+        kernel_size, stride, padding, ceil_mode: as `tritonconv.functional.stochastic_pool2d` takes them.
+
+    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+
+    >>> StochasticPool2d(2)(torch.rand(1, 3, 4, 4)).shape
+    torch.Size([1, 3, 2, 2])
+    """
+
+    backend: Backend | None = None
+
+    def __init__(self, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False) -> None:
+        super().__init__()
+        self.kernel_size, self.padding, self.ceil_mode = kernel_size, padding, ceil_mode
+        self.stride = kernel_size if stride is None else stride
+
+    def forward(self, input: Tensor) -> Tensor:
+        return stochastic_pool(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.training, None, self.backend
+        )
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, ceil_mode={self.ceil_mode}"

@@ -10,7 +10,7 @@ from tritonconv.bench.cases import Case
 from tritonconv.bench.operations.convolution import Convolution, layer
 from tritonconv.bench.registry import Specimen, dtype_of, register
 from tritonconv.ops.conv.banded import bands_dgrad, bands_wgrad, convolve_banded, supports_bands
-from tritonconv.ops.conv.depthwise import View
+from tritonconv.ops.conv.depthwise import DepthwiseView
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import device_of, forced_config
 
@@ -26,7 +26,7 @@ class Bands(Convolution):
 
     def ours(self, case: Case, *tensors: Tensor) -> Tensor:
         geometry = self.geometry(case)
-        view = View(geometry, case.pass_ == "dgrad", False, device_of(tensors[0].device), dtype_of(case).itemsize)
+        view = DepthwiseView(geometry, case.pass_ == "dgrad", False, device_of(tensors[0].device), dtype_of(case).itemsize)
         if forced_config("BLOCK_M") is None and not supports_bands(view, dtype_of(case), case.pass_, case.tf32):
             # Products of plain fp32 are the direct kernel's.
             return super().ours(case, *tensors)

@@ -39,7 +39,7 @@ VECTOR = 8
 SUM, MEAN, MAXIMUM = 0, 1, 2
 
 
-class View(NamedTuple):
+class BinsView(NamedTuple):
     """A tensor as the kernels see it, 3-d: strides in elements, and which axis lies side by side."""
 
     geometry: AdaptiveGeometry
@@ -48,7 +48,7 @@ class View(NamedTuple):
     device: Device
 
     @classmethod
-    def of(cls, x: Tensor, geometry: AdaptiveGeometry, channels_last: bool) -> View:
+    def of(cls, x: Tensor, geometry: AdaptiveGeometry, channels_last: bool) -> BinsView:
         """Of an x that kernels of that format read in place."""
         n, c, *spatial = x.stride()
         return cls(
@@ -88,7 +88,7 @@ def adaptive_average(x: Tensor, geometry: AdaptiveGeometry) -> Tensor:
     channels_last = suggests_channels_last(x)
     x = readable(x, channels_last)
     y = empty_output(x, geometry.output_shape, channels_last, x.dtype)
-    view = View.of(x, geometry, channels_last)
+    view = BinsView.of(x, geometry, channels_last)
     if view.reduces:
         _reduce(x, view, y, None, MEAN)
     else:
@@ -104,7 +104,7 @@ def adaptive_maximum(
     x = readable(x, channels_last)
     y = empty_output(x, geometry.output_shape, channels_last, x.dtype)
     index = None if index_dtype is None else empty_output(x, geometry.output_shape, channels_last, index_dtype)
-    view = View.of(x, geometry, channels_last)
+    view = BinsView.of(x, geometry, channels_last)
     if view.reduces:
         _reduce(x, view, y, index, MAXIMUM)
     else:
@@ -128,14 +128,14 @@ def pixel_sums(x: Tensor) -> Tensor:
     pixels = n * math.prod(spatial)
     row = x.as_strided((1, c, pixels), (c * pixels, 1, c))
     sums = empty_output(x, (1, c, 1), False, x.dtype)
-    _reduce(row, View.of(row, AdaptiveGeometry.parse(row.shape, 1, 1), True), sums, None, SUM)
+    _reduce(row, BinsView.of(row, AdaptiveGeometry.parse(row.shape, 1, 1), True), sums, None, SUM)
     return sums.view(c)
 
 
 # Whole images.
 
 
-def _reduce(x: Tensor, view: View, y: Tensor, index: Tensor | None, kind: int) -> None:
+def _reduce(x: Tensor, view: BinsView, y: Tensor, index: Tensor | None, kind: int) -> None:
     """Launch the tree over whole images; y (N, C, ...) has one number an image and channel, in this order."""
     from tritonconv.kernels.global_pool import global_reduce_kernel
 
@@ -183,7 +183,7 @@ def _join(
 # Bins.
 
 
-def _pool(x: Tensor, view: View, y: Tensor, index: Tensor | None, maximum: bool) -> None:
+def _pool(x: Tensor, view: BinsView, y: Tensor, index: Tensor | None, maximum: bool) -> None:
     from tritonconv.kernels.adaptive_pool import adaptive_forward_kernel
 
     g = view.geometry

@@ -21,9 +21,9 @@ from tritonconv.ops.core.family import Cost, Family, Unsupported
 from tritonconv.ops.core.layout import empty_output, suggests_channels_last
 from tritonconv.ops.core.operator import Operator, gradients_wanted
 
-__all__ = ["ADAPTIVE_POOLS", "GLOBAL_AVERAGE", "Kind", "adaptive_pool", "global_average"]
+__all__ = ["ADAPTIVE_POOLS", "GLOBAL_AVERAGE", "AdaptiveKind", "adaptive_pool", "global_average"]
 
-Kind = Literal["avg", "max"]
+AdaptiveKind = Literal["avg", "max"]
 
 
 def _check(x: Tensor, output_size: Sequence[int]) -> None:
@@ -171,7 +171,7 @@ class AdaptivePool(Family[AdaptiveCall]):
 
     torch_checks_types = True
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: AdaptiveKind) -> None:
         self.kind = kind
         super().__init__(f"adaptive_{kind}_pool")
 
@@ -258,7 +258,7 @@ GLOBAL_AVERAGE = GlobalAverage("global_average")
 
 
 def adaptive_pool(
-    kind: Kind, x: Tensor, output_size: Any, nd: int, return_indices: bool = False, backend: Backend | None = None
+    kind: AdaptiveKind, x: Tensor, output_size: Any, nd: int, return_indices: bool = False, backend: Backend | None = None
 ) -> Any:
     """What torch's function of that kind and dimension gives, on the backend that is chosen for it.
 

@@ -51,12 +51,12 @@ def norm_gradient(
         parameters: whether the batch norm's weight or bias needs one.
         write: whether g is to be written.
     """
-    sloped = norm.pixels is not None
+    batch_statistics = norm.pixels is not None
     vectors = norm.mean, norm.var, norm.weight, norm.bias, norm.eps
     sums = g = None
-    if write or parameters or (before and sloped):
+    if write or parameters or (before and batch_statistics):
         sums, g = launch.reduce_gradients(dy, z, *vectors, norm.residual, norm.activation, write)
     # Whatever is before z depends on everyone's pixels. Weight and bias take the sums over this process's alone, for
     # whoever joins gradients joins these too.
-    everyone = add_over_ranks(sums, group) if group and before and sloped and sums is not None else sums
-    return g, *launch.gradient_table(everyone, norm.pixels, *vectors, sloped, sums)
+    everyone = add_over_ranks(sums, group) if group and before and batch_statistics and sums is not None else sums
+    return g, *launch.gradient_table(everyone, norm.pixels, *vectors, batch_statistics, sums)

@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
     """[2, SLOTS, C], wide: means, then sums of squared deviations."""
 
 
-class View(NamedTuple):
+class NormView(NamedTuple):
     """A tensor as the kernels see it: runs of pixels."""
 
     runs: int
@@ -50,7 +50,7 @@ class View(NamedTuple):
     """Elements from a pixel to the next, where the tensor is some channels of a wider channels-last one."""
 
     @classmethod
-    def of(cls, z: Tensor) -> View:
+    def of(cls, z: Tensor) -> NormView:
         n, c, *spatial = z.shape
         pixels, device = math.prod(spatial), device_of(z.device)
         pitch = pitch_of(z)
@@ -119,7 +119,7 @@ def statistics(z: Tensor) -> Statistics:
     """Statistics of every channel over batch and pixels, in one pass over z."""
     from tritonconv.kernels.batch_norm import batch_norm_statistics_kernel
 
-    view = View.of(z)
+    view = NormView.of(z)
     config = view.config(walks=True)
     slots, size = view.slots(config)
     counts, moments = _new(z, slots), _new(z, 2, slots, view.channels)
@@ -179,7 +179,7 @@ def normalize(
     y = _like(z)
     if y.numel() == 0:
         return y
-    view = View.of(z)
+    view = NormView.of(z)
     config = view.config(walks=False)
     arguments = dict(
         z_ptr=z, residual_ptr=_as(residual, view), y_ptr=y, stride_z=view.pitch, **_vectors(mean, var, weight, bias),
@@ -203,7 +203,7 @@ def reduce_gradients(
     """
     from tritonconv.kernels.batch_norm_backward import batch_norm_add_kernel, batch_norm_reduce_kernel
 
-    view = View.of(z)
+    view = NormView.of(z)
     config = view.config(walks=True)
     slots, size = view.slots(config)
     parts, sums = _new(z, slots, 2, view.channels), _new(z, 2, view.channels)
@@ -251,24 +251,26 @@ def gradient_table(
     return result, dweight, dbias
 
 
-def input_gradient(dy: Tensor, z: Tensor, table: Tensor, activation: ActivationSpec | None, sloped: bool) -> Tensor:
+def input_gradient(
+    dy: Tensor, z: Tensor, table: Tensor, activation: ActivationSpec | None, batch_statistics: bool
+) -> Tensor:
     """Gradient of a batch norm's input by its table, in one pass over dy and z.
 
     Args:
         dy: of z's size with any strides; copied to z's format where it has another.
         table: [5, C] of `gradient_table`.
-        sloped: whether the statistics were the batch's own.
+        batch_statistics: whether the statistics were the batch's own.
     """
     from tritonconv.kernels.batch_norm_backward import batch_norm_input_gradient_kernel
 
     dz = _like(z)
     if dz.numel() == 0:
         return dz
-    view = View.of(z)
+    view = NormView.of(z)
     config = view.config(walks=False)
     arguments = dict(
-        dy_ptr=_as(dy, view), z_ptr=z, dz_ptr=dz, table_ptr=table, SLOPED=sloped, **_gradient_constants(activation),
-        **view.sizes(config),
+        dy_ptr=_as(dy, view), z_ptr=z, dz_ptr=dz, table_ptr=table, SLOPED=batch_statistics,
+        **_gradient_constants(activation), **view.sizes(config),
     )  # fmt: skip
     programs = view.blocks(config) * view.tiles(config)
     launch(Launch(batch_norm_input_gradient_kernel, programs, arguments, None, config), z.device)
@@ -309,6 +311,6 @@ def _like(z: Tensor) -> Tensor:
     return empty_output(z, tuple(z.shape), keeps_channels_last(z), z.dtype)
 
 
-def _as(t: Tensor | None, view: View) -> Tensor | None:
+def _as(t: Tensor | None, view: NormView) -> Tensor | None:
     """The tensor as `view` sees its own."""
     return None if t is None else as_format(t, view.channels_last)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tritonconv.geometry import INT32_MAX, ConvGeometry, Pass, power, power_of_two_divisor
 from tritonconv.ops.conv.dense import output_format
-from tritonconv.ops.conv.depthwise import View, add_slots, touched_input
+from tritonconv.ops.conv.depthwise import DepthwiseView, add_slots, touched_input
 from tritonconv.ops.conv.plan import Strides, lift
 from tritonconv.ops.conv.target import WHOLE, Result, Target
 from tritonconv.ops.core.epilogue import Epilogue
@@ -36,7 +36,7 @@ LEAST_TAPS, MARGIN = 25, 1.25
 
 
 @functools.lru_cache(maxsize=4096)
-def prefers_bands(view: View, dtype: torch.dtype, pass_: Pass = "fprop", tf32: bool = False) -> bool:
+def prefers_bands(view: DepthwiseView, dtype: torch.dtype, pass_: Pass = "fprop", tf32: bool = False) -> bool:
     """Whether the products are predicted to be faster than the direct kernel, with the copies that they need.
 
     The direct form issues about 1.75 instructions a tap and result (counted: 782 for 448 FFMA in the loop of 7x7, 1694 for
@@ -69,13 +69,13 @@ def prefers_bands(view: View, dtype: torch.dtype, pass_: Pass = "fprop", tf32: b
     return bool(MARGIN * seconds < predict(direct, choose(direct)).seconds)
 
 
-def copy_seconds(view: View, device: Device) -> float:
+def copy_seconds(view: DepthwiseView, device: Device) -> float:
     """Seconds that both images take to be copied from one format to the other."""
     x, _, y = view.conv.elements()
     return 2 * (x + y) * view.itemsize / device.bandwidth + 2 * LAUNCH
 
 
-def supports_bands(view: View, dtype: torch.dtype, pass_: Pass = "fprop", tf32: bool = False) -> bool:
+def supports_bands(view: DepthwiseView, dtype: torch.dtype, pass_: Pass = "fprop", tf32: bool = False) -> bool:
     """Whether there is a kernel for it: products of this type on tensor cores, and a tile that holds a row's window."""
     device = device_named("H200") if view.device.arch == INTERPRETER.arch else view.device
     pass_ = "dgrad" if view.transposed else pass_
@@ -84,7 +84,7 @@ def supports_bands(view: View, dtype: torch.dtype, pass_: Pass = "fprop", tf32: 
     return problem.tensor_cores and bool(candidates(problem))
 
 
-def _index_64(view: View, strides: Strides) -> bool:
+def _index_64(view: DepthwiseView, strides: Strides) -> bool:
     """Whether 32-bit offsets could overflow: a large tensor, or a small view that strides over a large one."""
     g = view.conv
     # Elements outside the image have addresses too, before their mask is applied; so have the ends of blocks.
@@ -95,7 +95,7 @@ def _index_64(view: View, strides: Strides) -> bool:
 
 
 def _problem(
-    view: View, strides: Strides, dtype: torch.dtype, pass_: Pass, statistics: bool = False
+    view: DepthwiseView, strides: Strides, dtype: torch.dtype, pass_: Pass, statistics: bool = False
 ) -> tuple[Problem, dict[str, int]]:
     """What a config is chosen for, and powers of two that divide strides and widths."""
     sn, sc, sd, sh, _ = strides
@@ -112,7 +112,7 @@ def _problem(
 
 
 def _launch(
-    view: View, x: Tensor, weight: Tensor, epilogue: Epilogue, shape: tuple[int, ...], target: Target = WHOLE
+    view: DepthwiseView, x: Tensor, weight: Tensor, epilogue: Epilogue, shape: tuple[int, ...], target: Target = WHOLE
 ) -> Result:
     """Launch a depthwise convolution in either direction, with an epilogue.
 
@@ -164,7 +164,7 @@ def convolve_banded(
     g, channels_last = geometry, output_format(x, weight)
     if 0 in g.output_shape:
         return Result(empty_output(x, g.output_shape, channels_last, x.dtype))
-    view = View(g.mirrored if g.transposed else g, g.transposed, False, device_of(x.device), x.element_size())
+    view = DepthwiseView(g.mirrored if g.transposed else g, g.transposed, False, device_of(x.device), x.element_size())
     # A filter of one channel has one order in memory, whatever it is called.
     tensors = x if _has_rows(x) else as_format(x, False), as_format(weight, False)
     result = _launch(view, *tensors, epilogue.arranged(False), g.output_shape, target)
@@ -178,7 +178,9 @@ def bands_dgrad(dy: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
     if 0 in g.input_shape:
         return empty_output(dy, g.input_shape, False, dy.dtype)
     dy, weight = dy if _has_rows(dy) else as_format(dy, False), as_format(weight, False)
-    dx = _launch(View(g, True, False, device_of(dy.device), dy.element_size()), dy, weight, Epilogue(), g.input_shape).y
+    dx = _launch(
+        DepthwiseView(g, True, False, device_of(dy.device), dy.element_size()), dy, weight, Epilogue(), g.input_shape
+    ).y
     assert dx is not None
     return dx
 
@@ -201,7 +203,7 @@ def bands_wgrad(
     dy = as_format(dy, False)
     x = x if _has_rows(x) else as_format(x, False)
     sn, sc, sd, sh, _ = strides = lift(x.stride(), (g.batch, g.in_channels, *g.input))
-    view = View(g, False, False, device_of(dy.device), dy.element_size())
+    view = DepthwiseView(g, False, False, device_of(dy.device), dy.element_size())
     problem, divisors = _problem(view, strides, dy.dtype, "wgrad")
     config = forced_config("BLOCK_M") or choose(problem)
     block_m, block_n, block_k = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))

@@ -17,7 +17,7 @@ from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.backend import OnTorch
 from tritonconv.ops.core.epilogue import BatchNorm, Epilogue, ResidualError
 from tritonconv.ops.core.family import Cost, Family, Resolved
-from tritonconv.ops.core.launch import Kind
+from tritonconv.ops.core.launch import ConvKind
 from tritonconv.ops.core.observe import Call, Decision, Example, shared
 from tritonconv.ops.core.operator import gradients_wanted, is_traced
 from tritonconv.ops.core.recording import Recording
@@ -54,7 +54,7 @@ def epilogue_of(tensors: Any, eps: float, activation: ActivationSpec | None) -> 
     return Epilogue(bias, norm, residual, activation)
 
 
-def conv_numbers(kind: Kind, numbers: tuple[Any, ...]) -> ConvNumbers:
+def conv_numbers(kind: ConvKind, numbers: tuple[Any, ...]) -> ConvNumbers:
     """A call's numbers, which are in torch's order; as torch does, numpy's integers count as Python's."""
     if kind == "matmul":
         return ConvNumbers(1)
@@ -83,7 +83,7 @@ class Convolution(Family[ConvCall]):
     required = 2
     casts = (0, 1, 2)
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: ConvKind) -> None:
         self.kind = kind
         super().__init__(kind)
 
@@ -264,5 +264,5 @@ CONVOLUTIONS = {"conv": Convolution("conv"), "conv_transpose": Convolution("conv
 LINEAR = Convolution("matmul")
 
 
-def _family(kind: Kind) -> Convolution:
+def _family(kind: ConvKind) -> Convolution:
     return LINEAR if kind == "matmul" else CONVOLUTIONS[kind]

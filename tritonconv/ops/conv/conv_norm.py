@@ -32,7 +32,7 @@ from tritonconv.ops.conv.route import convolve, data_gradient, weight_gradient
 from tritonconv.ops.conv.target import Target
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.launch import Kind
+from tritonconv.ops.core.launch import ConvKind
 from tritonconv.ops.core.layout import as_format, empty_output
 
 __all__ = ["ON_THE_WAY_CHANNELS", "Gradients", "Needs", "backward", "forward", "on_the_way"]
@@ -64,8 +64,8 @@ class Gradients(NamedTuple):
 
 
 def forward(
-    kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, fixed: tuple[Tensor, Tensor] | None,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, residual: Tensor | None,
+    kind: ConvKind, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry,
+    fixed: tuple[Tensor, Tensor] | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, residual: Tensor | None,
     activation: ActivationSpec | None, group: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(y, z, mean, var, count); statistics that are fixed are not given back.
@@ -119,10 +119,10 @@ def backward(
         channels_last: formats of x and of the weight.
         group: the process group that shared its statistics; "" for none.
     """
-    sloped = norm.pixels is not None
+    batch_statistics = norm.pixels is not None
     # A bias that the batch's own mean takes away again has no gradient; torch computes its rounding errors.
-    db = z.new_zeros(z.shape[1]) if needs.bias and sloped else None
-    through_bias = needs.bias and not sloped
+    db = z.new_zeros(z.shape[1]) if needs.bias and batch_statistics else None
+    through_bias = needs.bias and not batch_statistics
     through_convolution = needs.x or needs.weight or through_bias
     act = norm.activation
     g, table, d_norm_weight, d_norm_bias = norm_gradient(
@@ -135,9 +135,9 @@ def backward(
     )  # fmt: skip
     if g is not None:
         dy, act = g, None
-    between: NormGradient | None = NormGradient(z, table, act, sloped) if through_convolution else None
+    between: NormGradient | None = NormGradient(z, table, act, batch_statistics) if through_convolution else None
     if between is not None and not ((needs.x or needs.weight) and on_the_way(geometry, z.dtype, needs.x)):
-        dy, between = batch_norm.input_gradient(dy, z, table, act, sloped), None
+        dy, between = batch_norm.input_gradient(dy, z, table, act, batch_statistics), None
         if not is_depthwise(geometry):
             # In the format that both gradients read.
             dy = as_format(dy, True)

@@ -37,7 +37,7 @@ def is_depthwise(g: ConvGeometry) -> bool:
     return conv.in_channels == conv.groups > 1 and max(conv.stride[1:]) <= LARGEST_STRIDE
 
 
-class View(NamedTuple):
+class DepthwiseView(NamedTuple):
     """A depthwise convolution in one direction, as the kernel sees it."""
 
     conv: ConvGeometry
@@ -71,7 +71,7 @@ class View(NamedTuple):
 
 
 def _launch(
-    view: View, x: Tensor, weight: Tensor, epilogue: Epilogue, shape: tuple[int, ...], target: Target = WHOLE
+    view: DepthwiseView, x: Tensor, weight: Tensor, epilogue: Epilogue, shape: tuple[int, ...], target: Target = WHOLE
 ) -> Result:
     """Launch a depthwise convolution in either direction, with an epilogue.
 
@@ -114,7 +114,7 @@ def _blocks(lines: int, across: int, block_t: int, channels_last: bool) -> int:
     return -(-lines * across // block_t) if channels_last else lines * -(-across // block_t)
 
 
-def _index_64(view: View, strides: Strides) -> bool:
+def _index_64(view: DepthwiseView, strides: Strides) -> bool:
     """Whether 32-bit offsets could overflow: a large tensor, or a small view that strides over a large one."""
     g = view.conv
     # Taps outside the image have addresses too, before their mask is applied; so have the ends of patches.
@@ -137,7 +137,9 @@ def convolve_depthwise(
     g, channels_last = geometry, output_format(x, weight)
     if 0 in g.output_shape:
         return Result(empty_output(x, g.output_shape, channels_last, x.dtype))
-    view = View(g.mirrored if g.transposed else g, g.transposed, channels_last, device_of(x.device), x.element_size())
+    view = DepthwiseView(
+        g.mirrored if g.transposed else g, g.transposed, channels_last, device_of(x.device), x.element_size()
+    )
     x = x if _side_by_side(x, channels_last) else as_format(x, channels_last)
     # A filter of one channel has one order in memory, whatever it is called.
     return _launch(view, x, as_format(weight, False), epilogue.arranged(channels_last), g.output_shape, target)
@@ -148,7 +150,7 @@ def depthwise_dgrad(dy: Tensor, weight: Tensor, geometry: ConvGeometry, channels
     g = geometry
     if 0 in g.input_shape:
         return empty_output(dy, g.input_shape, channels_last, dy.dtype)
-    view = View(g, True, channels_last, device_of(dy.device), dy.element_size())
+    view = DepthwiseView(g, True, channels_last, device_of(dy.device), dy.element_size())
     dx = _launch(view, as_format(dy, channels_last), as_format(weight, False), Epilogue(), g.input_shape).y
     assert dx is not None
     return dx
@@ -175,7 +177,7 @@ def depthwise_wgrad(
     dy = as_format(dy, last)
     x = x if _side_by_side(x, last) else as_format(x, last)
     sn, sc, sd, sh, sw = strides = lift(x.stride(), (g.batch, g.in_channels, *g.input))
-    view = View(g, False, last, device_of(dy.device), dy.element_size())
+    view = DepthwiseView(g, False, last, device_of(dy.device), dy.element_size())
     problem = Problem("depthwise_wgrad", g, str(dy.dtype)[6:], False, last, view.device, "wgrad")
     config = forced_config("PATCH_P") or choose(problem)
     patch = config.kwargs["PATCH_P"], config.kwargs["PATCH_Q"]

@@ -15,7 +15,7 @@ from tritonconv.ops.conv.target import WHOLE, Result, Target
 from tritonconv.ops.core.activation import ActivationSpec, table
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import (
-    Kind,
+    ConvKind,
     Launch,
     axis_constants,
     config_constants,
@@ -42,7 +42,7 @@ class NormGradient(NamedTuple):
     table: Tensor
     """[5, K], the numbers of each channel that kernels/statistics.py describes, in fp32 (fp64 for fp64)."""
     activation: ActivationSpec | None
-    sloped: bool
+    batch_statistics: bool
     """Whether the statistics were the batch's own."""
     dz: Tensor | None = None
     """Where `conv_dgrad` leaves the gradient of z: dense, channels-last. Filters of one tap without padding see each pixel
@@ -50,7 +50,12 @@ class NormGradient(NamedTuple):
 
 
 def conv_dgrad(
-    dy: Tensor, weight: Tensor, geometry: ConvGeometry, channels_last: bool, kind: Kind, norm: NormGradient | None = None
+    dy: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    channels_last: bool,
+    kind: ConvKind,
+    norm: NormGradient | None = None,
 ) -> Tensor:
     """Gradient of a batched convolution's input, dense in this format.
 
@@ -111,7 +116,7 @@ def launch_dgrad(
 
 
 def conv_wgrad(
-    dy: Tensor, x: Tensor, geometry: ConvGeometry, channels_last: bool, bias: bool, kind: Kind,
+    dy: Tensor, x: Tensor, geometry: ConvGeometry, channels_last: bool, bias: bool, kind: ConvKind,
     norm: NormGradient | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gradients of a batched convolution's weight, dense in this format, and of its bias.
@@ -190,8 +195,8 @@ def _between(norm: NormGradient | None) -> dict[str, Any]:
         return dict(z_ptr=None, table_ptr=None, SLOPED=False, ACT_GRADIENT=None, GRADIENT_A=0.0, GRADIENT_B=0.0)
     act = norm.activation
     # Without either the gradient is a multiple of dy, and z need not be read.
-    z = as_format(norm.z, True) if act or norm.sloped else None
+    z = as_format(norm.z, True) if act or norm.batch_statistics else None
     return dict(
-        z_ptr=z, table_ptr=norm.table, SLOPED=norm.sloped, ACT_GRADIENT=table()[act.name].gradient if act else None,
-        GRADIENT_A=act.a if act else 0.0, GRADIENT_B=act.b if act else 0.0,
+        z_ptr=z, table_ptr=norm.table, SLOPED=norm.batch_statistics,
+        ACT_GRADIENT=table()[act.name].gradient if act else None, GRADIENT_A=act.a if act else 0.0, GRADIENT_B=act.b if act else 0.0,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from tritonconv.ops.conv.operator import EPILOGUE, ConvNumbers
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.family import Cost, Family, Resolved, Unsupported
-from tritonconv.ops.core.launch import Kind
+from tritonconv.ops.core.launch import ConvKind
 from tritonconv.ops.core.observe import Call
 from tritonconv.ops.core.torch_norm import batch_norm_on_torch
 
@@ -47,7 +47,7 @@ class ConvNorm(Family[ConvNormCall]):
     required = 2
     casts = (0, 1, 2)
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: ConvKind) -> None:
         self.kind = kind
         super().__init__(f"{kind}_bn")
 

@@ -19,7 +19,7 @@ from tritonconv.ops.conv.dense import check_convolution, output_format
 from tritonconv.ops.conv.operator import ConvNumbers, conv_geometry, conv_gradients, ints, transpose_gradients
 from tritonconv.ops.core.activation import ActivationSpec, from_numbers, to_numbers
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.launch import Kind
+from tritonconv.ops.core.launch import ConvKind
 from tritonconv.ops.core.layout import empty_output, suggests_channels_last, wide
 from tritonconv.ops.core.operator import Operator, differentiate
 
@@ -124,7 +124,7 @@ CONV_BATCH_NORM = Operator(
 
 
 def conv_batch_norm(
-    kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Sequence[Any], residual: Tensor | None,
+    kind: ConvKind, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Sequence[Any], residual: Tensor | None,
     activation: ActivationSpec | None, numbers: ConvNumbers, group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, mean, var, count) of the operator.

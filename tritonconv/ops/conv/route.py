@@ -8,21 +8,21 @@ from tritonconv.geometry import ConvGeometry, Pass
 from tritonconv.ops.adaptive.launch import pixel_sums
 from tritonconv.ops.conv.banded import bands_dgrad, bands_wgrad, convolve_banded, prefers_bands
 from tritonconv.ops.conv.dense import convolve_dense, output_format, plan_for
-from tritonconv.ops.conv.depthwise import View, convolve_depthwise, depthwise_dgrad, depthwise_wgrad, is_depthwise
+from tritonconv.ops.conv.depthwise import DepthwiseView, convolve_depthwise, depthwise_dgrad, depthwise_wgrad, is_depthwise
 from tritonconv.ops.conv.gradients import NormGradient, conv_dgrad, conv_wgrad
 from tritonconv.ops.conv.hopper import hopper_convolution, hopper_dgrad, hopper_wgrad, why_no_gradient
 from tritonconv.ops.conv.target import WHOLE, Result, Target
 from tritonconv.ops.conv.transposed import convolve_transposed
 from tritonconv.ops.core.backend import capture, hopper_asked, interpreting
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.launch import Kind, device_of, note, precision
+from tritonconv.ops.core.launch import ConvKind, device_of, note, precision
 from tritonconv.ops.core.layout import as_format, dense_strides, is_dense
 
 __all__ = ["can_gate", "can_redirect", "convolve", "data_gradient", "weight_gradient"]
 
 
 def convolve(
-    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: Kind, target: Target = WHOLE,
+    x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry, kind: ConvKind, target: Target = WHOLE,
     gate: Tensor | None = None,
 ) -> Result:  # fmt: skip
     """A batched convolution of tensors that `check_convolution` accepts.
@@ -75,12 +75,17 @@ def can_redirect(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
 
 def _prefers_bands(conv: ConvGeometry, source: Tensor, channels_last: bool, pass_: Pass) -> bool:
     """Whether a depthwise convolution's pass over images of this format goes to tensor cores."""
-    view = View(conv, pass_ == "dgrad", channels_last, device_of(source.device), source.element_size())
+    view = DepthwiseView(conv, pass_ == "dgrad", channels_last, device_of(source.device), source.element_size())
     return prefers_bands(view, source.dtype, pass_, precision(source.dtype, "conv") == "tf32")
 
 
 def data_gradient(
-    dy: Tensor, weight: Tensor, geometry: ConvGeometry, channels_last: bool, kind: Kind, norm: NormGradient | None = None
+    dy: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    channels_last: bool,
+    kind: ConvKind,
+    norm: NormGradient | None = None,
 ) -> Tensor:
     """Gradient of a batched convolution's input; arguments as `conv_dgrad` takes them.
 
@@ -99,7 +104,7 @@ def data_gradient(
 
 
 def weight_gradient(
-    dy: Tensor, x: Tensor, geometry: ConvGeometry, channels_last: bool, bias: bool, kind: Kind,
+    dy: Tensor, x: Tensor, geometry: ConvGeometry, channels_last: bool, bias: bool, kind: ConvKind,
     norm: NormGradient | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Gradients of a batched convolution's weight and bias; arguments as `conv_wgrad` takes them.

@@ -19,12 +19,30 @@ from tritonconv.ops.core.backend import capability, capture, interpreting
 from tritonconv.tuning import INTERPRETER, Device, Problem, choose, like
 
 __all__ = [
-    "Box", "Described", "Kind", "Launch", "Launcher", "activation_constants", "aligned", "axis_constants", "captured",
-    "config_constants", "config_for", "device_of", "forced", "forced_config", "is_recording", "launch", "note", "precision",
-    "record_launches", "recording_with", "state",
+    "Box",
+    "ConvKind",
+    "Described",
+    "Launch",
+    "Launcher",
+    "activation_constants",
+    "aligned",
+    "axis_constants",
+    "captured",
+    "config_constants",
+    "config_for",
+    "device_of",
+    "forced",
+    "forced_config",
+    "is_recording",
+    "launch",
+    "note",
+    "precision",
+    "record_launches",
+    "recording_with",
+    "state",
 ]  # fmt: skip
 
-Kind = Literal["conv", "conv_transpose", "matmul"]
+ConvKind = Literal["conv", "conv_transpose", "matmul"]
 """What a call is: a convolution, a transposed one, or a linear layer."""
 
 
@@ -232,7 +250,7 @@ def described(device: torch.device) -> Device:
     return like(properties.name, arch, properties.multi_processor_count, shared)
 
 
-def precision(dtype: torch.dtype, kind: Kind) -> str:
+def precision(dtype: torch.dtype, kind: ConvKind) -> str:
     """How fp32 products are computed, by torch's switches: cudnn's for convolutions, cuda.matmul's for linear layers."""
     if dtype != torch.float32:
         return "ieee"

@@ -12,11 +12,11 @@ from torch import Tensor
 from tritonconv.geometry import DeformGeometry, power, power_of_two_divisor
 from tritonconv.ops.conv.gradients import add_ranges
 from tritonconv.ops.core.launch import Launch, config_constants, config_for, launch
-from tritonconv.ops.core.layout import as_format, empty_output, suggests_channels_last, wide
-from tritonconv.ops.deform.launch import problem_of, readable, reading
+from tritonconv.ops.core.layout import as_format, empty_output, readable, suggests_channels_last, wide
+from tritonconv.ops.deform.launch import problem_of, reading
 from tritonconv.tuning.ranges import ranges
 
-__all__ = ["Wanted", "current_scatter", "deform_dgrad", "deform_wgrad", "scale_of", "set_scatter"]
+__all__ = ["Wanted", "current_scatter", "deform_dgrad", "deform_wgrad", "scale_of", "set_deform_scatter"]
 
 Scatter = Literal["deterministic", "fast"]
 SCATTERS = ("deterministic", "fast")
@@ -28,7 +28,7 @@ WRITTEN_PIXELS, WRITTEN_CHANNELS = 32, 64
 _scatter: Scatter = "deterministic"
 
 
-class set_scatter:  # noqa: N801 - a context manager that reads as a function, like torch.set_grad_enabled
+class set_deform_scatter:  # noqa: N801 - a context manager that reads as a function, like torch.set_grad_enabled
     """Choose how gradients of deformable convolutions' inputs are added up, for the process, or for a `with` block.
 
     Args:
@@ -36,7 +36,7 @@ class set_scatter:  # noqa: N801 - a context manager that reads as a function, l
             (float atomics: 4 bytes, 8 for fp64, and bits that differ from run to run).
             `torch.use_deterministic_algorithms(True)` asks for the former whatever was chosen here.
 
-    >>> with set_scatter("fast"):
+    >>> with set_deform_scatter("fast"):
     ...     current_scatter()
     'fast'
     """
@@ -85,7 +85,7 @@ def deform_wgrad(
     dw = empty_output(dy, g.conv.weight_shape, channels_last, dy.dtype)
     if dy.numel() == 0:
         return dw.zero_()
-    dy, x = as_format(dy, True), readable(x)
+    dy, x = as_format(dy, True), readable(x, True)
     problem = problem_of("deform_conv_wgrad", g, x, "wgrad")
     config = config_for(problem)
     tiles = config_constants(config)
@@ -149,7 +149,7 @@ def deform_dgrad(
         return tuple(t if t is None else t.zero_() for t in (dx, d_offset, d_mask))  # type: ignore[return-value]
     dy, weight = as_format(dy, True), as_format(weight, True)
     if d_offset is not None or d_mask is not None:
-        x = readable(x)
+        x = readable(x, True)
     problem = problem_of("deform_conv_dgrad", g, x, "dgrad")
     config = config_for(problem)
     tiles = config_constants(config)

@@ -21,7 +21,7 @@ from tritonconv.ops.core.layout import as_format, empty_output, suggests_channel
 from tritonconv.tuning import Problem
 
 __all__ = [
-    "check_deform", "deform_forward", "problem_of", "readable", "reading",
+    "check_deform", "deform_forward", "problem_of", "reading",
 ]  # fmt: skip
 
 
@@ -42,16 +42,6 @@ def check_deform(
         if t.dtype != x.dtype and not finer:
             raise RuntimeError(f"{op}: input type ({x.dtype}) and {name} type ({t.dtype}) should be the same ({geometry})")
     epilogue.check(op, geometry, x, geometry.conv.out_channels, geometry.conv.output_shape)
-
-
-def reads_in_place(x: Tensor) -> bool:
-    """Whether a pixel's channels lie side by side."""
-    return x.stride(1) == 1 or x.shape[1] == 1
-
-
-def readable(x: Tensor) -> Tensor:
-    """`x` itself if its channels lie side by side, else a copy."""
-    return x if reads_in_place(x) else as_format(x, True)
 
 
 def problem_of(kernel: str, g: DeformGeometry, x: Tensor, pass_: Any) -> Problem:
@@ -106,7 +96,7 @@ def deform_forward(
     y = empty_output(x, g.conv.output_shape, channels_last, x.dtype)
     if y.numel() == 0:
         return y
-    x, weight = readable(x), as_format(weight, True)
+    x, weight = readable(x, True), as_format(weight, True)
     problem = problem_of("deform_conv", g, x, "fprop")
     config = config_for(problem)
     tiles = config_constants(config)

@@ -18,10 +18,10 @@ from tritonconv.ops.core.operator import gradients_wanted, is_traced, mutated
 from tritonconv.ops.pool.launch import Pool, pool_forward
 from tritonconv.ops.pool.operator import MAX_UNPOOL, NAMES, POOL, pool_on_torch
 
-__all__ = ["Kind", "lp_pool", "pool", "pool_with_indices", "unpool"]
+__all__ = ["PoolKind", "lp_pool", "pool", "pool_with_indices", "unpool"]
 
 F = torch.nn.functional
-Kind = Literal["max", "min", "avg", "lp"]
+PoolKind = Literal["max", "min", "avg", "lp"]
 # Powers are products up to this one.
 LARGEST_POWER = 16
 
@@ -67,7 +67,7 @@ class Windows(Family[PoolCall]):
 
     torch_checks_types = True
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: PoolKind) -> None:
         self.kind = kind
         super().__init__(NAMES[kind])
 
@@ -155,13 +155,13 @@ class Windows(Family[PoolCall]):
         return function, (x, n.kernel, n.stride, n.padding, n.ceil_mode, n.include_pad), more
 
 
-KINDS: tuple[Kind, ...] = ("max", "min", "avg", "lp")
+KINDS: tuple[PoolKind, ...] = ("max", "min", "avg", "lp")
 POOLS = {kind: Windows(kind) for kind in KINDS}
 
 
 def pool(
-    kind: Kind, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False, *,
-    nd: int | None = None, power: Any = 1.0, divisor: Any = None, include_pad: bool = True,
+    kind: PoolKind, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    *, nd: int | None = None, power: Any = 1.0, divisor: Any = None, include_pad: bool = True,
     backend: Backend | None = None, activation: ActivationSpec | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """act(pooled x) on the backend that is chosen for it.
@@ -179,8 +179,8 @@ def pool(
 
 
 def pool_with_indices(
-    kind: Kind, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False, *,
-    nd: int | None = None, backend: Backend | None = None,
+    kind: PoolKind, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    *, nd: int | None = None, backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(pooled x, int64 positions in the planes of x) of a maximum or minimum; arguments as of `pool`."""
     numbers = (x.dim() - 2 if nd is None else nd, kernel, stride, padding, dilation, ceil_mode, 1.0, None, True)
@@ -201,7 +201,7 @@ def _as_list(value: Any) -> tuple[int, ...]:
     return () if value is None else tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _why_unsupported(kind: Kind, n: PoolNumbers) -> str | None:
+def _why_unsupported(kind: PoolKind, n: PoolNumbers) -> str | None:
     """Why no kernel takes these arguments, whatever the sizes."""
     if type(n.ceil_mode) is not bool or type(n.include_pad) is not bool:
         return "a flag is not a bool"

@@ -18,9 +18,9 @@ from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, suggests_channels_last
 from tritonconv.tuning.rules.resampling import shuffle_config
 
-__all__ = ["BITS", "Kind", "follows_channels_last", "needs_copy", "result_shape", "shuffle"]
+__all__ = ["BITS", "ShuffleKind", "follows_channels_last", "needs_copy", "result_shape", "shuffle"]
 
-Kind = Literal["pixel_shuffle", "pixel_unshuffle", "channel_shuffle"]
+ShuffleKind = Literal["pixel_shuffle", "pixel_unshuffle", "channel_shuffle"]
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # The longest run of few elements that goes through registers as a whole.
 LONGEST = 64
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
         return self._replace(inside=self.outside, outside=self.inside)
 
 
-def shuffle(kind: Kind, x: Tensor, factor: int) -> Tensor:
+def shuffle(kind: ShuffleKind, x: Tensor, factor: int) -> Tensor:
     """What torch's function of that name gives for a valid call whose result has elements."""
     channels_last = follows_channels_last(kind, x)
     y = empty_output(x, result_shape(kind, tuple(x.shape), factor), channels_last, x.dtype)
@@ -75,7 +75,7 @@ def shuffle(kind: Kind, x: Tensor, factor: int) -> Tensor:
     return y
 
 
-def result_shape(kind: Kind, shape: Sizes, r: int) -> Sizes:
+def result_shape(kind: ShuffleKind, shape: Sizes, r: int) -> Sizes:
     """The result's size."""
     if kind == "channel_shuffle":
         return shape
@@ -83,12 +83,12 @@ def result_shape(kind: Kind, shape: Sizes, r: int) -> Sizes:
     return (*rest, c // (r * r), h * r, w * r) if kind == "pixel_shuffle" else (*rest, c * r * r, h // r, w // r)
 
 
-def follows_channels_last(kind: Kind, x: Tensor) -> bool:
+def follows_channels_last(kind: ShuffleKind, x: Tensor) -> bool:
     """Whether the result is channels-last, as torch has it."""
     return x.dim() in ((4, 5) if kind == "channel_shuffle" else (4,)) and suggests_channels_last(x)
 
 
-def needs_copy(kind: Kind, x: Tensor) -> bool:
+def needs_copy(kind: ShuffleKind, x: Tensor) -> bool:
     """Whether axes that count as one do not follow each other, so that x is copied first."""
     sizes, strides = x.shape, x.stride()
     merged = range(2, x.dim()) if kind == "channel_shuffle" else range(x.dim() - 3)

@@ -16,12 +16,12 @@ from tritonconv.ops.core.backend import Backend
 from tritonconv.ops.core.family import Cost, Family, Unsupported
 from tritonconv.ops.core.layout import empty_output
 from tritonconv.ops.core.operator import Operator
-from tritonconv.ops.shuffle.launch import BITS, Kind, follows_channels_last, result_shape, shuffle
+from tritonconv.ops.shuffle.launch import BITS, ShuffleKind, follows_channels_last, result_shape, shuffle
 
 __all__ = ["OPERATORS", "SHUFFLES", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle"]
 
 
-def _fits(kind: Kind, shape: Any, factor: int) -> bool:
+def _fits(kind: ShuffleKind, shape: Any, factor: int) -> bool:
     if len(shape) < 3 or factor < 1:
         return False
     if kind == "channel_shuffle":
@@ -31,7 +31,7 @@ def _fits(kind: Kind, shape: Any, factor: int) -> bool:
     return bool(shape[-2] % factor == 0 and shape[-1] % factor == 0)
 
 
-def _operator(kind: Kind, back: Callable[[Any, Tensor], Tensor], doc: str) -> Operator:
+def _operator(kind: ShuffleKind, back: Callable[[Any, Tensor], Tensor], doc: str) -> Operator:
     """The operator of a kind; `back` gives the gradient from what was saved."""
 
     def outputs(x: Tensor, factor: int) -> Tensor:
@@ -52,7 +52,7 @@ def _operator(kind: Kind, back: Callable[[Any, Tensor], Tensor], doc: str) -> Op
     return Operator(kind, forward, outputs, save=save, backward=lambda ctx, dy: [back(ctx, dy)])
 
 
-OPERATORS: dict[Kind, Operator] = {
+OPERATORS: dict[ShuffleKind, Operator] = {
     "pixel_shuffle": _operator(
         "pixel_shuffle", lambda ctx, dy: OPERATORS["pixel_unshuffle"](dy, ctx.factor),
         "(*, C r^2, H, W) as (*, C, H r, W r), on Triton alone.",
@@ -75,7 +75,7 @@ class Shuffle(Family[Any]):
 
     torch_checks_types = True
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: ShuffleKind) -> None:
         self.kind = kind
         super().__init__(kind)
 
@@ -124,7 +124,7 @@ class Shuffle(Family[Any]):
         return getattr(functional, self.kind), (*tensors, *numbers[0]), {}
 
 
-SHUFFLES: dict[Kind, Shuffle] = {kind: Shuffle(kind) for kind in OPERATORS}
+SHUFFLES: dict[ShuffleKind, Shuffle] = {kind: Shuffle(kind) for kind in OPERATORS}
 
 
 def _number(factor: Any) -> Any:

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from tritonconv.geometry import power, power_of_two_divisor
-from tritonconv.ops.batch_norm.launch import View
+from tritonconv.ops.batch_norm.launch import NormView
 from tritonconv.ops.conv.target import Sums, pixel_means
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.launch import Launch, activation_constants, device_of, launch
@@ -53,11 +53,11 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _view(x: Tensor) -> View:
+def _view(x: Tensor) -> NormView:
     """A dense x as runs of one image each, for the gate changes from image to image."""
     n, c, *spatial = x.shape
     channels_last = c > 1 and not is_dense(x, False)
-    return View(n, math.prod(spatial), c, channels_last, device_of(x.device))
+    return NormView(n, math.prod(spatial), c, channels_last, device_of(x.device))
 
 
 def _dense(x: Tensor) -> Tensor:

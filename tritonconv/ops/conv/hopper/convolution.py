@@ -14,7 +14,7 @@ from torch import Tensor
 from tritonconv.geometry import ConvGeometry, Pass, Taps, Triple, best_box, boxes_over, pass_extents, phases_of, tap_hops
 from tritonconv.ops.conv.dense import output_format, plan_for
 from tritonconv.ops.conv.hopper.supports import why_no_boxes, why_unsupported
-from tritonconv.ops.conv.hopper.views import Image, View, as_boxes, of_phases
+from tritonconv.ops.conv.hopper.views import BoxView, Image, as_boxes, of_phases
 from tritonconv.ops.conv.plan import lift
 from tritonconv.ops.conv.target import WHOLE, Result, Target
 from tritonconv.ops.core.epilogue import Epilogue
@@ -117,7 +117,7 @@ def _launch(
     slice_n = min(SLICE_N.value, block_n)
     phases = list(pixels_of(axes))
 
-    def views(seen: Image, width: int, in_phases: bool) -> tuple[View, ...]:
+    def views(seen: Image, width: int, in_phases: bool) -> tuple[BoxView, ...]:
         if not in_phases:
             return (seen.view(box, width, x.dtype),)
         return tuple(seen.view(box, width, x.dtype, p, g.stride) for p in phases)
@@ -129,7 +129,7 @@ def _launch(
         sizes, channels = (g.input, c) if back else (g.output, k)
         residuals = views(Image.of(g.batch, sizes, channels, g.groups, g.nd), slice_n, back)
     # [groups, K, taps, C], as a channels-last weight lies.
-    w = View(
+    w = BoxView(
         (g.groups, k, g.taps, c), (k * g.taps * c, g.taps * c, c, 1),
         (1, block_k, 1, block_n) if back else (1, block_n, 1, block_k), x.dtype,
     )  # fmt: skip

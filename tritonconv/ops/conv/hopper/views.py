@@ -13,7 +13,7 @@ from tritonconv.ops.conv.hopper.supports import MOST_PHASES
 from tritonconv.ops.core.launch import Box, aligned
 from tritonconv.ops.core.layout import empty_output, is_dense
 
-__all__ = ["Image", "View", "as_boxes", "of_phases"]
+__all__ = ["BoxView", "Image", "as_boxes", "of_phases"]
 
 
 def as_boxes(t: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def as_boxes(t: Tensor) -> Tensor:
     return empty_output(t, tuple(t.shape), True, t.dtype).copy_(t)
 
 
-class View(Box):
+class BoxView(Box):
     """A TMA descriptor to be made of a tensor: sizes and strides in elements, the last 1, and the box moved at once."""
 
     def __init__(
@@ -42,7 +42,7 @@ class View(Box):
         return super().descriptor(t.as_strided((1,), (1,), t.storage_offset() + self.offset) if self.offset else t)
 
 
-def of_phases(views: tuple[View, ...], t: Tensor | None) -> tuple[Any, ...]:
+def of_phases(views: tuple[BoxView, ...], t: Tensor | None) -> tuple[Any, ...]:
     """The arguments for a tensor's phases: their descriptors, and None for those that it has not."""
     made = () if t is None else tuple(view.of(t) for view in views)
     return (*made, *(None,) * (MOST_PHASES - len(made)))
@@ -77,7 +77,7 @@ class Image:
 
     def view(
         self, box: tuple[int, ...], width: int, dtype: torch.dtype, pixel: Triple = (0, 0, 0), step: Triple = (1, 1, 1)
-    ) -> View:  # fmt: skip
+    ) -> BoxView:  # fmt: skip
         """Boxes of `box` pixels x `width` channels of every step-th pixel from `pixel` on."""
         n, d, h, w = self.strides
         sizes = [phase_size(size, first, every) for size, first, every in zip(self.sizes, pixel, step, strict=True)]
@@ -86,4 +86,4 @@ class Image:
         if self.depth_is_groups:
             sizes[0], strides[0], channels = self.groups, self.channels, self.channels
         offset = sum(stride * first for stride, first in zip((d, h, w), pixel, strict=True))
-        return View((self.batch, *sizes, channels), (n, *strides, 1), (*box, width), dtype, offset)
+        return BoxView((self.batch, *sizes, channels), (n, *strides, 1), (*box, width), dtype, offset)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tritonconv.geometry import ConvGeometry, best_box, pass_extents, tap_places
 from tritonconv.ops.conv.gradients import add_ranges
 from tritonconv.ops.conv.hopper.convolution import axis_phases, pixels_of, rows_of
-from tritonconv.ops.conv.hopper.views import Image, View, as_boxes, of_phases
+from tritonconv.ops.conv.hopper.views import BoxView, Image, as_boxes, of_phases
 from tritonconv.ops.core.launch import Launch, config_for, device_of, launch
 from tritonconv.ops.core.layout import empty_output
 from tritonconv.tuning import Problem
@@ -52,7 +52,7 @@ def hopper_wgrad(dy: Tensor, x: Tensor, geometry: ConvGeometry, channels_last: b
     image = Image.of(g.batch, g.input, c, g.groups, g.nd)
     phases = tuple(image.view(box, block_n, dy.dtype, pixel, g.stride) for pixel in pixels_of(axis_phases(g, False)))
     row, filters = g.taps * c, g.groups * k
-    target = View(
+    target = BoxView(
         (count, g.groups, k, g.taps, c), (filters * row, k * row, row, c, 1),
         (1, 1, block_m, 1, min(block_n, ROW // sums.element_size())), sums.dtype,
     )  # fmt: skip
