@@ -65,8 +65,8 @@ class Gradients(NamedTuple):
 
 def forward(
     kind: ConvKind, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry,
-    fixed: tuple[Tensor, Tensor] | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, residual: Tensor | None,
-    activation: ActivationSpec | None, group: str,
+    fixed: tuple[Tensor, Tensor] | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
+    residual: Tensor | None, activation: ActivationSpec | None, group: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(y, z, mean, var, count); statistics that are fixed are not given back.
 

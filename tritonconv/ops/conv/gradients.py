@@ -198,5 +198,6 @@ def _between(norm: NormGradient | None) -> dict[str, Any]:
     z = as_format(norm.z, True) if act or norm.batch_statistics else None
     return dict(
         z_ptr=z, table_ptr=norm.table, SLOPED=norm.batch_statistics,
-        ACT_GRADIENT=table()[act.name].gradient if act else None, GRADIENT_A=act.a if act else 0.0, GRADIENT_B=act.b if act else 0.0,
+        ACT_GRADIENT=table()[act.name].gradient if act else None, GRADIENT_A=act.a if act else 0.0,
+        GRADIENT_B=act.b if act else 0.0,
     )  # fmt: skip

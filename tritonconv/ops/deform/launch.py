@@ -17,7 +17,7 @@ from tritonconv.ops.core.launch import (
     launch,
     precision,
 )  # fmt: skip
-from tritonconv.ops.core.layout import as_format, empty_output, suggests_channels_last
+from tritonconv.ops.core.layout import as_format, empty_output, readable, suggests_channels_last
 from tritonconv.tuning import Problem
 
 __all__ = [

@@ -160,8 +160,8 @@ POOLS = {kind: Windows(kind) for kind in KINDS}
 
 
 def pool(
-    kind: PoolKind, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-    *, nd: int | None = None, power: Any = 1.0, divisor: Any = None, include_pad: bool = True,
+    kind: PoolKind, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False, *, nd: int | None = None, power: Any = 1.0, divisor: Any = None, include_pad: bool = True,
     backend: Backend | None = None, activation: ActivationSpec | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """act(pooled x) on the backend that is chosen for it.
@@ -179,8 +179,8 @@ def pool(
 
 
 def pool_with_indices(
-    kind: PoolKind, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-    *, nd: int | None = None, backend: Backend | None = None,
+    kind: PoolKind, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False, *, nd: int | None = None, backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(pooled x, int64 positions in the planes of x) of a maximum or minimum; arguments as of `pool`."""
     numbers = (x.dim() - 2 if nd is None else nd, kernel, stride, padding, dilation, ceil_mode, 1.0, None, True)
