@@ -207,11 +207,39 @@ def our_rows(repeats: int, gpu: Device, dtype: torch.dtype = torch.bfloat16) -> 
         ("fused call of a converted model", lambda: fused_call(*members, relu, x, r, True)),
         ("ResNet-18, converted", lambda: resnet(image)),
         ("torch.ops.tritonconv.conv, BN, ReLU", lambda: operator(x, w, None, *norm, None, **numbers)),
+        *_other_families(x, w, norm),
     ]
     with counting_launches(gpu) as counter:
         launcher, arguments = conv_fprop_kernel[(1,)], (None,) * 52
         calls.append(("what stands in the launcher's place", lambda: launcher(*arguments, num_warps=4, num_stages=3)))
         return [_timed(name, call, repeats, counter) for name, call in calls]
+
+
+def _other_families(x: Tensor, w: Tensor, norm: tuple[Tensor, ...]) -> list[tuple[str, Callable[[], object]]]:
+    """A call of each other family, and forward passes of training."""
+    sequence, taps = torch.ones(1, 128, 16, dtype=x.dtype), torch.ones(128, 4, dtype=x.dtype)
+    offset = torch.zeros(1, 18, 4, 4, dtype=x.dtype)
+    image, block = x.clone().requires_grad_(), tritonconv.nn.ConvBNAct2d(128, 128, 3, padding=1, dtype=x.dtype)
+    block.conv.weight.data = block.conv.weight.data.contiguous(memory_format=torch.channels_last)
+
+    def training(call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            with torch.enable_grad():
+                return call()
+
+        return run
+
+    return [
+        ("functional.max_pool2d", lambda: ours.max_pool2d(x, 2)),
+        ("functional.adaptive_avg_pool2d", lambda: ours.adaptive_avg_pool2d(x, 1)),
+        ("functional.batch_norm", lambda: ours.batch_norm(x, norm[0], norm[1], norm[2], norm[3])),
+        ("functional.interpolate", lambda: ours.interpolate(x, scale_factor=2)),
+        ("functional.pixel_shuffle", lambda: ours.pixel_shuffle(x, 2)),
+        ("functional.causal_conv1d", lambda: ours.causal_conv1d(sequence, taps)),
+        ("functional.deform_conv2d", lambda: ours.deform_conv2d(x, offset, w, padding=1)),
+        ("functional.conv2d, training", training(lambda: ours.conv2d(image, w, None, 1, 1))),
+        ("nn.ConvBNAct2d, training", training(lambda: block(image))),
+    ]
 
 
 def torch_rows(repeats: int) -> list[Timing]:

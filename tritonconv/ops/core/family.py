@@ -153,15 +153,14 @@ class Family(abc.ABC, Generic[Parsed]):
         signature = None
         if isinstance(tensors[0], Tensor) and not torch.compiler.is_compiling() and not is_watched():
             try:
-                signature = self.signature(tensors, numbers, backend)
+                try:
+                    signature = self.signature(tensors, numbers, backend)
+                except ValueError:
+                    numbers = (_settled(numbers[0]), *numbers[1:])
+                    signature = self.signature(tensors, numbers, backend)
                 found = self.found.get(signature)
-            except ValueError:
-                settled = (_settled(numbers[0]), *numbers[1:])
-                return (
-                    self(tensors, settled, backend) if settled != numbers else self._first(None, tensors, numbers, backend)
-                )
             # Symbolic, sparse and opaque tensors have no signature; what is no tensor or no number raises elsewhere.
-            except (AttributeError, RuntimeError, TypeError):
+            except (AttributeError, RuntimeError, TypeError, ValueError):
                 signature = found = None
             if found is not None:
                 return found(*tensors)

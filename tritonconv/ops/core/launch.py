@@ -118,8 +118,8 @@ class Launcher:
 
     def __init__(self, one: Launch, device: torch.device) -> None:
         self.one, self.device_index = one, device.index
-        self.name, self.options = one.kernel.__name__, one.options
-        self.launch: Callable[..., Any] = one.kernel[(one.programs,)]
+        self.name = one.kernel.__name__
+        self.launch = functools.partial(one.kernel[(one.programs,)], **one.options)
         self.interpreted = interpreting()
 
     def run(self, *arguments: Any) -> None:
@@ -131,12 +131,17 @@ class Launcher:
             state.captured.append(replace(self.one, arguments=named))
         elif self.interpreted:
             with _interpreter:
-                self.launch(*arguments, **self.options)
+                self.launch(*arguments)
         elif torch.cuda.current_device() == self.device_index:
-            self.launch(*arguments, **self.options)
+            self.launch(*arguments)
         else:
             with torch.cuda.device(self.device_index):
-                self.launch(*arguments, **self.options)
+                self.launch(*arguments)
+
+
+def launches_at_once(device_index: int | None) -> bool:
+    """Whether launches on a device need neither be kept nor noted, and no other device is the current one."""
+    return state.log is None and state.captured is None and bool(torch.cuda.current_device() == device_index)
 
 
 def launch(one: Launch, device: torch.device) -> None:

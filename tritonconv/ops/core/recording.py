@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritonconv.ops.core.backend import hopper_asked
-from tritonconv.ops.core.launch import Described, Launch, Launcher, device_of, forced, recording_with
+from tritonconv.ops.core.launch import Described, Launch, Launcher, device_of, forced, launches_at_once, recording_with
 from tritonconv.tuning import Problem
 
 __all__ = ["Recording", "record"]
@@ -31,6 +31,7 @@ SHORTER: dict[Any, Callable[..., Any]] = {
 }  # fmt: skip
 # What autocast leaves alone, beside those.
 UNCAST = (aten.clone, aten._to_copy, aten.zero_, aten.zeros, aten.empty, aten.new_empty, aten._unsafe_view, aten.slice)
+VIEWS = (aten.view, aten.unsqueeze, aten.squeeze, aten.as_strided, aten.permute, aten.expand, aten.alias, aten.detach)
 AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
@@ -121,7 +122,10 @@ class _Recorder(TorchDispatchMode):
         self.scope: dict[str, Any] = {}
         self.steps: list[_Step] = []
         self.launches: list[Launch] = []
-        self.copies, self.note = 0, ""
+        self.copies, self.note, self.at_once = 0, "", False
+        # Views that start where another tensor does, and dense tensors that were allocated.
+        self.starts: dict[str, str] = {}
+        self.allocated: dict[str, _Step] = {}
         self.parameters = [f"t{i}" for i in range(len(tensors))]
         for name, t in zip(self.parameters, tensors, strict=True):
             if t is not None:
@@ -141,16 +145,26 @@ class _Recorder(TorchDispatchMode):
         target = f"{', '.join(made)} = " if made else ""
         pure = not func._schema.is_mutable
         casts = func not in SHORTER and packet not in UNCAST
-        self.steps.append(_Step(target + call, made, read, pure, casts))
+        step = _Step(target + call, made, read, pure, casts)
+        self.steps.append(step)
+        if packet in VIEWS and made and _start_together(args[0], result):
+            first = self.names[id(args[0])]
+            self.starts[made[0]] = self.starts.get(first, first)
+        elif func is aten.empty_strided.default:
+            self.allocated[made[0]] = step
         return result
 
     def launch(self, one: Launch) -> None:
         """Write a launch down."""
         self.launches.append(one)
         read: set[str] = set()
-        arguments = [self._text(a, read) for a in one.ordered()]
-        launcher = self._constant(Launcher(one, self.device).run, one.kernel.__name__)
-        self.steps.append(_Step(f"{launcher}({', '.join(arguments)})", (), read, False))
+        arguments = [self._text(a, read, addressed=True) for a in one.ordered()]
+        launcher = Launcher(one, self.device)
+        call = self._constant(launcher.run, one.kernel.__name__)
+        if not launcher.interpreted:
+            call = f"({self._constant(launcher.launch, one.kernel.__name__)} if at_once else {call})"
+            self.at_once = True
+        self.steps.append(_Step(f"{call}({', '.join(arguments)})", (), read, False))
 
     def differentiable(self, operator: Any, arguments: Sequence[Any]) -> Any:
         """Write an operator down that is called with its gradient, and give its results."""
@@ -179,7 +193,24 @@ class _Recorder(TorchDispatchMode):
         with recording_with(None), torch.utils._python_dispatch._disable_current_modes():
             yield
 
+    def _allocated_as(self, result: Any) -> None:
+        """Allocate a result that is a view of what was allocated for it as the view that it is."""
+        name = self.names[id(result)] if isinstance(result, Tensor) else ""
+        step = self.allocated.get(self.starts.get(name, ""))
+        if step is None:
+            return
+        root = step.made[0]
+        # Launches know addresses alone; anything else that knows its size keeps it.
+        known = [s for s in self.steps if root in s.read and s.pure]
+        if len(known) == 1 and known[0].made == [name]:
+            shape, strides = tuple(result.shape), result.stride()
+            dtype, device = self._constant(result.dtype, "dtype"), self._constant(self.device, "device")
+            allocate = self._constant(torch.empty_strided, "empty_strided")
+            step.text = f"{root} = {allocate}({shape}, {strides}, dtype={dtype}, device={device})"
+            self.names[id(result)] = root
+
     def finish(self, result: Any) -> Recording:
+        self._allocated_as(result)
         read: set[str] = set()
         casts = False
         lines = [f"return {self._text(result, read)}"]
@@ -189,6 +220,8 @@ class _Recorder(TorchDispatchMode):
                 lines.append(step.text)
                 read |= step.read
                 casts |= step.casts
+        if self.at_once:
+            lines.append(f"at_once = {self._constant(launches_at_once, 'launches_at_once')}({self.device.index})")
         body = "\n    ".join(reversed(lines))
         source = f"def replay({', '.join(self.parameters)}):\n    {body}\n"
         exec(compile(source, "<tritonconv: a recorded call>", "exec"), self.scope)
@@ -210,13 +243,15 @@ class _Recorder(TorchDispatchMode):
         self.names[id(t)] = name
         return name
 
-    def _text(self, value: Any, read: set[str]) -> str:
+    def _text(self, value: Any, read: set[str], addressed: bool = False) -> str:
+        """Source of a value; `addressed`: only where a tensor starts counts, so that any that starts there will do."""
         if isinstance(value, Tensor):
             name = self.names[id(value)]
+            name = self.starts.get(name, name) if addressed else name
             read.add(name)
             return name
         if isinstance(value, Described):
-            return f"{self._constant(value.box.descriptor, 'box')}({self._text(value.tensor, read)})"
+            return f"{self._constant(value.box.descriptor, 'box')}({self._text(value.tensor, read, addressed)})"
         if isinstance(value, (tuple, list)):
             parts = ", ".join(self._text(v, read) for v in value)
             return f"[{parts}]" if isinstance(value, list) else f"({parts},)" if len(value) == 1 else f"({parts})"
@@ -230,6 +265,10 @@ class _Recorder(TorchDispatchMode):
         found = f"{name}_{len(self.scope)}"
         self.scope[found] = value
         return found
+
+
+def _start_together(t: Tensor, view: Tensor) -> bool:
+    return t.dtype == view.dtype and t.storage_offset() == view.storage_offset()
 
 
 def _uncast(run: Callable[..., Any]) -> Callable[..., Any]:
