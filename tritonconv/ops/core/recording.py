@@ -31,7 +31,7 @@ SHORTER: dict[Any, Callable[..., Any]] = {
 }  # fmt: skip
 # What autocast leaves alone, beside those.
 UNCAST = (aten.clone, aten._to_copy, aten.zero_, aten.zeros, aten.empty, aten.new_empty, aten._unsafe_view, aten.slice)
-VIEWS = (aten.view, aten.unsqueeze, aten.squeeze, aten.as_strided, aten.permute, aten.expand, aten.alias, aten.detach)
+VIEWS = (aten.view, aten.unsqueeze, aten.squeeze, aten.as_strided, aten.permute, aten.expand, aten.alias)
 AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
@@ -134,12 +134,16 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func is aten.detach.default:
+            # torch makes these of what is allocated under a mode; autograd has no part in a recording.
+            self._name(result, self.names[id(args[0])])
+            return result
         # Vectors are too small to count.
         self.copies += func in (aten.copy_.default, aten.clone.default) and args[0].dim() > 1
         packet = func.overloadpacket
         read: set[str] = set()
         arguments = [self._text(a, read) for a in args]
-        arguments += [f"{name}={self._text(a, read)}" for name, a in kwargs.items()]
+        arguments += [f"{name}={self._text(a, read)}" for name, a in kwargs.items() if name != "pin_memory"]
         call = f"{self._constant(SHORTER.get(func, func), packet.__name__)}({', '.join(arguments)})"
         made = self._made(result)
         target = f"{', '.join(made)} = " if made else ""
