@@ -35,15 +35,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 spent: list[float] = []
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and of those that it waited for."""
-    return sum(os.times()[:4])
-
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
     # pytest-xdist hands this to the process that waits for its workers.
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["cpu_seconds"] = cpu_seconds()
+        session.config.workeroutput["cpu_seconds"] = sum(os.times()[:4])
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -52,7 +47,9 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    terminalreporter.write_line(f"CPU time: {(cpu_seconds() + sum(spent)) / 60:.1f} minutes")
+    # Of this process, and of those that it waited for unless they are the workers.
+    own = sum(os.times()[: 2 if spent else 4])
+    terminalreporter.write_line(f"CPU time: {(own + sum(spent)) / 60:.1f} minutes")
 
 
 @pytest.fixture(scope="session")
