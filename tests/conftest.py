@@ -20,6 +20,7 @@ from matrix import TEST_ALL
 import tritonconv.ops.core.layout
 import tritonconv.ops.core.recording
 from tritonconv.ops.core.backend import HAS_TRITON
+from tritonconv.ops.core.signature import clear_caches
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -118,6 +119,22 @@ def boolean_masks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, place in accesses.items():
             patch.setattr(builder, name, checked(getattr(builder, name), place))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patches_are_seen() -> Iterator[None]:
+    """What a test replaces in the library counts for calls that were seen before, too: they are resolved anew."""
+
+    def anew(method: Any) -> Any:
+        def run(self: Any, *args: Any, **kwargs: Any) -> None:
+            method(self, *args, **kwargs)
+            clear_caches()
+
+        return run
+
+    kind = pytest.MonkeyPatch
+    with mock.patch.multiple(kind, setattr=anew(kind.setattr), undo=anew(kind.undo)):
         yield
 
 
