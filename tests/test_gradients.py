@@ -232,14 +232,6 @@ def test_a_fused_operator_says_that_it_has_no_gradient(device: str) -> None:
         y.sum().backward()
 
 
-def test_double_backward_raises_torchs_error(device: str) -> None:
-    x = torch.randn(1, 3, 5, 5, device=device, requires_grad=True)
-    w = torch.randn(4, 3, 3, 3, device=device, requires_grad=True)
-    (dx,) = torch.autograd.grad(TF.conv2d(x, w).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        dx.sum().backward()
-
-
 def test_under_autocast_gradients_have_the_parameters_dtype(device: str) -> None:
     layer = tritonconv.nn.Conv2d(8, 8, 3, device=device)
     with torch.autocast(device, torch.bfloat16):

@@ -250,7 +250,10 @@ def _positional(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any])
 def fuse_chains(model: torch.nn.Module) -> Survey:
     """Put a FusedForward on `model` if it traces, else on the parts of it that do; what was found of each on the way."""
     found: Survey = {}
-    _install(model, False, found, None)
+    if is_layer(model):
+        _install_in(called_children(model), False, found)
+    else:
+        _install(model, False, found, None)
     return found
 
 

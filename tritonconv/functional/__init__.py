@@ -9,3 +9,5 @@ from tritonconv.functional.normalization import *
 from tritonconv.functional.pooling import *
 from tritonconv.functional.pooling_sums import *
 from tritonconv.functional.resampling import *
+
+__all__ = [name for name, value in globals().items() if name[0] != "_" and callable(value)]

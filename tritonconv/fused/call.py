@@ -117,13 +117,19 @@ def fused_call(
     call = (_training_call if own else eval_call)(layer, norm, activation, input, residual, in_place)
     if call is not None:
         family, tensors, numbers = call
+        counts = own and norm is not None and norm.training and norm.momentum is not None
         try:
             y: Tensor = family(tensors, numbers, layer.backend)
         # Found before anything ran.
         except ResidualError:
             pass
+        except ValueError:
+            # Torch counts a batch that its batch norm refuses.
+            if counts:
+                count_batch(norm)  # type: ignore[arg-type]
+            raise
         else:
-            if own and norm is not None and norm.training and norm.momentum is not None:
+            if counts:
                 count_batch(norm)  # type: ignore[arg-type]
             if not torch.compiler.is_compiling() and _observer.callback is not None:
                 observed_group(y, layer, norm, residual, activation, input)

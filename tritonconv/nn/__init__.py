@@ -11,3 +11,5 @@ from tritonconv.nn.deform import *
 from tritonconv.nn.linear import *
 from tritonconv.nn.pooling import *
 from tritonconv.nn.resampling import *
+
+__all__ = [name for name, value in globals().items() if name[0] != "_" and callable(value)]
