@@ -25,10 +25,10 @@ help: ## list the targets
 demo: $(VENV)/.with-demo ## train a small network on real images, convert it, run it on our kernels; writes demo.png
 	$(BIN)/python -m tritonconv demo --picture demo.png
 
-test: $(VENV)/.with-test ## tests and doctests, on the GPU when there is one, else in Triton's interpreter; 7 minutes
+test: $(VENV)/.with-test ## tests and doctests, on the GPU when there is one, else in Triton's interpreter
 	$(BIN)/python $(PYTEST) $(TESTS)
 
-test-all: $(VENV)/.with-test ## the same with every combination of configs, types, layouts and passes; MINUTES minutes
+test-all: $(VENV)/.with-test ## the same with every combination of configs, types, layouts and passes
 	$(BIN)/python $(PYTEST) $(TESTS)
 
 fuzz: $(VENV)/.with-test ## random operators and networks against torch in fp64, up to 3 hours; stopped, it goes on where it was

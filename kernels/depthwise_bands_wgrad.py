@@ -18,7 +18,7 @@ filter's groups of rows, from L2 but for the first time. A NaN or infinity in x 
 import triton
 import triton.language as tl
 
-from .depthwise_bands import Axis, divide_axis
+from .bands import Axis, divide_axis
 from .dot import matmul_acc
 from .masks import both
 from .tiles import tile

@@ -2,19 +2,14 @@
 
     y[n, c, o, p, q] = reduced over taps (t, r, s) of x[n, c, d, h, w] with h = p * stride + r * dilation - padding, ...
 
-A thread owns some neighboring channels (8 of 16 bits) of a patch of PATCH_P x PATCH_Q results, held in registers: an
-element of x is loaded and converted once for the patch. A row of elements is reduced across first, once for all rows of
-results that it reaches, and these then down: 5x5 with 4x2 results costs 12 operations a result and not 25. It is also the
-order in which torch scans a window, so that ties and NaN have its indices. A program owns BLOCK_T patches of BLOCK_C
-channels.
-
-In a channels-last image patches follow each other over all images, and lanes lie along channels. In a contiguous one a
-program has a part of a row of several planes, and lanes lie along the row; with a stride of 2 or 4 whole strides are loaded
-as vectors and cut into phases in registers.
-
-Windows of up to WHOLE taps are unrolled whole, larger ones are walked row by row, and planes of 3-d windows one by one.
-x is read once from memory, its overlaps from L1 and L2; every result is written once, with its index where one is asked
-for: the number of its tap within the window, or its flat position in the image as torch has it.
+A thread holds a patch of PATCH_P x PATCH_Q results of some neighboring channels (8 of 16 bits) in registers, and loads and
+converts each element of x once for it. Rows are reduced across first, then down: 5x5 with 4x2 results costs 12 operations a
+result and not 25, in the order in which torch scans a window, so that ties and NaN have its indices. A program owns BLOCK_T
+patches of BLOCK_C channels. In a channels-last image patches follow each other over all images, and lanes lie along
+channels; in a contiguous one a program has a part of a row of several planes, and lanes lie along the row. Strides of 2 or 4
+are loaded as vectors there and cut into phases. Windows of up to WHOLE taps are unrolled, larger ones walked row by row, and
+planes one by one. x is read once from memory; every result is written once, with its index where one is asked for: the number of its
+tap within the window, or its flat position in the image as torch has it.
 """
 
 import triton

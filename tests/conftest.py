@@ -20,6 +20,7 @@ from matrix import TEST_ALL
 import tritonconv.ops.core.layout
 import tritonconv.ops.core.recording
 from tritonconv.ops.core.backend import HAS_TRITON
+from tritonconv.ops.core.signature import clear_caches
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,15 +36,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 spent: list[float] = []
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and of those that it waited for."""
-    return sum(os.times()[:4])
-
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
     # pytest-xdist hands this to the process that waits for its workers.
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["cpu_seconds"] = cpu_seconds()
+        session.config.workeroutput["cpu_seconds"] = sum(os.times()[:4])
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -52,7 +48,9 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    terminalreporter.write_line(f"CPU time: {(cpu_seconds() + sum(spent)) / 60:.1f} minutes")
+    # Of this process, and of those that it waited for unless they are the workers.
+    own = sum(os.times()[: 2 if spent else 4])
+    terminalreporter.write_line(f"CPU time: {(own + sum(spent)) / 60:.1f} minutes")
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +119,22 @@ def boolean_masks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, place in accesses.items():
             patch.setattr(builder, name, checked(getattr(builder, name), place))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patches_are_seen() -> Iterator[None]:
+    """What a test replaces in the library counts for calls that were seen before, too: they are resolved anew."""
+
+    def anew(method: Any) -> Any:
+        def run(self: Any, *args: Any, **kwargs: Any) -> None:
+            method(self, *args, **kwargs)
+            clear_caches()
+
+        return run
+
+    kind = pytest.MonkeyPatch
+    with mock.patch.multiple(kind, setattr=anew(kind.setattr), undo=anew(kind.undo)):
         yield
 
 

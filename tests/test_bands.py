@@ -23,7 +23,7 @@ from tritonconv.ops.conv.banded import (
     prefers_bands,
     supports_bands,
 )  # fmt: skip
-from tritonconv.ops.conv.depthwise import View, convolve_depthwise, depthwise_dgrad, depthwise_wgrad
+from tritonconv.ops.conv.depthwise import DepthwiseView, convolve_depthwise, depthwise_dgrad, depthwise_wgrad
 from tritonconv.ops.conv.target import Target
 from tritonconv.ops.core.activation import make_spec
 from tritonconv.ops.core.epilogue import Epilogue
@@ -280,7 +280,9 @@ def preferred(
 ) -> bool:
     shape = (64, 128, size, size)
     g = ConvGeometry.parse(shape, (128, 1, filter_, filter_), nd=2, padding=filter_ // 2, groups=128)
-    return prefers_bands(View(g, pass_ == "dgrad", channels_last, device_named("H200"), dtype.itemsize), dtype, pass_)
+    return prefers_bands(
+        DepthwiseView(g, pass_ == "dgrad", channels_last, device_named("H200"), dtype.itemsize), dtype, pass_
+    )
 
 
 def test_large_filters_prefer_products() -> None:
@@ -295,7 +297,7 @@ def test_large_filters_prefer_products() -> None:
 
 def test_a_window_that_no_tile_holds_is_not_supported() -> None:
     g = ConvGeometry.parse((2, 4, 4096), (4, 1, 300), nd=1, groups=4)
-    assert not supports_bands(View(g, False, False, device_named("H200"), 2), torch.bfloat16)
+    assert not supports_bands(DepthwiseView(g, False, False, device_named("H200"), 2), torch.bfloat16)
 
 
 def test_a_config_is_chosen_for_every_device() -> None:

@@ -105,7 +105,7 @@ def test_as_many_slots_as_a_gpu_would_have(channels_last: bool, device: str) -> 
 def test_the_rule_covers_a_side_with_little_waste(name: str) -> None:
     for channels, pixels in ((64, 12544), (256, 3136), (2048, 49), (96, 196), (3, 50176), (24, 784), (65, 1)):
         for channels_last in (False, True):
-            view = launches_of.View(8, pixels, channels, channels_last, device_named(name))
+            view = launches_of.NormView(8, pixels, channels, channels_last, device_named(name))
             for walks in (False, True):
                 config = view.config(walks)
                 side, block = (channels, "BLOCK_C") if channels_last else (pixels, "BLOCK_P")

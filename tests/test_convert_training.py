@@ -556,8 +556,7 @@ PARAMETRIZED: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("how", PARAMETRIZED)
+@rotate(when=["before", "after"], how=PARAMETRIZED)
 def test_parametrized_layers_train(how: str, when: str) -> None:
     original = seeded(no_bias)
     models = [original, copy.deepcopy(original)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from matrix import named
+from matrix import named, rotate
 from models import CASES, Gate, ResNet, build, randomize
 from test_convert import RESNET, assert_as_good, run
 from torch import Tensor, nn
@@ -282,8 +282,7 @@ class Log:
 HOOKED = ["conv1", "bn1", "relu", "layer1.0.conv2", "layer1.0.bn2", "layer1", "layer1.0", "layer2.0.downsample", "fc", ""]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", HOOKED)
+@rotate(when=["before", "after"], name=HOOKED)
 def test_hooks_see_what_they_saw_before_and_fusion_returns_without_them(name: str, when: str) -> None:
     original, x = build(RESNET)
     logs = Log(), Log()

@@ -579,4 +579,5 @@ def test_the_host_cost_is_bounded(tmp_path: Path) -> None:
     assert [row["launches"] for row in ours if "ResNet" in row["name"]] == [23]
     for row in ours:
         # Generous: a busy machine takes twice the time. The goal is 15.
-        assert "ResNet" in row["name"] or "torch.ops" in row["name"] or (row["launches"], row["low"] < 60) == (1, True), row
+        if not any(word in row["name"] for word in ("ResNet", "torch.ops", "training")):
+            assert (row["launches"], row["low"] < 60) == (1, True), row

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from matrix import rotate
 from torch import Tensor, nn
 
 import tritonconv
@@ -50,10 +51,10 @@ def one_d() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(8 * 36), nn.GELU(), nn.BatchNorm1d(8 * 36))
 
 
-@pytest.mark.parametrize(("make", "normalized"), [
-    (PreActivation, 1), (Pooled, 1), (pooled_broadcast, 1), (one_d, 2),
-], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+CHAINS = [(PreActivation, 1), (Pooled, 1), (pooled_broadcast, 1), (one_d, 2)]
+
+
+@rotate({"make, normalized": CHAINS}, training=[False, True])
 def test_the_same_is_computed(make: Callable[[], nn.Module], normalized: int, training: bool, device: str) -> None:
     model = make().to(device)
     with torch.no_grad():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from matrix import rotate
 from torch import Tensor, nn
 
 import tritonconv
@@ -77,8 +78,7 @@ MEANS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("bare", [False, True], ids=["bn", "bare"])
-@pytest.mark.parametrize("name", MEANS)
+@rotate(bare=[False, True], name=MEANS)
 def test_means_over_the_axes_that_are_written(name: str, bare: bool) -> None:
     converted = same(Behind(MEANS[name], bare=bare), torch.randn(4, 3, 5, 6), training=not bare)
     with torch.no_grad(), record_launches() as log:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,9 +25,17 @@ def leaf(*shape: int, channels_last: bool = False) -> Tensor:
     return t.requires_grad_()
 
 
-Call = tuple[str, Callable[..., Any], list[Any]]
+class Call(NamedTuple):
+    name: str
+    function: Callable[..., Any]
+    shapes: list[Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+
 ONES, ZEROS = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-CALLS: list[Call] = [
+CALLS = [Call(*row) for row in [
     ("conv", lambda x, w, b: TF.conv2d(x, w, b, 2, 1), [(1, 2, 5, 4), (4, 2, 3, 3), (4,)]),
     ("1-d conv", lambda x, w: TF.conv1d(x, w, None, 1, "same"), [(2, 2, 5), (2, 2, 3)]),
     ("3-d conv", lambda x, w: TF.conv3d(x, w), [(1, 2, 3, 3, 2), (2, 2, 2, 2, 2)]),
@@ -55,7 +63,7 @@ CALLS: list[Call] = [
     ("channel shuffle", lambda x: TF.channel_shuffle(x, 2), [(1, 4, 2, 3)]),
     ("causal conv", lambda x, w, b: TF.causal_conv1d(x, w, b, "silu"), [(1, 2, 5), (2, 3), (2,)]),
     ("stochastic pool, eval", lambda x: TF.stochastic_pool2d(x.exp(), 2, training=False), [(1, 2, 4, 4)]),
-]  # fmt: skip
+]]  # fmt: skip
 
 
 @every(call=some(CALLS, 7), channels_last=some([False, True], 1))

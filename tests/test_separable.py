@@ -110,8 +110,7 @@ def test_which_is_worth_it_follows_from_bytes() -> None:
     assert not worth(512, 1024)
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
-@pytest.mark.parametrize("activation", [None, "relu6", nn.SiLU()], ids=str)
+@rotate(batch_norm=[False, True], activation=[None, "relu6", nn.SiLU()])
 def test_the_module_is_its_children_in_order(batch_norm: bool, activation: Any) -> None:
     layer = DepthwiseSeparableConv2d(8, 12, 3, stride=2, padding=1, batch_norm=batch_norm, activation=activation)
     parts: list[nn.Module] = [

@@ -79,13 +79,12 @@ def test_results_are_torchs(kind: str, shape: tuple[int, ...], factor: int, chan
         assert y.stride() == getattr(F, kind)(x, factor).stride()
 
 
-@pytest.mark.parametrize("dtype", MOVED[1:], ids=str)
-def test_numbers_of_any_type_are_moved(dtype: torch.dtype, device: str) -> None:
+@rotate(dtype=MOVED[1:], channels_last=[False, True])
+def test_numbers_of_any_type_are_moved(dtype: torch.dtype, channels_last: bool, device: str) -> None:
     for kind, shape, factor in FEW:
-        for channels_last in (False, True):
-            x = image(shape, dtype, channels_last, device)
-            y = getattr(TF, kind)(x, factor)
-            assert y.dtype == dtype and torch.equal(y, getattr(F, kind)(x, factor))
+        x = image(shape, dtype, channels_last, device)
+        y = getattr(TF, kind)(x, factor)
+        assert y.dtype == dtype and torch.equal(y, getattr(F, kind)(x, factor))
 
 
 def test_types_that_torch_cannot_move(device: str) -> None:

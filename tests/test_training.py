@@ -239,10 +239,12 @@ def test_running_statistics_of_any_strides_go_to_torch_in_training(device: str) 
     assert (results[0][1][:, 1::2] == 1).all()
 
 
-@pytest.mark.parametrize("needed", [
+NEEDED = [
     ("x",), ("weight",), ("bn_weight",), ("bn_bias", "residual"), ("weight", "bn_weight", "bn_bias"), ("residual",), (),
-], ids="+".join)  # fmt: skip
-@pytest.mark.parametrize("block", [THREE, RESIDUAL], ids=str)
+]  # fmt: skip
+
+
+@rotate(needed=NEEDED, block=[THREE, RESIDUAL])
 def test_only_the_gradients_that_are_needed_are_computed(block: Block, needed: tuple[str, ...], device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         launches = compared(block, dtype, device, needed=needed)

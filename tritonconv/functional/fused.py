@@ -155,7 +155,7 @@ def _conv_bn_act(
     numbers: tuple[Any, ...], training: bool, momentum: float, eps: float, activation: object, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`numbers`: the arguments of torch's convolution after the bias, in the same order."""
-    op, act = f"{kind}{nd}d_bn_act", parse_activation(activation)
+    op, act = f"{kind}{nd}d_bn_act", None if activation is None else parse_activation(activation)
     tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual)
     y: Tensor
     if training:

@@ -120,7 +120,8 @@ def _launch(
         x: the source, whose rows lie side by side.
         shape: the result's, contiguous.
     """
-    from tritonconv.kernels.depthwise_bands import depthwise_bands_kernel, divide
+    from tritonconv.kernels.bands import divide
+    from tritonconv.kernels.depthwise_bands import depthwise_bands_kernel
 
     g = view.conv
     channels = g.out_channels if view.transposed else g.in_channels

@@ -42,9 +42,12 @@ def align_of(problem: Problem) -> int:
 
 def band_candidates(problem: Problem) -> list[Any]:
     """Every config of the problem's kernel that suits it."""
+    from tritonconv.kernels import bands, depthwise_bands_wgrad
+
     module = kernel_module(problem)
+    fitting = depthwise_bands_wgrad.fitting if problem.pass_ == "wgrad" else bands.fitting
     return list(
-        module.fitting(
+        fitting(
             module.configs(), itemsize=problem.itemsize, tensor_cores=problem.tensor_cores,
             shared=problem.device.shared_memory, arch=problem.device.arch, **shape_of(problem),
         )
@@ -53,7 +56,7 @@ def band_candidates(problem: Problem) -> list[Any]:
 
 def band_tile(problem: Problem) -> Any:
     """One large tile: the interpreter's time goes per operation, hardly per element."""
-    from tritonconv.kernels import depthwise_bands, depthwise_bands_wgrad
+    from tritonconv.kernels import bands, depthwise_bands_wgrad
     from tritonconv.kernels.tiles import tile
 
     shape = shape_of(problem)
@@ -62,15 +65,15 @@ def band_tile(problem: Problem) -> Any:
             if depthwise_bands_wgrad.divide(m, 32, 64, **shape):
                 return tile(m, 32, 64, 4, 2, tma=False)
     for k in (1 << k for k in range(7, 12)):
-        bands = depthwise_bands.divide(1, 64, k, **shape)
-        if bands:
-            return tile(power(bands.rows, 1 << 10), 64, k, 4, 2, tma=False)
+        found = bands.divide(1, 64, k, **shape)
+        if found:
+            return tile(power(found.rows, 1 << 10), 64, k, 4, 2, tma=False)
     raise AssertionError(f"no tile holds a window of {problem.geometry}")
 
 
 @functools.lru_cache(maxsize=4096)
 def _seconds(problem: Problem, m: int, n: int, k: int, warps: int, stages: int) -> float:
-    from tritonconv.kernels import depthwise_bands, depthwise_bands_wgrad
+    from tritonconv.kernels import bands, depthwise_bands_wgrad
 
     g, device, shape = problem.geometry, problem.device, shape_of(problem)
     threads = device.warp_size * warps
@@ -83,11 +86,11 @@ def _seconds(problem: Problem, m: int, n: int, k: int, warps: int, stages: int) 
         total, programs = steps * groups * g.kernel[0] * g.out_channels, BAND_WAVES * device.multiprocessors
         operands = (m + n) * k * problem.itemsize
     else:
-        bands = depthwise_bands.divide(m, n, k, **shape)
-        instructions = STEP + LOAD * m * k / bands.vector(shape["align"]) / threads + BAND * n * k / threads
+        found = bands.divide(m, n, k, **shape)
+        instructions = STEP + LOAD * m * k / found.vector(shape["align"]) / threads + BAND * n * k / threads
         channels = g.out_channels if problem.pass_ == "fprop" else g.in_channels * (g.out_channels // g.groups)
-        programs = -(-bands.rows // m) * channels
-        total = programs * bands.steps * g.kernel[0]
+        programs = -(-found.rows // m) * channels
+        total = programs * found.steps * g.kernel[0]
         operands = m * k * problem.itemsize
     resident = max(1, min(device.shared_per_multiprocessor // ((m + n) * k * problem.itemsize * stages), 16 // warps))
     issue = instructions * warps / ISSUE_SLOTS / device.clock
