@@ -1,10 +1,10 @@
-"""Fused convolution kernels in Triton behind torch's own modules and functions."""
+"""Fused convolution kernels in Triton, called through torch's own modules and functions."""
 
 import warnings
 from pathlib import Path
 from typing import Any
 
-# In a clone kernels/ lies beside this folder, and is what an installed package has in it.
+# In a clone kernels/ is next to this folder; in an installed package it is inside.
 if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # Measuring needs much that running does not.
+    # Measuring imports many modules that running does not need.
     if name == "tune":
         from tritonconv.measure.tune import tune
 

@@ -1,4 +1,4 @@
-"""Converting a model: our layers in the place of torch's, chains of them fused, and a report of what runs where."""
+"""Conversion of a model: our layers replace torch's, chains of layers are fused, and a report says what runs where."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ __all__ = ["Report", "convert", "explain", "revert"]
 def convert(
     model: torch.nn.Module, *, inplace: bool = False, fuse: bool = True, backend: Backend = "auto"
 ) -> torch.nn.Module:
-    """The model with its convolutions, batch norms and linear layers on our kernels, and with chains of layers fused.
+    """The model with its layers on our kernels, and with chains of layers fused.
 
-    Parameters, buffers, state_dict, hooks, shared submodules and the training flag stay as they are. Layers of exactly
-    torch's classes become their twins in `tritonconv.nn`; subclasses with a forward of their own are left alone. Weights of
-    convolutions are stored channels-last, but for those that the model's own code looks at; what the model gives, and
-    whatever its own code sees on the way, has the strides that torch gives.
+    The layers are convolutions, batch norms, linear layers, poolings and resamplings. Parameters, buffers, state_dict,
+    hooks, shared submodules and the training flag stay as they are. Layers of exactly torch's classes become layers of the
+    same name in `tritonconv.nn`; subclasses are not changed. Weights of convolutions are stored channels-last, except for
+    those that the model's own code reads. The results of the model, and all tensors that its own code sees, have torch's
+    strides.
 
     Args:
         model: any module.
-        inplace: convert the model itself, with the very Parameter objects that an optimizer may hold; otherwise a deep
-            copy.
-        fuse: make one kernel call of convolution, batch norm, residual addition and activation, as far as they follow
-            each other; in training mode one operator with gradients. Around modules that carry hooks the parts run one by
-            one.
-        backend: the choice of every converted layer: "auto", "triton", "hopper" or "torch".
+        inplace: convert the model itself, with the same Parameter objects, which an optimizer may hold; otherwise convert a
+            deep copy.
+        fuse: run a convolution, batch norm, residual addition and activation that follow each other as one kernel call; in
+            training mode as one operator with gradients. If one of the modules has a hook, they run one by one.
+        backend: the choice for every converted layer: "auto", "triton", "hopper" or "torch".
 
     Returns:
-        The converted model, of the class it had.
+        The converted model, of the same class as before.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: an unknown backend.
 
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
@@ -50,7 +50,7 @@ def convert(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"convert(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
     check_backend(backend)
-    # Copies of parameters that are made in inference mode could never be moved nor trained.
+    # Parameters that are copied in inference mode could be neither moved nor trained later.
     with torch.inference_mode(False):
         if not inplace:
             model = copy.deepcopy(model)
@@ -63,16 +63,16 @@ def convert(
 
 
 def revert(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo `convert` in place: torch's own layers, forwards and memory formats; for instance before an ONNX export.
+    """Undo `convert` in place: restore torch's layers, forwards and memory formats, for instance before an ONNX export.
 
     Args:
-        model: a converted model; any other stays as it is.
+        model: a converted model; any other model is not changed.
 
     Returns:
         `model` itself, with the same Parameter objects.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
 
     >>> model = revert(convert(torch.nn.Sequential(torch.nn.Linear(2, 3))))
     >>> type(model[0]) is torch.nn.Linear

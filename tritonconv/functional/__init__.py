@@ -1,4 +1,4 @@
-"""torch.nn.functional's names and signatures on our kernels, and fused convolutions beside them."""
+"""Functions with torch.nn.functional's names and signatures on our kernels, and fused convolutions."""
 
 from tritonconv.functional.adaptive_pooling import *
 from tritonconv.functional.causal import *

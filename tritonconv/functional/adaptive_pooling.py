@@ -1,4 +1,4 @@
-"""Adaptive pooling, as torch.nn.functional has it."""
+"""Adaptive pooling, with the functions of torch.nn.functional."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = [
 
 
 def adaptive_avg_pool1d(input: Tensor, output_size: Any) -> Tensor:
-    """Means over bins that cover the image evenly, as `torch.nn.functional.adaptive_avg_pool1d`.
+    """Mean of each bin, where the bins cover the image evenly, as `torch.nn.functional.adaptive_avg_pool1d`.
 
-    Sums are in fp32 (fp64 for fp64). Gradients are gathered: the same bits on every run.
+    Sums are in fp32 (fp64 for fp64). Gradients are gathered, so that every run gives the same bits.
 
     Args:
         input: (N, C, L) or (C, L), fp16, bf16, fp32 or fp64.
         output_size: an int.
 
     Returns:
-        Of the input's dtype, with `output_size` for its spatial axes; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype with spatial axes of `output_size`; channels-last if the input is, else contiguous.
 
     Raises:
-        RuntimeError: an input or an output size that torch does not take.
-        TypeError: an output size that is none.
+        RuntimeError: an input or an output size that torch does not accept.
+        TypeError: an output size of a wrong type.
 
     >>> adaptive_avg_pool1d(torch.tensor([[[1.0, 2.0, 3.0]]]), 2).tolist()
     [[[1.5, 2.5]]]
@@ -40,20 +40,20 @@ def adaptive_avg_pool1d(input: Tensor, output_size: Any) -> Tensor:
 
 
 def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
-    """Means over bins that cover the image evenly, as `torch.nn.functional.adaptive_avg_pool2d`.
+    """Mean of each bin, where the bins cover the image evenly, as `torch.nn.functional.adaptive_avg_pool2d`.
 
-    Sums are in fp32 (fp64 for fp64). Gradients are gathered: the same bits on every run.
+    Sums are in fp32 (fp64 for fp64). Gradients are gathered, so that every run gives the same bits.
 
     Args:
         input: (N, C, H, W) or (C, H, W), fp16, bf16, fp32 or fp64.
-        output_size: an int or 2 of them; None leaves an axis as it is.
+        output_size: an int or 2 of them; None keeps the size of an axis.
 
     Returns:
-        Of the input's dtype, with `output_size` for its spatial axes; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype with spatial axes of `output_size`; channels-last if the input is, else contiguous.
 
     Raises:
-        RuntimeError: an input or an output size that torch does not take.
-        TypeError: an output size that is none.
+        RuntimeError: an input or an output size that torch does not accept.
+        TypeError: an output size of a wrong type.
 
     >>> adaptive_avg_pool2d(torch.tensor([[[[1.0, 2.0, 3.0]]]]), (1, 2)).tolist()
     [[[[1.5, 2.5]]]]
@@ -63,20 +63,20 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
 
 
 def adaptive_avg_pool3d(input: Tensor, output_size: Any) -> Tensor:
-    """Means over bins that cover the image evenly, as `torch.nn.functional.adaptive_avg_pool3d`.
+    """Mean of each bin, where the bins cover the image evenly, as `torch.nn.functional.adaptive_avg_pool3d`.
 
-    Sums are in fp32 (fp64 for fp64). Gradients are gathered: the same bits on every run.
+    Sums are in fp32 (fp64 for fp64). Gradients are gathered, so that every run gives the same bits.
 
     Args:
         input: (N, C, D, H, W) or (C, D, H, W), fp16, bf16, fp32 or fp64.
-        output_size: an int or 3 of them; None leaves an axis as it is.
+        output_size: an int or 3 of them; None keeps the size of an axis.
 
     Returns:
-        Of the input's dtype, with `output_size` for its spatial axes; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype with spatial axes of `output_size`; channels-last if the input is, else contiguous.
 
     Raises:
-        RuntimeError: an input or an output size that torch does not take.
-        TypeError: an output size that is none.
+        RuntimeError: an input or an output size that torch does not accept.
+        TypeError: an output size of a wrong type.
 
     >>> adaptive_avg_pool3d(torch.tensor([[[[[1.0, 2.0, 3.0]]]]]), (None, 1, 2)).tolist()
     [[[[[1.5, 2.5]]]]]
@@ -90,19 +90,19 @@ def adaptive_max_pool1d_with_indices(
     output_size: Any,
     return_indices: bool = False,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
-    """Maxima over bins and where they were, as `torch.nn.functional.adaptive_max_pool1d_with_indices`.
+    """Maximum of each bin, with its position, as `torch.nn.functional.adaptive_max_pool1d_with_indices`.
 
     Args:
-        input, output_size: as `adaptive_max_pool1d` takes them.
+        input, output_size: as for `adaptive_max_pool1d`.
         return_indices: has no effect, as in torch.
 
     Returns:
-        (maxima, places), both as `adaptive_max_pool1d` gives its result; places are int64, counted row by row through each
-        image.
+        (maxima, positions), both in the format of the result of `adaptive_max_pool1d`; positions are int64 and count the
+        elements of each image row by row.
 
     Raises:
-        RuntimeError: an input or an output size that torch does not take.
-        TypeError: an output size that is none.
+        RuntimeError: an input or an output size that torch does not accept.
+        TypeError: an output size of a wrong type.
 
     >>> [t.tolist() for t in adaptive_max_pool1d_with_indices(torch.tensor([[[5.0, 7.0, 7.0]]]), 1)]
     [[[[7.0]]], [[[1]]]]
@@ -112,22 +112,22 @@ def adaptive_max_pool1d_with_indices(
 
 
 def adaptive_max_pool1d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
-    """Maxima over bins that cover the image evenly, as `torch.nn.functional.adaptive_max_pool1d`.
+    """Maximum of each bin, where the bins cover the image evenly, as `torch.nn.functional.adaptive_max_pool1d`.
 
-    Of equal elements the first counts, of NaNs, which are greater than all else, the last. Gradients are gathered: the same
-    bits on every run.
+    If several elements are equal, the first one is the maximum. NaN is greater than all numbers; if there are several NaNs,
+    the last one is the maximum. Gradients are gathered, so that every run gives the same bits.
 
     Args:
         input: (N, C, L) or (C, L), fp16, bf16, fp32 or fp64.
         output_size: an int.
-        return_indices: return the places too, as `adaptive_max_pool1d_with_indices` does.
+        return_indices: return the positions too, as `adaptive_max_pool1d_with_indices` does.
 
     Returns:
-        Of the input's dtype, with `output_size` for its spatial axes; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype with spatial axes of `output_size`; channels-last if the input is, else contiguous.
 
     Raises:
-        RuntimeError: an input or an output size that torch does not take.
-        TypeError: an output size that is none.
+        RuntimeError: an input or an output size that torch does not accept.
+        TypeError: an output size of a wrong type.
 
     >>> adaptive_max_pool1d(torch.tensor([[[5.0, 7.0, 7.0]]]), 1).tolist()
     [[[7.0]]]
@@ -140,19 +140,19 @@ def adaptive_max_pool2d_with_indices(
     output_size: Any,
     return_indices: bool = False,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
-    """Maxima over bins and where they were, as `torch.nn.functional.adaptive_max_pool2d_with_indices`.
+    """Maximum of each bin, with its position, as `torch.nn.functional.adaptive_max_pool2d_with_indices`.
 
     Args:
-        input, output_size: as `adaptive_max_pool2d` takes them.
+        input, output_size: as for `adaptive_max_pool2d`.
         return_indices: has no effect, as in torch.
 
     Returns:
-        (maxima, places), both as `adaptive_max_pool2d` gives its result; places are int64, counted row by row through each
-        image.
+        (maxima, positions), both in the format of the result of `adaptive_max_pool2d`; positions are int64 and count the
+        elements of each image row by row.
 
     Raises:
-        RuntimeError: an input or an output size that torch does not take.
-        TypeError: an output size that is none.
+        RuntimeError: an input or an output size that torch does not accept.
+        TypeError: an output size of a wrong type.
 
     >>> [t.tolist() for t in adaptive_max_pool2d_with_indices(torch.tensor([[[[5.0, 7.0, 7.0]]]]), 1)]
     [[[[[7.0]]]], [[[[1]]]]]
@@ -162,22 +162,22 @@ def adaptive_max_pool2d_with_indices(
 
 
 def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
-    """Maxima over bins that cover the image evenly, as `torch.nn.functional.adaptive_max_pool2d`.
+    """Maximum of each bin, where the bins cover the image evenly, as `torch.nn.functional.adaptive_max_pool2d`.
 
-    Of equal elements the first counts, of NaNs, which are greater than all else, the last. Gradients are gathered: the same
-    bits on every run.
+    If several elements are equal, the first one is the maximum. NaN is greater than all numbers; if there are several NaNs,
+    the last one is the maximum. Gradients are gathered, so that every run gives the same bits.
 
     Args:
         input: (N, C, H, W) or (C, H, W), fp16, bf16, fp32 or fp64.
-        output_size: an int or 2 of them; None leaves an axis as it is.
-        return_indices: return the places too, as `adaptive_max_pool2d_with_indices` does.
+        output_size: an int or 2 of them; None keeps the size of an axis.
+        return_indices: return the positions too, as `adaptive_max_pool2d_with_indices` does.
 
     Returns:
-        Of the input's dtype, with `output_size` for its spatial axes; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype with spatial axes of `output_size`; channels-last if the input is, else contiguous.
 
     Raises:
-        RuntimeError: an input or an output size that torch does not take.
-        TypeError: an output size that is none.
+        RuntimeError: an input or an output size that torch does not accept.
+        TypeError: an output size of a wrong type.
 
     >>> adaptive_max_pool2d(torch.tensor([[[[5.0, 7.0, 7.0]]]]), 1).tolist()
     [[[[7.0]]]]
@@ -190,19 +190,19 @@ def adaptive_max_pool3d_with_indices(
     output_size: Any,
     return_indices: bool = False,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
-    """Maxima over bins and where they were, as `torch.nn.functional.adaptive_max_pool3d_with_indices`.
+    """Maximum of each bin, with its position, as `torch.nn.functional.adaptive_max_pool3d_with_indices`.
 
     Args:
-        input, output_size: as `adaptive_max_pool3d` takes them.
+        input, output_size: as for `adaptive_max_pool3d`.
         return_indices: has no effect, as in torch.
 
     Returns:
-        (maxima, places), both as `adaptive_max_pool3d` gives its result; places are int64, counted row by row through each
-        image.
+        (maxima, positions), both in the format of the result of `adaptive_max_pool3d`; positions are int64 and count the
+        elements of each image row by row.
 
     Raises:
-        RuntimeError: an input or an output size that torch does not take.
-        TypeError: an output size that is none.
+        RuntimeError: an input or an output size that torch does not accept.
+        TypeError: an output size of a wrong type.
 
     >>> [t.tolist() for t in adaptive_max_pool3d_with_indices(torch.tensor([[[[[5.0, 7.0, 7.0]]]]]), 1)]
     [[[[[[7.0]]]]], [[[[[1]]]]]]
@@ -212,22 +212,22 @@ def adaptive_max_pool3d_with_indices(
 
 
 def adaptive_max_pool3d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
-    """Maxima over bins that cover the image evenly, as `torch.nn.functional.adaptive_max_pool3d`.
+    """Maximum of each bin, where the bins cover the image evenly, as `torch.nn.functional.adaptive_max_pool3d`.
 
-    Of equal elements the first counts, of NaNs, which are greater than all else, the last. Gradients are gathered: the same
-    bits on every run.
+    If several elements are equal, the first one is the maximum. NaN is greater than all numbers; if there are several NaNs,
+    the last one is the maximum. Gradients are gathered, so that every run gives the same bits.
 
     Args:
         input: (N, C, D, H, W) or (C, D, H, W), fp16, bf16, fp32 or fp64.
-        output_size: an int or 3 of them; None leaves an axis as it is.
-        return_indices: return the places too, as `adaptive_max_pool3d_with_indices` does.
+        output_size: an int or 3 of them; None keeps the size of an axis.
+        return_indices: return the positions too, as `adaptive_max_pool3d_with_indices` does.
 
     Returns:
-        Of the input's dtype, with `output_size` for its spatial axes; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype with spatial axes of `output_size`; channels-last if the input is, else contiguous.
 
     Raises:
-        RuntimeError: an input or an output size that torch does not take.
-        TypeError: an output size that is none.
+        RuntimeError: an input or an output size that torch does not accept.
+        TypeError: an output size of a wrong type.
 
     >>> adaptive_max_pool3d(torch.tensor([[[[[5.0, 7.0, 7.0]]]]]), 1).tolist()
     [[[[[7.0]]]]]

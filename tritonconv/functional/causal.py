@@ -1,4 +1,4 @@
-"""Short causal convolution over time, and its step for decoding."""
+"""Short causal convolution over time, and one step of it for decoding."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ def causal_conv1d(
     return_final_state: bool = False, *, initial_states: Tensor | None = None, return_final_states: bool = False,
     final_states_out: Tensor | None = None, seq_idx: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """Causal depthwise convolution over time with what follows it, as the causal-conv1d package has it (Mamba's, say).
+    """Causal depthwise convolution over time with bias and activation, as in the causal-conv1d package (used by Mamba).
 
-    y[b, d, t] = act(bias[d] + sum over j of weight[d, j] * x[b, d, t - (K - 1) + j]) in one kernel, its gradients in
-    another: nothing but x is kept for them.
+    y[b, d, t] = act(bias[d] + sum over j of weight[d, j] * x[b, d, t - (K - 1) + j]) in one kernel. Another
+    kernel computes all gradients, for which only x is saved.
 
     Args:
         x: (B, D, T), channels-last (x.stride(1) == 1) or contiguous, fp16, bf16, fp32 or fp64.
-        weight: (D, K) or (D, 1, K), of x's dtype; more than 8 taps run as a convolution of their own.
+        weight: (D, K) or (D, 1, K), of x's dtype; with more than 8 taps, a general depthwise convolution runs.
         bias: (D,), of x's dtype.
-        activation: None, "silu", "swish", or whatever `conv2d_bn_act` takes.
-        initial_state: (B, D, K - 1), of x's dtype: what came before x; None: zeros.
-        return_final_state: return what came last too, for the next call.
-        initial_states, return_final_states: the same by the causal-conv1d package's names.
-        final_states_out: (B, D, K - 1), where what came last is written; it is returned then.
-        seq_idx: several sequences in one row are not supported.
+        activation: None, "silu", "swish", or any other activation that `conv2d_bn_act` accepts.
+        initial_state: (B, D, K - 1), of x's dtype: the steps before x; None: zeros.
+        return_final_state: also return the last steps, as the initial state of the next call.
+        initial_states, return_final_states: the same two arguments, with the causal-conv1d package's names.
+        final_states_out: (B, D, K - 1), a tensor into which the last steps are written; it is returned too.
+        seq_idx: must be None; several sequences in one row are not supported.
 
     Returns:
-        (B, D, T), channels-last if x is; with `return_final_state` a pair of it and the last K - 1 steps of what was given,
-        (B, D, K - 1).
+        (B, D, T), channels-last if x is. With `return_final_state` a pair: this tensor, and the last K - 1 steps of the
+        initial state and x, (B, D, K - 1).
 
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit.
         TypeError: arguments of a wrong type.
-        ValueError: an unknown activation; one argument given by both of its names.
-        NotImplementedError: `seq_idx`.
+        ValueError: an unknown activation; one argument that is given by both of its names.
+        NotImplementedError: `seq_idx` is given.
 
     >>> x, weight = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[10.0, 1.0]])
     >>> causal_conv1d(x, weight).tolist()
@@ -67,20 +67,21 @@ def causal_conv1d(
 def causal_conv1d_update(
     x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: object = None
 ) -> Tensor:
-    """The next time step of `causal_conv1d`, or a few, for decoding: one launch, which moves the state on in place.
+    """The next time step of `causal_conv1d`, or the next few, for decoding: one launch, which updates the state in place.
 
     Args:
         x: (B, D), or (B, D, S) for S steps, fp16, bf16, fp32 or fp64.
-        conv_state: (B, D, L), L at least K - 1, of x's dtype: the steps before x. It loses its first and gains x's.
+        conv_state: (B, D, L), L at least K - 1, of x's dtype: the steps before x. Its first steps are dropped, and
+            those of x are appended.
         weight: (D, K) or (D, 1, K), of x's dtype.
         bias: (D,), of x's dtype.
-        activation: as `causal_conv1d` takes it.
+        activation: as for `causal_conv1d`.
 
     Returns:
-        Of x's size.
+        A tensor of x's size.
 
     Raises:
-        RuntimeError: sizes, dtypes or devices that do not fit; gradients are needed, and there are none.
+        RuntimeError: sizes, dtypes or devices that do not fit; gradients are needed, but this function has none.
         TypeError: arguments of a wrong type.
         ValueError: an unknown activation.
 

@@ -1,4 +1,4 @@
-"""Convolutions, transposed convolutions and the linear layer, as torch.nn.functional has them."""
+"""Convolutions, transposed convolutions and the linear layer, with the functions of torch.nn.functional."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Size = int | Sequence[int]
 Padding = str | int | Sequence[int]
 
 
-# Batch norm and residual of a convolution alone.
+# No batch norm and no residual.
 NO_EPILOGUE = (None,) * 5
 CONV, CONV_TRANSPOSE = CONVOLUTIONS["conv"], CONVOLUTIONS["conv_transpose"]
 
@@ -117,8 +117,9 @@ def conv_transpose1d(
         weight: (C, K/groups, S), of the input's dtype.
         bias: (K,), of the input's dtype.
         stride, dilation: steps in samples of the output.
-        padding: samples left out on both sides of each axis of the output.
-        output_padding: samples added behind each axis of the output, fewer than the stride or the dilation.
+        padding: samples removed on both sides of each axis of the output.
+        output_padding: samples added after the last element of each axis of the output, fewer than the stride or the
+            dilation.
 
     Returns:
         (N, K, Q); channels-last if the input or the weight is, else contiguous.
@@ -146,8 +147,9 @@ def conv_transpose2d(
         weight: (C, K/groups, R, S), of the input's dtype.
         bias: (K,), of the input's dtype.
         stride, dilation: steps in pixels of the output, one or two numbers.
-        padding: pixels left out on both sides of each axis of the output.
-        output_padding: pixels added behind each axis of the output, fewer than the stride or the dilation.
+        padding: pixels removed on both sides of each axis of the output.
+        output_padding: pixels added after the last element of each axis of the output, fewer than the stride or the
+            dilation.
 
     Returns:
         (N, K, P, Q); channels-last if the input or the weight is, else contiguous.
@@ -175,8 +177,9 @@ def conv_transpose3d(
         weight: (C, K/groups, T, R, S), of the input's dtype.
         bias: (K,), of the input's dtype.
         stride, dilation: steps in voxels of the output, one or three numbers.
-        padding: voxels left out on both sides of each axis of the output.
-        output_padding: voxels added behind each axis of the output, fewer than the stride or the dilation.
+        padding: voxels removed on both sides of each axis of the output.
+        output_padding: voxels added after the last element of each axis of the output, fewer than the stride or the
+            dilation.
 
     Returns:
         (N, K, O, P, Q); channels-last if the input or the weight is, else contiguous.

@@ -1,4 +1,4 @@
-"""A convolution with what follows it: batch norm, residual addition and activation."""
+"""A convolution with the layers after it: batch norm, residual addition and activation."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ def conv2d_bn_act(
 ) -> Tensor:  # fmt: skip
     """act(batch_norm(conv2d(input, weight, bias)) + residual) in one kernel.
 
-    The batch norm is folded in fp32 inside the kernel, from its own tensors: weights are not rounded with a scale in them.
+    The batch norm is folded in fp32 inside the kernel, from its own tensors: weights are not multiplied by a scale and
+    rounded again.
 
     Args:
-        input, weight, bias, stride, padding, dilation, groups: as `conv2d`.
+        input, weight, bias, stride, padding, dilation, groups: as for `conv2d`.
         running_mean, running_var: (K,); both None: no batch norm.
         bn_weight, bn_bias: (K,) or None.
-        training: normalize with the batch's own statistics, which the convolution takes from its accumulators, and update
-            the running ones in place. A bias has no gradient then, and gets zeros.
+        training: normalize with the batch's own statistics, which the convolution computes from its accumulators, and
+            update the running statistics in place. A bias has no effect then, and its gradient is zero.
         momentum: weight of the batch in the running statistics; eps: added to the variance.
         activation: None, a name ("relu", "relu6", "leaky_relu", "elu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh",
             "hardswish", "hardsigmoid", "mish", "softplus", "hardtanh"), a tuple of a name and its numbers, such as
@@ -153,7 +154,7 @@ def _conv_bn_act(
     running_mean: Tensor | None, running_var: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None,
     numbers: tuple[Any, ...], training: bool, momentum: float, eps: float, activation: object, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`numbers`: what torch's convolution takes behind its bias, in its order."""
+    """`numbers`: the arguments of torch's convolution after the bias, in the same order."""
     op, act = f"{kind}{nd}d_bn_act", None if activation is None else parse_activation(activation)
     tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual)
     y: Tensor

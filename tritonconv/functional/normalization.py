@@ -1,4 +1,4 @@
-"""Batch norm, as torch.nn.functional has it."""
+"""Batch norm, with the function of torch.nn.functional."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def batch_norm(
 
     Args:
         input: (N, C) or (N, C, *spatial), fp16, bf16, fp32 or fp64.
-        running_mean, running_var: (C,); in training they are updated in place, and both may be None.
+        running_mean, running_var: (C,); they are updated in place in training, where both may be None.
         weight, bias: (C,) or None; of the input's dtype or, for fp16 and bf16, all four in fp32.
         training: normalize with the batch's own statistics.
         momentum: weight of the batch in the running statistics; eps: added to the variance.
 
     Returns:
-        Of the input's size and dtype; channels-last if the input is, else contiguous.
+        A tensor of the input's size and dtype; channels-last if the input is, else contiguous.
 
     Raises:
-        ValueError: a single value per channel in training; eps that is not positive then, or negative.
+        ValueError: a single value per channel in training; an eps that is not positive in training, or negative.
         RuntimeError: sizes, dtypes or devices that do not fit; running statistics missing in eval mode.
 
     >>> batch_norm(torch.tensor([[1.0], [3.0]]), None, None, training=True, eps=1e-12).tolist()

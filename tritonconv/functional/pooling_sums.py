@@ -35,16 +35,16 @@ def avg_pool1d(
 
     Args:
         input: (N, C, L) or without N; fp16, bf16, fp32 or fp64.
-        kernel_size: of the window, a number; stride: of windows, by default their size.
-        padding: of zeros, on both sides, at most half a window.
-        ceil_mode: whether a last window may reach beyond the padding; what lies there does not count.
+        kernel_size: size of the window, a number; stride: between windows, by default the window's size.
+        padding: zeros on both sides, at most half a window.
+        ceil_mode: whether a last window may reach beyond the padding; elements there do not count.
         count_include_pad: whether the padding counts.
 
     Returns:
-        Of the input's dtype; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype; channels-last if the input is, else contiguous.
 
     Raises:
-        RuntimeError, TypeError: as torch's.
+        RuntimeError, TypeError: as in torch.
 
     >>> avg_pool1d(torch.arange(6.0).view(1, 1, 6), 2).flatten().tolist()
     [0.5, 2.5, 4.5]
@@ -63,17 +63,17 @@ def avg_pool2d(
 
     Args:
         input: (N, C, H, W) or without N; fp16, bf16, fp32 or fp64.
-        kernel_size: of the window, one number or 2; stride: of windows, by default their size.
-        padding: of zeros, on both sides, at most half a window.
-        ceil_mode: whether a last window may reach beyond the padding; what lies there does not count.
+        kernel_size: size of the window, one number or 2; stride: between windows, by default the window's size.
+        padding: zeros on both sides, at most half a window.
+        ceil_mode: whether a last window may reach beyond the padding; elements there do not count.
         count_include_pad: whether the padding counts.
-        divisor_override: what sums are divided by; None: the window's size.
+        divisor_override: the number by which sums are divided; None: the window's size.
 
     Returns:
-        Of the input's dtype; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype; channels-last if the input is, else contiguous.
 
     Raises:
-        RuntimeError, TypeError: as torch's.
+        RuntimeError, TypeError: as in torch.
 
     >>> avg_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 2).flatten().tolist()
     [2.5, 4.5, 10.5, 12.5]
@@ -92,17 +92,17 @@ def avg_pool3d(
 
     Args:
         input: (N, C, D, H, W) or without N; fp16, bf16, fp32 or fp64.
-        kernel_size: of the window, one number or 3; stride: of windows, by default their size.
-        padding: of zeros, on both sides, at most half a window.
-        ceil_mode: whether a last window may reach beyond the padding; what lies there does not count.
+        kernel_size: size of the window, one number or 3; stride: between windows, by default the window's size.
+        padding: zeros on both sides, at most half a window.
+        ceil_mode: whether a last window may reach beyond the padding; elements there do not count.
         count_include_pad: whether the padding counts.
-        divisor_override: what sums are divided by; None: the window's size.
+        divisor_override: the number by which sums are divided; None: the window's size.
 
     Returns:
-        Of the input's dtype; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype; channels-last if the input is, else contiguous.
 
     Raises:
-        RuntimeError, TypeError: as torch's.
+        RuntimeError, TypeError: as in torch.
 
     >>> avg_pool3d(torch.arange(64.0).view(1, 1, 4, 4, 4), 2).flatten().tolist()
     [10.5, 12.5, 18.5, 20.5, 42.5, 44.5, 50.5, 52.5]
@@ -120,15 +120,15 @@ def sum_pool1d(
 
     Args:
         input: (N, C, L) or without N; fp16, bf16, fp32 or fp64.
-        kernel_size: of the window, a number; stride: of windows, by default their size.
-        padding: of zeros, on both sides, at most half a window.
+        kernel_size: size of the window, a number; stride: between windows, by default the window's size.
+        padding: zeros on both sides, at most half a window.
         ceil_mode: whether a last window may reach beyond the padding.
 
     Returns:
-        Of the input's dtype; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype; channels-last if the input is, else contiguous.
 
     Raises:
-        RuntimeError, TypeError: as torch's.
+        RuntimeError, TypeError: as in torch.
 
     >>> sum_pool1d(torch.arange(6.0).view(1, 1, 6), 2).flatten().tolist()
     [1.0, 5.0, 9.0]
@@ -143,15 +143,15 @@ def sum_pool2d(
 
     Args:
         input: (N, C, H, W) or without N; fp16, bf16, fp32 or fp64.
-        kernel_size: of the window, one number or 2; stride: of windows, by default their size.
-        padding: of zeros, on both sides, at most half a window.
+        kernel_size: size of the window, one number or 2; stride: between windows, by default the window's size.
+        padding: zeros on both sides, at most half a window.
         ceil_mode: whether a last window may reach beyond the padding.
 
     Returns:
-        Of the input's dtype; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype; channels-last if the input is, else contiguous.
 
     Raises:
-        RuntimeError, TypeError: as torch's.
+        RuntimeError, TypeError: as in torch.
 
     >>> sum_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 2).flatten().tolist()
     [10.0, 18.0, 42.0, 50.0]
@@ -166,15 +166,15 @@ def sum_pool3d(
 
     Args:
         input: (N, C, D, H, W) or without N; fp16, bf16, fp32 or fp64.
-        kernel_size: of the window, one number or 3; stride: of windows, by default their size.
-        padding: of zeros, on both sides, at most half a window.
+        kernel_size: size of the window, one number or 3; stride: between windows, by default the window's size.
+        padding: zeros on both sides, at most half a window.
         ceil_mode: whether a last window may reach beyond the padding.
 
     Returns:
-        Of the input's dtype; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype; channels-last if the input is, else contiguous.
 
     Raises:
-        RuntimeError, TypeError: as torch's.
+        RuntimeError, TypeError: as in torch.
 
     >>> sum_pool3d(torch.arange(64.0).view(1, 1, 4, 4, 4), 2).flatten().tolist()
     [84.0, 100.0, 148.0, 164.0, 340.0, 356.0, 404.0, 420.0]
@@ -187,19 +187,19 @@ def lp_pool1d(
 ) -> Tensor:
     """(sum of x ** p) ** (1 / p) of every window, as `torch.nn.functional.lp_pool1d`; in fp32 (fp64 for fp64).
 
-    Odd p of a negative sum and fractional p of negative elements give NaN, as torch's do.
+    An odd p with a negative sum, and a fractional p with negative elements, give NaN, as in torch.
 
     Args:
         input: (N, C, L) or without N; fp16, bf16, fp32 or fp64.
-        norm_type: p, whole up to 16 or fractional; infinite: the maximum of absolute values, or their minimum.
-        kernel_size: of the window, a number; stride: of windows, by default their size.
+        norm_type: p, an integer up to 16 or fractional; if infinite, the maximum of absolute values, or their minimum.
+        kernel_size: size of the window, a number; stride: between windows, by default the window's size.
         ceil_mode: whether a last window may reach beyond the image.
 
     Returns:
-        Of the input's dtype; channels-last if the input is, else contiguous. Where a sum is zero, so is its gradient.
+        A tensor of the input's dtype; channels-last if the input is, else contiguous. The gradient of a zero sum is zero.
 
     Raises:
-        RuntimeError, TypeError: as torch's.
+        RuntimeError, TypeError: as in torch.
 
     >>> lp_pool1d(torch.tensor([[[3.0, 4.0, 6.0, 8.0]]]), 2, 2).flatten().tolist()
     [5.0, 10.0]
@@ -212,19 +212,19 @@ def lp_pool2d(
 ) -> Tensor:
     """(sum of x ** p) ** (1 / p) of every window, as `torch.nn.functional.lp_pool2d`; in fp32 (fp64 for fp64).
 
-    Odd p of a negative sum and fractional p of negative elements give NaN, as torch's do.
+    An odd p with a negative sum, and a fractional p with negative elements, give NaN, as in torch.
 
     Args:
         input: (N, C, H, W) or without N; fp16, bf16, fp32 or fp64.
-        norm_type: p, whole up to 16 or fractional; infinite: the maximum of absolute values, or their minimum.
-        kernel_size: of the window, one number or 2; stride: of windows, by default their size.
+        norm_type: p, an integer up to 16 or fractional; if infinite, the maximum of absolute values, or their minimum.
+        kernel_size: size of the window, one number or 2; stride: between windows, by default the window's size.
         ceil_mode: whether a last window may reach beyond the image.
 
     Returns:
-        Of the input's dtype; channels-last if the input is, else contiguous. Where a sum is zero, so is its gradient.
+        A tensor of the input's dtype; channels-last if the input is, else contiguous. The gradient of a zero sum is zero.
 
     Raises:
-        RuntimeError, TypeError: as torch's.
+        RuntimeError, TypeError: as in torch.
 
     >>> lp_pool2d(torch.tensor([[[[3.0, 4.0], [0.0, 12.0]]]]), 2, 2).flatten().tolist()
     [13.0]
@@ -237,19 +237,19 @@ def lp_pool3d(
 ) -> Tensor:
     """(sum of x ** p) ** (1 / p) of every window, as `torch.nn.functional.lp_pool3d`; in fp32 (fp64 for fp64).
 
-    Odd p of a negative sum and fractional p of negative elements give NaN, as torch's do.
+    An odd p with a negative sum, and a fractional p with negative elements, give NaN, as in torch.
 
     Args:
         input: (N, C, D, H, W) or without N; fp16, bf16, fp32 or fp64.
-        norm_type: p, whole up to 16 or fractional; infinite: the maximum of absolute values, or their minimum.
-        kernel_size: of the window, one number or 3; stride: of windows, by default their size.
+        norm_type: p, an integer up to 16 or fractional; if infinite, the maximum of absolute values, or their minimum.
+        kernel_size: size of the window, one number or 3; stride: between windows, by default the window's size.
         ceil_mode: whether a last window may reach beyond the image.
 
     Returns:
-        Of the input's dtype; channels-last if the input is, else contiguous. Where a sum is zero, so is its gradient.
+        A tensor of the input's dtype; channels-last if the input is, else contiguous. The gradient of a zero sum is zero.
 
     Raises:
-        RuntimeError, TypeError: as torch's.
+        RuntimeError, TypeError: as in torch.
 
     >>> lp_pool3d(torch.tensor([[[[[3.0, 4.0], [0.0, 12.0]]]]]), 2, (1, 2, 2)).flatten().tolist()
     [13.0]
@@ -263,22 +263,23 @@ def stochastic_pool2d(
 ) -> Tensor:  # fmt: skip
     """Pooling that draws one element of each window (Zeiler and Fergus 2013, arXiv:1301.3557).
 
-    In training an element x_i is drawn with probability x_i / sum(x), where what is negative counts as zero; a window
-    without any positive element gives zero. The gradient goes to the drawn element alone. In eval mode the result is the
-    mean with these probabilities, sum(x_i^2) / sum(x), and has that formula's gradient. A window whose sum is not finite
-    gives NaN.
+    In training an element x_i is drawn with probability x_i / sum(x), where negative elements count as zero; a window
+    without any positive element gives zero. The gradient goes only to the drawn element. In eval mode the result is the
+    mean with these probabilities, sum(x_i^2) / sum(x), and has the gradient of this formula. A window whose sum is not
+    finite gives NaN.
 
-    One uniform number a result comes from torch's generator, so that `torch.manual_seed` or `generator` settles the choice,
-    on any backend. The element is the first, row by row, at which the sum up to it exceeds that share of the whole sum;
-    sums are in fp32 (fp64 for fp64). The numbers lie as the result does: a channels-last input draws others.
+    torch's generator gives one uniform number for each result, so that `torch.manual_seed` or `generator` determines the
+    choice, on any backend. The number is a share of the window's sum. The drawn element is the first one, row by row, at
+    which the cumulative sum exceeds that share; sums are in fp32 (fp64 for fp64). The numbers have the memory format of the
+    result: a channels-last input gets other numbers than a contiguous one.
 
     Args:
         input: (N, C, H, W) or (C, H, W), fp16, bf16, fp32 or fp64; meant to follow an activation such as ReLU.
-        kernel_size: an int or two; stride: likewise, None for `kernel_size`.
-        padding: an int or two, zeros that are never drawn, at most half of `kernel_size`.
+        kernel_size: an int or two; stride: the same; None: `kernel_size`.
+        padding: an int or two: zeros on both sides, which are never drawn, at most half of `kernel_size`.
         ceil_mode: let the last windows reach beyond the image, as `torch.nn.functional.max_pool2d` does.
-        training: draw; else the weighted mean.
-        generator: where the numbers come from; None: torch's default generator of the input's device.
+        training: draw an element; else compute the weighted mean.
+        generator: the source of the numbers; None: torch's default generator of the input's device.
 
     Returns:
         (N, C, P, Q) or (C, P, Q), of the input's dtype; channels-last if the input is, else contiguous.

@@ -1,4 +1,4 @@
-"""Resampling and shuffles, as torch.nn.functional has them."""
+"""Resampling and shuffles, with the functions of torch.nn.functional."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ def interpolate(
 ) -> Tensor:  # fmt: skip
     """Resamples images up or down, as `torch.nn.functional.interpolate`.
 
-    Arithmetic is in fp32 (fp64 for fp64). Gradients are gathered: the same bits on every run. Mode "area" runs on the
-    kernels of adaptive pooling; "bicubic", "lanczos", `antialias` and integer inputs run on torch.
+    Arithmetic is in fp32 (fp64 for fp64). Gradients are gathered, so that every run gives the same bits. Mode "area" runs
+    on the kernels of adaptive pooling; "bicubic", "lanczos", `antialias` and integer inputs run on torch.
 
     Args:
         input: (N, C, *spatial) of one to three spatial axes, fp16, bf16, fp32 or fp64.
         size: the result's spatial sizes, an int or one for each axis.
-        scale_factor: in place of it, how many times the input's, a number or one for each axis.
+        scale_factor: instead of `size`: the result's sizes divided by the input's, a number or one for each axis.
         mode: "nearest", "nearest-exact", "linear" (3-d inputs), "bilinear" (4-d), "trilinear" (5-d), "area", "bicubic" or
             "lanczos".
-        align_corners: of linear modes, whether the first and last elements lie on the first and last results.
-        recompute_scale_factor: whether the scale follows from the sizes where `scale_factor` is given.
-        antialias: whether each result is a mean over what it covers.
+        align_corners: in linear modes, whether the first and last results have the positions of the first and last
+            elements.
+        recompute_scale_factor: whether the scale follows from the sizes if `scale_factor` is given.
+        antialias: whether each result is a mean over the elements that it covers.
 
     Returns:
-        Of the input's dtype; channels-last if the input is, else contiguous.
+        A tensor of the input's dtype; channels-last if the input is, else contiguous.
 
     Raises:
-        ValueError: a combination of arguments that torch does not take.
-        NotImplementedError: a mode that is not for inputs of these dimensions.
+        ValueError: a combination of arguments that torch does not accept.
+        NotImplementedError: a mode that does not support inputs with this number of axes.
         RuntimeError: an input or a result without pixels.
 
     >>> interpolate(torch.tensor([[[1.0, 3.0]]]), scale_factor=2, mode="linear").tolist()
@@ -49,7 +50,7 @@ def interpolate(
 
 
 def pixel_shuffle(input: Tensor, upscale_factor: int) -> Tensor:
-    """Lays channels out as pixels, as `torch.nn.functional.pixel_shuffle`: r^2 channels become a square of r pixels.
+    """Moves channels to pixels, as `torch.nn.functional.pixel_shuffle`: r^2 channels become a square of r pixels.
 
     Args:
         input: (*, C r^2, H, W), of any dtype of 1, 2, 4 or 8 bytes.
@@ -68,7 +69,7 @@ def pixel_shuffle(input: Tensor, upscale_factor: int) -> Tensor:
 
 
 def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
-    """Lays pixels out as channels, as `torch.nn.functional.pixel_unshuffle`: what `pixel_shuffle` does, undone.
+    """Moves pixels to channels, as `torch.nn.functional.pixel_unshuffle`: the reverse of `pixel_shuffle`.
 
     Args:
         input: (*, C, H r, W r), of any dtype of 1, 2, 4 or 8 bytes.
@@ -91,13 +92,13 @@ def channel_shuffle(input: Tensor, groups: int) -> Tensor:
 
     Args:
         input: (N, C, *), of any dtype of 1, 2, 4 or 8 bytes.
-        groups: how many of them the channels are.
+        groups: the number of groups into which the channels are divided.
 
     Returns:
-        Of the input's size; channels-last if a 4-d or 5-d input is, else contiguous.
+        A tensor of the input's size; channels-last if a 4-d or 5-d input is, else contiguous.
 
     Raises:
-        RuntimeError: groups that are not positive or do not divide the channels, or fewer than 3 axes.
+        RuntimeError: a number of groups that is not positive or does not divide the channels, or fewer than 3 axes.
 
     >>> channel_shuffle(torch.arange(6).reshape(1, 6, 1), 2).flatten().tolist()
     [0, 3, 1, 4, 2, 5]

@@ -1,1 +1,1 @@
-"""What converted models call: layers in one launch."""
+"""Functions that converted models call: several layers in one launch."""

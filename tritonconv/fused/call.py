@@ -1,4 +1,4 @@
-"""Modules in one kernel: a convolution (or linear layer), batch norm, residual add and activation."""
+"""Several modules in one kernel: a convolution (or linear layer), batch norm, residual add and activation."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ BATCH_NORMS: dict[int, tuple[type[torch.nn.Module], ...]] = {
     2: (torch.nn.BatchNorm2d, BatchNorm2d, torch.nn.SyncBatchNorm, SyncBatchNorm),
     3: (torch.nn.BatchNorm3d, BatchNorm3d, torch.nn.SyncBatchNorm, SyncBatchNorm),
 }
-"""By the dimensions of the convolution before them."""
+"""By the number of spatial axes of the convolution before them."""
 
 LAYERS = (Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def carries_hook(module: torch.nn.Module) -> bool:
-    """Whether someone watches the module's calls."""
+    """Whether the module has hooks."""
     return any(module.__dict__.get(name) for name in HOOKS)
 
 
@@ -73,7 +73,7 @@ class Group(NamedTuple):
     input: Tensor
     output: Tensor
     more: tuple[Any, ...]
-    """What else its launch computes: modules, or names of functions."""
+    """What else the launch computes: modules, or names of functions."""
 
 
 class _Observer(threading.local):
@@ -85,7 +85,7 @@ _observer = _Observer()
 
 @contextmanager
 def observe_groups(callback: Callable[[Group], None]) -> Iterator[None]:
-    """Show every call on this thread that was fused to `callback`, once it is computed."""
+    """Call `callback` for every fused call on this thread, after it is computed."""
     outer, _observer.callback = _observer.callback, callback
     try:
         yield
@@ -97,17 +97,17 @@ def fused_call(
     layer: torch.nn.Module, norm: torch.nn.Module | None, activation: Any, input: Tensor, residual: Tensor | None = None,
     in_place: bool = False, into: tuple[Join, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """activation(norm(layer(input)) + residual) in one kernel, or member by member where that would not be the same.
+    """activation(norm(layer(input)) + residual) in one kernel, or module by module if the kernel would not do the same.
 
-    Decided at each call: members that carry hooks or have changed their class are called themselves, in the order they
-    stand; so is everything where the residual is broadcast.
+    This is decided at each call. If a module has hooks or has changed its class, or if the residual is broadcast, all
+    modules are called one by one, in their order.
 
     Args:
-        layer: our Conv1d, Conv2d, Conv3d, one of their transposed ones, or Linear.
+        layer: our Conv1d, Conv2d or Conv3d, one of the transposed convolutions, or Linear.
         norm: a batch norm of torch.nn, or None.
-        activation: a module of torch.nn, what `parse_activation` takes, or None.
-        in_place: the sum has the dtype of norm(layer(input)), as `+=` gives it.
-        into: a concatenation that the result has a place in, and which; without a residual.
+        activation: a module of torch.nn, any other argument of `parse_activation`, or None.
+        in_place: the sum has the dtype of norm(layer(input)), as after `+=`.
+        into: a concatenation that contains the result, and the index of the result in it; without a residual.
     """
     if into is not None and not torch.compiler.is_compiling():
         found = _joined(layer, norm, activation, input, *into)
@@ -120,7 +120,7 @@ def fused_call(
         counts = own and norm is not None and norm.training and norm.momentum is not None
         try:
             y: Tensor = family(tensors, numbers, layer.backend)
-        # Found before anything ran.
+        # Raised before anything ran.
         except ResidualError:
             pass
         except ValueError:
@@ -146,10 +146,10 @@ Call = tuple[Any, tuple[Any, ...], tuple[Any, ...]]
 def eval_call(
     layer: Any, norm: Any, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool
 ) -> Call | None:
-    """(family, tensors, numbers) of a layer with what follows it, in eval mode; None where its members run one by one.
+    """(family, tensors, numbers) of a layer with what follows it, in eval mode; None if the modules run one by one.
 
     Args:
-        layer, norm, activation, input, residual, in_place: as `fused_call` takes them.
+        layer, norm, activation, input, residual, in_place: as for `fused_call`.
     """
     spec = None if activation is None else _spec(activation)
     if spec is CHANGED or type(layer) not in LAYERS or _is_changed(layer):
@@ -159,14 +159,14 @@ def eval_call(
     kind, numbers = ("matmul", ()) if type(layer) is Linear else numbers_of(layer)
     source = input
     if layer.__dict__.get("padding_mode") not in ZEROS:
-        # Other padding modes pad beforehand, as torch does.
+        # For other padding modes pad first, as torch does.
         source = torch.nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
         numbers = (*numbers[:2], (0,) * numbers[0], *numbers[3:])
     mean = var = gamma = beta = None
     eps = 0.0
     if norm is not None:
         nd = len(layer.kernel_size)
-        # A batch norm takes an unbatched image's channels for its batch, or refuses it.
+        # A batch norm uses an unbatched image's channels as its batch, or raises an error.
         if type(norm) not in BATCH_NORMS[nd] or _is_changed(norm) or input.dim() != nd + 2 or norm.training:
             return None
         try:
@@ -196,11 +196,11 @@ OPS: dict[type[Module], str] = {
     ConvTranspose2d: "conv_transpose2d_bn_act", ConvTranspose3d: "conv_transpose3d_bn_act", Linear: "linear",
 }  # fmt: skip
 CHANGED: Any = object()
-"""Stands for an activation whose module must be called itself."""
+"""Stands for an activation whose module must be called."""
 
 
 def _spec(activation: Any) -> ActivationSpec | None:
-    """What a launch computes for an activation, or `CHANGED`."""
+    """The activation that a launch computes, or `CHANGED`."""
     if activation is None or type(activation) is ActivationSpec:
         return activation
     if not isinstance(activation, Module):
@@ -212,7 +212,7 @@ def _spec(activation: Any) -> ActivationSpec | None:
 def _training_call(
     layer: Any, norm: Any, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool
 ) -> Call | None:
-    """The same with a batch norm by the batch's own statistics."""
+    """The same as `eval_call`, with a batch norm that uses the batch's own statistics."""
     spec = _spec(activation)
     if spec is CHANGED or type(layer) not in LAYERS or type(layer) is Linear or _is_changed(layer):
         return None
@@ -223,7 +223,7 @@ def _training_call(
         return None
     kind, given = numbers_of(layer)
     group = group_of(norm) if isinstance(norm, torch.nn.SyncBatchNorm) else ""
-    # As `begin_batch` has it.
+    # As in `begin_batch`.
     keeps = norm.track_running_stats or not norm.training
     mean, var = (norm.running_mean, norm.running_var) if keeps else (None, None)
     tensors = (input, member(layer, "weight"), member(layer, "bias"), mean, var, norm.weight, norm.bias, residual)
@@ -231,13 +231,13 @@ def _training_call(
     numbers = (given, OPS[type(layer)], norm.eps, spec)
     if group and family.refuses(tensors, (*numbers, 0.0, group), layer.backend):
         return None
-    # Its weight must be known before; elsewhere a batch is counted once it is normalized.
+    # For a cumulative average the weight must be known before; otherwise a batch is counted after it is normalized.
     momentum = norm.momentum if norm.momentum is not None else count_batch(norm) if norm.training else 0.0
     return family, tensors, (*numbers, momentum, group)
 
 
 def _can_add(layer: Any, input: Tensor, residual: Any, in_place: bool) -> bool:
-    """Whether a kernel can add the residual, as far as that costs little to ask: sizes are checked with the call's."""
+    """Whether a kernel can add the residual, by checks that take little time; its size is checked with the call's."""
     if not isinstance(residual, Tensor) or (in_place and residual.dtype != input.dtype):
         return False
     if not is_traced((input, residual)):
@@ -248,7 +248,7 @@ def _can_add(layer: Any, input: Tensor, residual: Any, in_place: bool) -> bool:
 
 
 def _joined(layer: Any, norm: Any, activation: Any, input: Tensor, join: Join, place: int) -> Tensor | None:
-    """The result in its place of a concatenation, or None where it gets memory of its own."""
+    """The result, written into its part of a concatenation, or None if it gets separate memory."""
     call = eval_call(layer, norm, activation, input, None, False)
     if call is None or call[0] is not CONVOLUTIONS["conv"]:
         return None
@@ -260,11 +260,11 @@ def _joined(layer: Any, norm: Any, activation: Any, input: Tensor, join: Join, p
 def fused_norm(
     norm: torch.nn.Module, activation: Any, input: Tensor, residual: Tensor | None = None, in_place: bool = False
 ) -> Tensor:
-    """activation(norm(input) + residual) in one pass, or member by member where that would not be the same.
+    """activation(norm(input) + residual) in one pass, or module by module if the pass would compute something else.
 
     Args:
-        norm: our BatchNorm1d, BatchNorm2d or BatchNorm3d, after anything but a convolution of ours.
-        activation, in_place: as `fused_call` takes them.
+        norm: our BatchNorm1d, BatchNorm2d or BatchNorm3d, which follows no convolution of ours.
+        activation, in_place: as for `fused_call`.
     """
     spec = _spec(activation)
     fits = residual is None or (
@@ -285,12 +285,12 @@ def fused_pair(
 ) -> Tensor:  # fmt: skip
     """activation(norm(layer(first_activation(first_norm(first(input))))) + residual): depthwise, then 1x1 convolution.
 
-    In eval mode, where it is worth it, one kernel computes both and what lies between never goes to memory; else each is a
-    fused call of its own.
+    In eval mode, if it is predicted to be faster, one kernel computes both, and the tensor between them is never written to
+    memory; else each is a separate fused call.
 
     Args:
-        first, layer: our Conv2d, the former of as many groups as channels, the latter with a filter of one tap.
-        first_norm, first_activation, norm, activation, in_place: as `fused_call` takes them.
+        first, layer: our Conv2d; `first` has as many groups as channels, `layer` has a filter of one tap.
+        first_norm, first_activation, norm, activation, in_place: as for `fused_call`.
     """
     joined = False
     calls = _pair(first, first_norm, first_activation, layer, norm, activation, input, residual, in_place)
@@ -310,7 +310,7 @@ def _pair(
     first: Any, first_norm: Any, first_activation: Any, layer: Any, norm: Any, activation: Any, input: Tensor,
     residual: Tensor | None, in_place: bool,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], Any] | None:  # fmt: skip
-    """Both for one kernel, as `separable_convolution` takes them, or None where each is to run on its own."""
+    """Both for one kernel, in the form that `separable_convolution` expects, or None if each is a separate launch."""
     if type(first) is not Conv2d or type(layer) is not Conv2d:
         return None
     before = eval_call(first, first_norm, first_activation, input, None, False)
@@ -326,7 +326,7 @@ def _pair(
 def observed_group(
     y: Tensor, layer: Module, norm: Module | None, residual: Tensor | None, activation: Any, input: Tensor
 ) -> None:
-    """Show a fused call to its observer, if there is one."""
+    """Report a fused call to its observer, if there is one."""
     if _observer.callback is not None:
         what = activation if isinstance(activation, Module) else parse_activation(activation)
         share = shared()
@@ -334,7 +334,7 @@ def observed_group(
 
 
 def _after(y: Tensor, residual: Tensor | None, in_place: bool, activation: Any) -> Tensor:
-    """What follows, one by one."""
+    """Residual and activation, one by one."""
     if residual is not None:
         y = y.add_(residual) if in_place else y + residual
     if isinstance(activation, Module):
@@ -345,14 +345,14 @@ def _after(y: Tensor, residual: Tensor | None, in_place: bool, activation: Any) 
 
 
 def unchanged(member: torch.nn.Module) -> bool:
-    """Whether a call of the member is its class's forward, and no one watches it."""
+    """Whether a call of the module is only its class's forward, without hooks."""
     return not _is_changed(member)
 
 
 def _is_changed(member: torch.nn.Module) -> bool:
-    """Whether a call of the member is more than its class's forward."""
+    """Whether a call of the module is more than its class's forward."""
     state = member.__dict__
-    # `carries_hook`, said one by one, for this is asked of every member at every call.
+    # `carries_hook`, written out, because this runs for every module at every call.
     return bool(
         "forward" in state or state.get("_forward_hooks") or state.get("_forward_pre_hooks") or state.get("_backward_hooks")
         or state.get("_backward_pre_hooks")

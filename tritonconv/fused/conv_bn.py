@@ -19,7 +19,7 @@ __all__ = ["ConvBNAct1d", "ConvBNAct2d", "ConvBNAct3d", "ConvBNReLU2d"]
 class _ConvBNAct(torch.nn.Module):
     """A convolution, its batch norm and an activation; children `conv`, `bn` and `act` hold the state."""
 
-    # A class of this module's convolutions; their common base has another constructor.
+    # The class of the convolution; the common base of these classes has another constructor.
     convolution: Any
     batch_norm: type[torch.nn.modules.batchnorm._BatchNorm]
 
@@ -43,7 +43,7 @@ class _ConvBNAct(torch.nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         modules = self._modules
-        # As in `member`; an activation may be a module or not.
+        # As in `member`; the activation may be a module or not.
         act = modules.get("act") or self.act
         conv: Any = modules["conv"]
         y = fused_call(conv, modules["bn"], act, input, residual)
@@ -65,12 +65,12 @@ class ConvBNAct2d(_ConvBNAct):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as
-            `torch.nn.Conv2d`, but without a bias by default, since a batch norm follows.
-        activation: as `tritonconv.functional.conv2d_bn_act` takes it.
-        eps, momentum, affine, track_running_stats: as `torch.nn.BatchNorm2d`.
+            for `torch.nn.Conv2d`, but by default without a bias, because a batch norm follows.
+        activation: as for `tritonconv.functional.conv2d_bn_act`.
+        eps, momentum, affine, track_running_stats: as for `torch.nn.BatchNorm2d`.
 
-    The state_dict has the keys of a convolution `conv` and a batch norm `bn`. In training mode the convolution takes the
-    batch's statistics on its way, and one pass more does the rest; gradients run on our kernels.
+    The state_dict has the keys of a convolution `conv` and a batch norm `bn`. In training mode the convolution computes the
+    batch's statistics together with its result, and one more pass does the rest; gradients run on our kernels.
 
     >>> block = ConvBNAct2d(3, 8, 3, padding=1, activation="silu").eval()
     >>> block(torch.ones(1, 3, 4, 4)).shape

@@ -1,4 +1,4 @@
-"""Around squeeze-excite and global averages: calls that share a launch where they can, and run one by one elsewhere."""
+"""Squeeze-excite and global averages: calls that share a launch if they can, and run one by one otherwise."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def fused_average(
     layer: Module, norm: Module | None, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool, keep: bool,
     dim: tuple[int, ...] | None, keepdim: bool, pool: Module | None = None,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-    """(y, y's average over pixels), with y as `fused_call` computes it; one pass in eval mode where y is batched.
+    """(y, y's average over pixels), with y as from `fused_call`; one pass in eval mode if y is batched.
 
     Args:
-        layer, norm, activation, input, residual, in_place: as `fused_call` takes them.
-        keep: whether y is read by someone else; else None may stand for it.
-        dim, keepdim: the average is y.mean(dim, keepdim), whose axes are as many as the layer has spatial ones; for None
-            it is an adaptive pooling to one pixel.
-        pool: the module that averages, whose own call is due where it carries hooks.
+        layer, norm, activation, input, residual, in_place: as for `fused_call`.
+        keep: whether other code reads y; if not, y may be None.
+        dim, keepdim: the average is y.mean(dim, keepdim), over as many axes as the layer has spatial axes; if dim is None,
+            the average is an adaptive pooling to one pixel.
+        pool: the module that averages; it is called itself if it has hooks.
     """
     parts = _parts(layer, norm, activation, input, residual, in_place)
     plain = pool is None or unchanged(pool)
@@ -58,7 +58,7 @@ def fused_average(
 
 
 def pixel_mean(input: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
-    """input.mean(dim, keepdim), on our kernel where these are all axes but the first two."""
+    """input.mean(dim, keepdim), on our kernel if these are all axes except the first two."""
     if all_pixels(dim, input.dim()):
         return _shaped(global_average(input, True), keepdim)
     size = input.numel() * input.element_size()
@@ -68,13 +68,13 @@ def pixel_mean(input: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
 
 
 def _shaped(mean: Tensor, keepdim: bool) -> Tensor:
-    """A mean (N, C, ...) of one number an image and channel as `Tensor.mean` gives it, of a channels-last image too."""
+    """A mean (N, C, ...) of one number for each image and channel, with the shape that `Tensor.mean` gives it."""
     rows = mean.flatten(1)
     return rows.view(mean.shape) if keepdim else rows
 
 
 def all_pixels(dim: tuple[int, ...], axes: int) -> bool:
-    """Whether these are all of a tensor's axes but the first two, of one to three."""
+    """Whether these are all of a tensor's axes except the first two, one to three axes."""
     return axes - 2 == len(dim) in (1, 2, 3) and sorted(d % axes for d in dim) == list(range(2, axes))
 
 
@@ -82,7 +82,7 @@ def fused_excite(first: Module, activation: Any, second: Module, gate: Any, mean
     """gate(second(activation(first(mean)))), (N, C, 1, ...), in one launch in eval mode.
 
     Args:
-        first, second: convolutions of ours with a filter of one tap, or linear layers.
+        first, second: our convolutions with a filter of one tap, or linear layers.
         mean: (N, C, 1, ...), or (N, C) for linear layers.
     """
     acts = [from_module(a) if isinstance(a, Module) else parse_activation(a) for a in (activation, gate)]
@@ -109,7 +109,7 @@ def fused_excite(first: Module, activation: Any, second: Module, gate: Any, mean
 def fused_scale(
     input: Tensor, gate: Tensor, residual: Tensor | None = None, activation: Any = None, in_place: bool = False
 ) -> Tensor:
-    """activation(input * gate + residual) in one pass where gradients are not needed."""
+    """activation(input * gate + residual) in one pass if gradients are not needed."""
     spec = from_module(activation) if isinstance(activation, Module) else parse_activation(activation)
     known = not isinstance(activation, Module) or (spec is not None and unchanged(activation))
     if known and not (in_place and residual is not None and residual.dtype != input.dtype):
@@ -124,12 +124,12 @@ def fused_gated_call(
     layer: Module, norm: Module | None, activation: Any, input: Tensor, gate: Tensor, residual: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:  # fmt: skip
-    """activation(norm(layer(input * gate)) + residual); in eval mode the product never goes to memory.
+    """activation(norm(layer(input * gate)) + residual); in eval mode the product is never written to memory.
 
     Args:
         layer: our convolution with a filter of one tap.
         gate: (N, C, 1, ...).
-        norm, activation, residual, in_place: as `fused_call` takes them.
+        norm, activation, residual, in_place: as for `fused_call`.
     """
     parts = _parts(layer, norm, activation, input, residual, in_place)
     if parts is not None:
@@ -144,7 +144,7 @@ def fused_gated_call(
 
 
 def _single(layer: Any) -> bool:
-    """Whether a layer of ours is a product of vectors, one for each image."""
+    """Whether our layer is a product of vectors, one for each image."""
     if type(layer) is Linear:
         return unchanged(layer)
     if type(layer) not in CONVOLUTIONS or not unchanged(layer) or layer.padding_mode != "zeros":
@@ -156,7 +156,7 @@ def _single(layer: Any) -> bool:
 def _parts(
     layer: Any, norm: Any, activation: Any, input: Tensor, residual: Tensor | None, in_place: bool
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], Any] | None:
-    """(tensors, numbers, backend) of a convolution in eval mode, or None where its members run one by one."""
+    """(tensors, numbers, backend) of a convolution in eval mode, or None if its modules run one by one."""
     if type(layer) not in CONVOLUTIONS:
         return None
     call = eval_call(layer, norm, activation, input, residual, in_place)

@@ -1,4 +1,4 @@
-"""A concatenation of channels whose parts are written where they belong, so that nothing is copied."""
+"""A concatenation of channels whose parts are written directly to their place in the result, without a copy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Join", "joined"]
 
 
 class Join:
-    """The memory of one concatenation, in one run of a model: channels-last, made when the first part asks for its place.
+    """The memory of one concatenation in one run of a model: channels-last, allocated when the first part needs its place.
 
     Args:
-        channels: of every part, in order: a number, or a tensor that has as many.
+        channels: for every part, in order: a number of channels, or a tensor that has as many channels.
     """
 
     def __init__(self, channels: tuple[int | Tensor, ...]) -> None:
@@ -27,7 +27,7 @@ class Join:
         self.copied: dict[int, Tensor] = {}
 
     def memory(self, place: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """The channels of a part of this size; None where they do not fit the parts before it."""
+        """The memory for a part of this size; None if the size does not fit the parts before it."""
         first, last = self.starts[place : place + 2]
         size = (shape[0], self.pitch, *shape[2:])
         if shape[1] != last - first or (self.whole is not None and self.whole.shape != size):
@@ -39,7 +39,7 @@ class Join:
         return self.whole.narrow(1, first, last - first)
 
     def fill(self, place: int, value: Tensor) -> bool:
-        """Whether the part lies in its place now."""
+        """Copy the part to its place if necessary; whether it is there now."""
         if self.copied.get(place) is value:
             return True
         out = self.memory(place, tuple(value.shape), value.dtype, value.device)
@@ -52,7 +52,7 @@ class Join:
 
 
 def joined(join: Join, values: Sequence[Tensor]) -> Tensor:
-    """torch.cat(values, 1), of the first parts of a join: the parts that found their place are not copied."""
+    """torch.cat(values, 1), of the first parts of a join; parts that were written to their place are not copied."""
     whole = None if torch.compiler.is_compiling() else join.whole
     if whole is None or (torch.is_grad_enabled() and any(value.requires_grad for value in values)):
         return torch.cat(values, 1)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A pooling with an activation behind or before it, and with its place in a concatenation."""
+"""A pooling with an activation after or before it, and with its place in a concatenation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AVERAGES: dict[type[Module], int] = {AvgPool1d: 1, AvgPool2d: 2, AvgPool3d: 3}
 
 
 class Window(NamedTuple):
-    """A pooling's numbers, as `dispatch_pool.pool` takes them."""
+    """A pooling's numbers, in the form that `ops.pool.call.pool` expects."""
 
     kind: PoolKind
     nd: int
@@ -46,12 +46,12 @@ class Window(NamedTuple):
         )  # fmt: skip
 
     def output_shape(self, x: Tensor) -> tuple[int, ...]:
-        """Size of the result; raises what torch raises for sizes that do not fit."""
+        """Size of the result; raises torch's exception for sizes that do not fit."""
         return PoolGeometry.parse(x.shape, *self[2:7], nd=self.nd, name=self.kind).output_shape
 
 
 def window_of(layer: Any) -> Window | None:
-    """The numbers of one of our poolings, or None where a call of it is something else."""
+    """The numbers of one of our poolings, or None if a call of the layer computes something else."""
     nd = MAXIMA.get(type(layer))
     if nd is not None:
         if layer.return_indices:
@@ -69,13 +69,13 @@ def window_of(layer: Any) -> Window | None:
 def fused_pool(
     layer: Module | Window, activation: Any, before: bool, input: Tensor, into: tuple[Join, int] | None = None
 ) -> Tensor:
-    """activation(layer(input)), in one launch where no gradients are needed.
+    """activation(layer(input)), in one launch if no gradients are needed.
 
     Args:
         layer: our MaxPool or AvgPool, or the numbers of one.
-        activation: a module of torch.nn, what `parse_activation` takes, or None.
-        before: the activation comes first; the layer is a maximum then, and the activation never falls.
-        into: a concatenation that the result has a place in, and which.
+        activation: a module of torch.nn, any other argument of `parse_activation`, or None.
+        before: the activation comes first; then the layer is a maximum, and the activation never decreases.
+        into: a concatenation that contains the result, and the index of the result in it.
     """
     window = layer if isinstance(layer, Window) else window_of(layer) if unchanged(layer) else None
     spec = from_module(activation) if isinstance(activation, Module) else parse_activation(activation)

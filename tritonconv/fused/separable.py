@@ -1,4 +1,4 @@
-"""A depthwise convolution and the 1x1 convolution behind it as one module."""
+"""A depthwise convolution and the 1x1 convolution after it as one module."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["DepthwiseSeparableConv2d"]
 
 
 class DepthwiseSeparableConv2d(Module):
-    """A depthwise convolution over (N, C, H, W), then a 1x1 convolution, each with batch norm and activation if asked for.
+    """A depthwise convolution over (N, C, H, W), then a 1x1 convolution, each with an optional batch norm and activation.
 
     Args:
-        in_channels, out_channels: C, and the 1x1 convolution's filters.
-        kernel_size, stride, padding, dilation, padding_mode: of the depthwise convolution, as `torch.nn.Conv2d` takes them.
-        bias: of both convolutions; by default where no batch norm follows.
-        batch_norm: whether one follows either convolution.
-        activation: behind either, as `tritonconv.functional.conv2d_bn_act` takes it, or None.
-        eps, momentum: as `torch.nn.BatchNorm2d`.
+        in_channels, out_channels: C, and the number of filters of the 1x1 convolution.
+        kernel_size, stride, padding, dilation, padding_mode: of the depthwise convolution, as for `torch.nn.Conv2d`.
+        bias: whether both convolutions have one; by default only if no batch norm follows.
+        batch_norm: whether a batch norm follows each convolution.
+        activation: after each convolution, as for `tritonconv.functional.conv2d_bn_act`, or None.
+        eps, momentum: as for `torch.nn.BatchNorm2d`.
 
     Children `depthwise`, `pointwise` and, with batch norm, `depthwise_bn` and `pointwise_bn` hold the state. In eval mode,
-    and where it is predicted to be faster, one kernel computes both convolutions of a channels-last image, and what lies
-    between never goes to memory; where gradients are needed each runs on its own.
+    if it is predicted to be faster, one kernel computes both convolutions of a channels-last image, and the tensor between
+    them is never written to memory. If gradients are needed, each convolution is a separate launch.
     Follows F. Chollet, "Xception: Deep Learning with Depthwise Separable Convolutions", 2017.
 
     >>> layer = DepthwiseSeparableConv2d(8, 16, 3, padding=1, batch_norm=True, activation="relu6").eval()

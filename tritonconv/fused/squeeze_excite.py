@@ -17,17 +17,17 @@ __all__ = ["SqueezeExcite"]
 
 
 class SqueezeExcite(Module):
-    """input * gate(fc2(activation(fc1(global average of input)))), each image's channels by a gate of their own.
+    """input * gate(fc2(activation(fc1(global average of input)))), where each channel of each image has its own gate.
 
     Args:
         input_channels: C of the input (N, C, H, W).
-        squeeze_channels: R between the two products; by default C / 16, at least 1.
-        activation, gate: as `tritonconv.functional.conv2d_bn_act` takes an activation, or a class of torch.nn's.
-        bias: of both products.
+        squeeze_channels: R, the channels between the two products; by default C / 16, at least 1.
+        activation, gate: an activation as for `tritonconv.functional.conv2d_bn_act`, or a class of torch.nn.
+        bias: whether both products have a bias.
 
-    Children `fc1` and `fc2` are 1x1 convolutions: the state_dict of torchvision's SqueezeExcitation and timm's SEModule. In
-    eval mode the average, the gate and the product are a launch each (two for the average of large images); `convert`
-    joins the average to the convolution before it, and the product to a 1x1 convolution behind it.
+    Children `fc1` and `fc2` are 1x1 convolutions, with the state_dict keys of torchvision's SqueezeExcitation and timm's
+    SEModule. In eval mode the average, the gate and the product are one launch each (two for the average of large images).
+    `convert` fuses the average with the convolution before it, and the product with a 1x1 convolution after it.
     Follows J. Hu, L. Shen, G. Sun, "Squeeze-and-Excitation Networks", CVPR 2018, arXiv:1709.01507.
 
     Raises:
@@ -56,7 +56,7 @@ class SqueezeExcite(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
-            # Written out, as convert knows it.
+            # Written out, so that `convert` recognizes it.
             return input * self.gate(self.fc2(self.act(self.fc1(input.mean((2, 3), keepdim=True)))))
         if input.dim() != 4:
             raise RuntimeError(

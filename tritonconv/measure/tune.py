@@ -1,4 +1,4 @@
-"""Measured tuning: the best config of each layer, and whether torch is faster, put down where later runs find it."""
+"""Measured tuning: find each layer's best config and whether torch is faster, and save both for later runs."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from tritonconv.tuning.tables import Table as TuningTable
 
 __all__ = ["TuneReport", "Tuned", "configs_to_measure", "tune", "tune_example"]
 
-# The cost model's best so many are measured.
+# The number of configs that are measured, the best ones by the cost model.
 TOP = 8
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured of one layer."""
+    """The measurements of one layer."""
 
     layer: str
     conditions: str
     entry: Entry | None
-    """None where no candidate was right."""
+    """None if no candidate gave a right result."""
     before_ms: float | None
-    """With the config that would have been taken untuned."""
+    """The time with the config that would run without tuning."""
     tried: int
     wrong: tuple[str, ...] = ()
-    """Candidates that failed or computed something else, and how."""
+    """Candidates that failed or gave a wrong result, and how."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TuneReport:
     gpu: str
     layers: list[Tuned]
     path: Path
-    """The file that keeps it."""
+    """The file with the results."""
     skipped: list[str] = field(default_factory=list)
     """Layers that torch runs anyway, or that could not be measured, and why."""
 
@@ -94,23 +94,23 @@ def tune(
 ) -> TuneReport:  # fmt: skip
     """Measure the best candidates for every layer of a converted model, on the GPU that its inputs are on.
 
-    What is found goes into the user's cache, from where every later process takes configs, and the choice of torch where
-    torch was more than 3 % faster (under backend "auto"). Nothing is ever tuned but by this call. Each candidate is
-    compared with fp64 before it is timed. Forward alone is measured: gradients run where their layer does, on
+    The results are saved in the user's cache. Every later process takes its configs from there, and (under backend "auto")
+    runs a layer on torch if torch was more than 3 % faster. Nothing is tuned except by this call. Each candidate is
+    compared with fp64 before it is timed. Only forward calls are measured: gradients run on the backend of their layer, on
     Triton with the configs of the cost model.
 
     Args:
-        model: a converted model, in the mode that it will run in.
-        example_inputs: what it is called with; sizes, dtypes and layouts decide what is tuned.
+        model: a converted model, in the mode in which it will run.
+        example_inputs: the inputs of a call of the model; their sizes, dtypes and layouts determine what is tuned.
         export: also write a table, which can ship with a program or with the library (tritonconv/tuning/tables).
-        seconds: how long each candidate is sampled.
-        console: where progress is shown; standard error by default.
+        seconds: how long each candidate is timed.
+        console: shows the progress; by default on standard error.
 
     Returns:
         A report; print it.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         RuntimeError: there is no GPU.
         OSError: the cache's folder, or `export`, cannot be written.
     """
@@ -123,11 +123,11 @@ def tune(
     with restored(model), torch.no_grad(), set_backend("auto"), observe(calls.append):
         model(*example_inputs)
     found = distinct_calls(calls)
-    # Others may have run on the CPU before them.
+    # Other calls may have run on the CPU before the first of these.
     device = device_of(found[0].device if found else torch.device("cpu"))
     path = cache_path(device.name)
     if found:
-        # A folder that cannot be written is to be known now, not after minutes of measuring.
+        # If the folder cannot be written, fail now and not after minutes of measuring.
         remember(device.name, [])
     layers: list[Tuned] = []
     failed: list[str] = []
@@ -137,7 +137,7 @@ def tune(
         assert call.example is not None
         try:
             layers.append(tune_example(str(call.geometry), call, seconds))
-        # Out of memory, most likely: what was found of other layers is kept.
+        # Most likely out of memory: the results of other layers are kept.
         except RuntimeError as error:
             if "no GPU" in str(error):
                 raise
@@ -174,7 +174,7 @@ def distinct_calls(calls: Sequence[Call]) -> list[Call]:
 
 
 def compilations(call: Call, device: Device) -> list[Compilation]:
-    """What `tune_example` will launch."""
+    """The launches that `tune_example` will make."""
     assert call.example is not None
     problem = problem_of(call.example, device)
     return [
@@ -184,32 +184,32 @@ def compilations(call: Call, device: Device) -> list[Compilation]:
 
 
 def configs_to_measure(problem: Problem) -> list[Any]:
-    """The configs that are measured: the chosen one first, then the cost model's best."""
+    """The configs to measure: first the one that would be chosen now, then the best ones by the cost model."""
     chosen = choose(problem)
     order = sorted(candidates(problem), key=lambda config: predict(problem, config).seconds)
     return [chosen] + [config for config in order[:TOP] if config is not chosen]
 
 
 def example_launches(example: Example, config: Any, device: Device) -> list[Launch]:
-    """The launches of a call with a config; nothing runs."""
+    """The launches of a call with a config, without running them."""
     with torch.no_grad(), set_backend("triton"), forced(config=config), captured(device) as launches:
         example.run()
     return launches
 
 
 def problem_of(example: Example, device: Device) -> Problem:
-    """What the choice of a config sees of a call."""
+    """The properties of a call from which its config is chosen."""
     problem = example_launches(example, None, device)[-1].problem
     assert problem is not None
     return problem
 
 
 def tune_example(layer: str, call: Call, seconds: float) -> Tuned:
-    """Measure the candidates of one call on random tensors like its own, and torch beside them."""
+    """Measure the candidates of one call on random tensors like its own, and measure torch too."""
     example, device = call.example, call.device
     assert example is not None
     problem = problem_of(example, device_of(device))
-    # Its own, for the user's random numbers go on as if nothing had been tuned.
+    # A separate generator, so that tuning does not change the user's random numbers.
     generator = torch.Generator(device).manual_seed(0)
     real = example.map(lambda t: materialize(t, device, generator))
     wide = real.map(lambda t: t.double() if t.is_floating_point() else t)
@@ -218,7 +218,7 @@ def tune_example(layer: str, call: Call, seconds: float) -> Tuned:
     del wide
     configs = configs_to_measure(problem)
     sets = [real] + [
-        # Not clones, which need not lie as their originals do.
+        # Not clones, because a clone may have other strides than its original.
         example.map(lambda t: materialize(t, device, generator))
         for _ in range(copies_for_cold_cache([t for t in real.tensors if t is not None], device_of(device).l2_bytes) - 1)
     ]
@@ -234,7 +234,7 @@ def tune_example(layer: str, call: Call, seconds: float) -> Tuned:
                     if complaint is None:
                         times[id(config)] = time_calls([s.run for s in sets], seconds=seconds).ms
                         continue
-                # Whatever the compiler or the launch could not do.
+                # Any failure of the compiler or of the launch.
                 except Exception as error:
                     if "no GPU" in str(error):
                         raise
@@ -255,8 +255,8 @@ def tune_example(layer: str, call: Call, seconds: float) -> Tuned:
 
 
 def materialize(t: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Random numbers in a tensor of these sizes and strides."""
+    """A tensor of random numbers with these sizes and strides."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
     storage = torch.empty(span, dtype=t.dtype, device=device).normal_(generator=generator)
-    # Variances are among these tensors: a negative one is none, and one near 0 would have fp16 overflow.
+    # Some of these tensors are variances, which are not negative; near 0 they would make fp16 overflow.
     return (storage.abs_().add_(0.5) if t.dim() == 1 else storage).as_strided(t.shape, t.stride())

@@ -1,4 +1,4 @@
-"""torch.nn's modules on our kernels, and fused ones beside them; each file says what it offers."""
+"""torch.nn's modules on our kernels, and fused modules; `__all__` of each file lists its names."""
 
 from tritonconv.fused.conv_bn import *
 from tritonconv.fused.separable import *

@@ -19,7 +19,7 @@ __all__ = [
 class AdaptiveAvgPool1d(torch.nn.AdaptiveAvgPool1d):
     """`torch.nn.AdaptiveAvgPool1d` on our kernels: (N, C, L) or (C, L).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> AdaptiveAvgPool1d(2)(torch.randn(1, 3, 4)).shape
     torch.Size([1, 3, 2])
@@ -35,7 +35,7 @@ class AdaptiveAvgPool1d(torch.nn.AdaptiveAvgPool1d):
 class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
     """`torch.nn.AdaptiveAvgPool2d` on our kernels: (N, C, H, W) or (C, H, W).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> AdaptiveAvgPool2d(2)(torch.randn(1, 3, 4, 4)).shape
     torch.Size([1, 3, 2, 2])
@@ -51,7 +51,7 @@ class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
 class AdaptiveAvgPool3d(torch.nn.AdaptiveAvgPool3d):
     """`torch.nn.AdaptiveAvgPool3d` on our kernels: (N, C, D, H, W) or (C, D, H, W).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> AdaptiveAvgPool3d(2)(torch.randn(1, 3, 4, 4, 4)).shape
     torch.Size([1, 3, 2, 2, 2])
@@ -67,7 +67,7 @@ class AdaptiveAvgPool3d(torch.nn.AdaptiveAvgPool3d):
 class AdaptiveMaxPool1d(torch.nn.AdaptiveMaxPool1d):
     """`torch.nn.AdaptiveMaxPool1d` on our kernels: (N, C, L) or (C, L).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> AdaptiveMaxPool1d(2)(torch.randn(1, 3, 4)).shape
     torch.Size([1, 3, 2])
@@ -82,7 +82,7 @@ class AdaptiveMaxPool1d(torch.nn.AdaptiveMaxPool1d):
 class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
     """`torch.nn.AdaptiveMaxPool2d` on our kernels: (N, C, H, W) or (C, H, W).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> AdaptiveMaxPool2d(2)(torch.randn(1, 3, 4, 4)).shape
     torch.Size([1, 3, 2, 2])
@@ -97,7 +97,7 @@ class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
 class AdaptiveMaxPool3d(torch.nn.AdaptiveMaxPool3d):
     """`torch.nn.AdaptiveMaxPool3d` on our kernels: (N, C, D, H, W) or (C, D, H, W).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> AdaptiveMaxPool3d(2)(torch.randn(1, 3, 4, 4, 4)).shape
     torch.Size([1, 3, 2, 2, 2])

@@ -15,7 +15,7 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
 
 
 class Norm(NamedTuple):
-    """What a batch norm module gives torch.nn.functional.batch_norm beside the input, in its order."""
+    """The arguments of torch.nn.functional.batch_norm after the input, in its order, as a module passes them."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -27,7 +27,7 @@ class Norm(NamedTuple):
 
 
 def begin_batch(norm: torch.nn.modules.batchnorm._BatchNorm) -> Norm:
-    """Count the batch, as the module's forward does, and say how it is to be normalized."""
+    """Count the batch, as the module's forward does, and return the arguments with which it is normalized."""
     momentum = count_batch(norm) if norm.training else 0.0 if norm.momentum is None else norm.momentum
     running_mean, running_var = norm.running_mean, norm.running_var
     training = norm.training or (running_mean is None and running_var is None)
@@ -37,7 +37,7 @@ def begin_batch(norm: torch.nn.modules.batchnorm._BatchNorm) -> Norm:
 
 
 def count_batch(norm: torch.nn.modules.batchnorm._BatchNorm) -> float:
-    """Count a batch of training, and give its weight in the running statistics."""
+    """Count a batch of training, and return its weight in the running statistics."""
     if norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
@@ -46,7 +46,7 @@ def count_batch(norm: torch.nn.modules.batchnorm._BatchNorm) -> float:
 
 
 def group_of(norm: torch.nn.Module) -> str:
-    """Name of the process group whose pixels a module normalizes together now; "" where it does so alone."""
+    """Name of the process group over whose pixels a module normalizes now; "" if it normalizes only its own."""
     if not isinstance(norm, torch.nn.SyncBatchNorm) or not norm.training or not torch.distributed.is_available():
         return ""
     if not torch.distributed.is_initialized():
@@ -58,7 +58,7 @@ def group_of(norm: torch.nn.Module) -> str:
 def normalize(
     norm: Any, input: Tensor, residual: Tensor | None = None, activation: ActivationSpec | None = None, group: str = ""
 ) -> Tensor:
-    """activation(norm(input) + residual); `group` names the process group whose pixels are normalized together."""
+    """activation(norm(input) + residual); `group` is the name of the process group over whose pixels it normalizes."""
     mean, var, weight, bias, *numbers = begin_batch(norm)
     tensors = (input, mean, var, weight, bias, residual)
     y: Tensor = BATCH_NORM(tensors, (tuple(numbers), activation, group), norm.backend)
@@ -68,7 +68,7 @@ def normalize(
 class BatchNorm1d(torch.nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` on our kernels: (N, C) or (N, C, L).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> BatchNorm1d(3)(torch.randn(4, 3)).shape
     torch.Size([4, 3])
@@ -84,7 +84,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 class BatchNorm2d(torch.nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` on our kernels: (N, C, H, W).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> BatchNorm2d(3)(torch.randn(2, 3, 4, 4)).shape
     torch.Size([2, 3, 4, 4])
@@ -100,7 +100,7 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
 class BatchNorm3d(torch.nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` on our kernels: (N, C, D, H, W).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> BatchNorm3d(3)(torch.randn(2, 3, 2, 2, 2)).shape
     torch.Size([2, 3, 2, 2, 2])
@@ -116,8 +116,9 @@ class BatchNorm3d(torch.nn.BatchNorm3d):
 class SyncBatchNorm(torch.nn.SyncBatchNorm):
     """`torch.nn.SyncBatchNorm` on our kernels: (N, C, *), normalized over the pixels of a whole process group.
 
-    Every process must run it on the same backend. Unlike torch's, it takes tensors on any device that our kernels take.
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    Every process must run it on the same backend. Unlike torch's, it accepts tensors on every device that our kernels
+    support. There is no second derivative over a group of several processes.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> SyncBatchNorm(3)(torch.randn(2, 3, 4, 4)).shape
     torch.Size([2, 3, 4, 4])

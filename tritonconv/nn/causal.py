@@ -18,17 +18,17 @@ __all__ = ["CausalConv1d"]
 
 
 class CausalConv1d(torch.nn.Conv1d):
-    """`torch.nn.Conv1d` that sees no later time step: (B, C, T) or (C, T) to (B, K, T / stride), zeros or a state before.
+    """`torch.nn.Conv1d` whose results depend on no later time step: (B, C, T) or (C, T) to (B, K, T / stride).
 
     Args:
-        in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as `torch.nn.Conv1d`; parameters and
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as for `torch.nn.Conv1d`; parameters and
             state_dict are the same too.
-        activation: behind it, as `tritonconv.functional.conv1d_bn_act` takes it, or None.
+        activation: applied after the convolution, as for `tritonconv.functional.conv1d_bn_act`, or None.
 
-    A depthwise layer of up to 8 taps, without stride or dilation (Mamba's), has kernels of its own, gradients in one pass,
-    and `step` for decoding; every other one is a convolution that pads before only, without a copy of its input (TCN,
-    WaveNet).
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    Zeros, or a state, come before the first step. A depthwise layer of up to 8 taps, without stride or dilation (as in
+    Mamba), has separate kernels, computes all gradients in one pass, and has `step` for decoding. Every other layer is a
+    convolution that pads only before its input, without a copy of it (as in TCN and WaveNet).
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> layer = CausalConv1d(4, 4, 4, groups=4, activation="silu")
     >>> x = torch.randn(1, 4, 6)
@@ -55,7 +55,7 @@ class CausalConv1d(torch.nn.Conv1d):
 
     @property
     def is_short(self) -> bool:
-        """Whether it has kernels of its own: depthwise, at most 8 taps, no stride and no dilation."""
+        """Whether the layer has separate kernels: depthwise, at most 8 taps, no stride and no dilation."""
         depthwise = self.in_channels == self.out_channels == self.groups
         return depthwise and self.stride == self.dilation == (1,) and self.kernel_size[0] <= LONGEST
 
@@ -64,8 +64,8 @@ class CausalConv1d(torch.nn.Conv1d):
 
         Args:
             input: (B, C, T) or (C, T).
-            initial_state: (B, C, state_steps) or (C, state_steps), what came before; None: zeros.
-            return_final_state: return the last steps of both too, as the next call's state.
+            initial_state: (B, C, state_steps) or (C, state_steps): the steps before the input; None: zeros.
+            return_final_state: also return the last steps of state and input, as the initial state of the next call.
         """
         if input.dim() == 2:
             state = None if initial_state is None else initial_state.unsqueeze(0)
@@ -91,7 +91,7 @@ class CausalConv1d(torch.nn.Conv1d):
         return y
 
     def step(self, input: Tensor, state: Tensor) -> Tensor:
-        """The next time step (B, C), or a few (B, C, S), with the state (B, C, L), L >= state_steps, moved on in place.
+        """The next time step (B, C), or S steps (B, C, S); updates the state (B, C, L), L >= state_steps, in place.
 
         For decoding, without gradients; see `tritonconv.functional.causal_conv1d_update`.
         """

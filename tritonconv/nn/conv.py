@@ -16,19 +16,19 @@ from tritonconv.ops.core.launch import ConvKind
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
 
 
-# Batch norm and residual of a convolution alone.
+# No batch norm and no residual.
 NO_EPILOGUE = (None,) * 5
 
 
 def member(module: torch.nn.Module, name: str) -> Any:
-    """A module's parameter or buffer, as `module.name` would give it, but past Module.__getattr__: that takes 0.7 us."""
+    """A module's parameter or buffer, as `module.name`, but without Module.__getattr__, which takes 0.7 us."""
     if name in module._parameters:
         return module._parameters[name]
     return module._buffers[name] if name in module._buffers else getattr(module, name)
 
 
 def numbers_of(conv: torch.nn.modules.conv._ConvNd) -> tuple[ConvKind, tuple[Any, ...]]:
-    """Which convolution the module is, and its numbers, as ops/conv/call.py takes them."""
+    """The kind of the module's convolution, and its numbers in the form that ops/conv/call.py expects."""
     nd = len(conv.kernel_size)
     if conv.transposed:
         return "conv_transpose", (nd, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
@@ -36,13 +36,13 @@ def numbers_of(conv: torch.nn.modules.conv._ConvNd) -> tuple[ConvKind, tuple[Any
 
 
 def _convolve(conv: Any, op: str, input: Tensor) -> Tensor:
-    """The forward of torch's convolutions; padding modes other than zeros pad beforehand, as torch does."""
+    """The forward of torch's convolutions; for padding modes other than zeros it pads first, as torch does."""
     padding, parameters, source = conv.padding, conv._parameters, input
     if conv.padding_mode != "zeros":
         source = torch.nn.functional.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = (0,) * len(conv.kernel_size)
     try:
-        # Past Module.__getattr__, as in `member`.
+        # Without Module.__getattr__, as in `member`.
         weight, bias = parameters["weight"], parameters["bias"]
     except KeyError:
         weight, bias = conv.weight, conv.bias
@@ -52,7 +52,7 @@ def _convolve(conv: Any, op: str, input: Tensor) -> Tensor:
 
 
 def _transpose(conv: Any, op: str, input: Tensor, output_size: list[int] | None) -> Tensor:
-    """The forward of torch's transposed convolutions: an output size that is asked for decides the output padding."""
+    """The forward of torch's transposed convolutions; an output size, if given, determines the output padding."""
     if conv.padding_mode != "zeros":
         raise ValueError(f"Only `zeros` padding mode is supported for {type(conv).__name__}, got {conv.padding_mode!r}")
     extra: Any = conv.output_padding
@@ -66,7 +66,7 @@ def _transpose(conv: Any, op: str, input: Tensor, output_size: list[int] | None)
 
 
 def output_shape(conv: torch.nn.modules.conv._ConvNd, input: Tensor) -> tuple[int, ...]:
-    """Size of the module's output for an input of this size; raises what torch raises where they do not fit."""
+    """Size of the module's output for an input of this size; raises torch's exception if the sizes do not fit."""
     nd = len(conv.kernel_size)
     shape, padding = list(input.shape), conv.padding
     if conv.padding_mode != "zeros":
@@ -83,7 +83,7 @@ def output_shape(conv: torch.nn.modules.conv._ConvNd, input: Tensor) -> tuple[in
 class Conv1d(torch.nn.Conv1d):
     """`torch.nn.Conv1d` on our kernels: (N, C, L) or (C, L) to (N, K, Q).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> Conv1d(2, 4, 3, padding="same")(torch.ones(1, 2, 8)).shape
     torch.Size([1, 4, 8])
@@ -99,7 +99,7 @@ class Conv1d(torch.nn.Conv1d):
 class Conv2d(torch.nn.Conv2d):
     """`torch.nn.Conv2d` on our kernels: (N, C, H, W) or (C, H, W) to (N, K, P, Q).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> Conv2d(2, 4, 3, stride=2)(torch.ones(1, 2, 9, 9)).shape
     torch.Size([1, 4, 4, 4])
@@ -115,7 +115,7 @@ class Conv2d(torch.nn.Conv2d):
 class Conv3d(torch.nn.Conv3d):
     """`torch.nn.Conv3d` on our kernels: (N, C, D, H, W) or (C, D, H, W) to (N, K, O, P, Q).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> Conv3d(1, 2, 2)(torch.ones(1, 1, 3, 3, 3)).shape
     torch.Size([1, 2, 2, 2, 2])
@@ -131,7 +131,7 @@ class Conv3d(torch.nn.Conv3d):
 class ConvTranspose1d(torch.nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d` on our kernels: (N, C, L) or (C, L) to (N, K, Q).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> ConvTranspose1d(4, 2, 2, stride=2)(torch.ones(1, 4, 8)).shape
     torch.Size([1, 2, 16])
@@ -147,7 +147,7 @@ class ConvTranspose1d(torch.nn.ConvTranspose1d):
 class ConvTranspose2d(torch.nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` on our kernels: (N, C, H, W) or (C, H, W) to (N, K, P, Q).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> ConvTranspose2d(4, 2, 2, stride=2)(torch.ones(1, 4, 8, 8)).shape
     torch.Size([1, 2, 16, 16])
@@ -164,7 +164,7 @@ class ConvTranspose3d(torch.nn.ConvTranspose3d):
     """`torch.nn.ConvTranspose3d` on our kernels: (N, C, D, H, W) or (C, D, H, W) to
     (N, K, O, P, Q).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> ConvTranspose3d(4, 2, 2, stride=2)(torch.ones(1, 4, 3, 3, 3)).shape
     torch.Size([1, 2, 6, 6, 6])

@@ -18,12 +18,12 @@ __all__ = ["DeformConv2d", "DeformConv2dPack"]
 
 
 class DeformConv2d(torch.nn.Module):
-    """`torchvision.ops.DeformConv2d`, with its parameters and state_dict: (N, C, H, W) and offsets to (N, K, P, Q).
+    """`torchvision.ops.DeformConv2d`, with its parameters and state_dict: from (N, C, H, W) and offsets to (N, K, P, Q).
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as torchvision's.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in torchvision.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> layer = DeformConv2d(4, 6, 3, padding=1)
     >>> x, offset, mask = torch.randn(1, 4, 5, 5), torch.zeros(1, 18, 5, 5), torch.ones(1, 9, 5, 5)
@@ -64,7 +64,7 @@ class DeformConv2d(torch.nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random values from the same distributions, drawn in the same order, as torchvision's."""
+        """Draw random values from torchvision's distributions, in torchvision's order."""
         torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight.shape[1] * self.kernel_size[0] * self.kernel_size[1])
@@ -94,15 +94,15 @@ class DeformConv2d(torch.nn.Module):
 
 
 class DeformConv2dPack(DeformConv2d):
-    """A deformable convolution with the convolution inside that predicts its offsets, and its mask: mmcv's packed layers.
+    """mmcv's packed layers: a deformable convolution and the convolution that predicts its offsets and its mask.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as `DeformConv2d`.
-        deform_groups: groups of channels with offsets of their own.
-        modulated: whether there is a mask too, as in version 2 (Zhu et al. 2019).
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as for `DeformConv2d`.
+        deform_groups: number of groups of channels; each group has its own offsets.
+        modulated: whether there is also a mask, as in version 2 (Zhu et al. 2019).
 
-    Parameters are `weight`, `bias`, `conv_offset.weight` and `conv_offset.bias`, as those of mmcv's
-    `ModulatedDeformConv2dPack` and `DeformConv2dPack`; the latter two begin as zeros.
+    Parameters are `weight`, `bias`, `conv_offset.weight` and `conv_offset.bias`, as in mmcv's
+    `ModulatedDeformConv2dPack` and `DeformConv2dPack`. The parameters of `conv_offset` are initialized with zeros.
 
     >>> layer = DeformConv2dPack(4, 6, 3, padding=1)
     >>> layer(torch.randn(1, 4, 5, 5)).shape
@@ -123,9 +123,9 @@ class DeformConv2dPack(DeformConv2d):
         torch.nn.init.zeros_(self.conv_offset.bias)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        """The deformable convolution of the image (N, C, H, W) at the places that it predicts from it."""
+        """The deformable convolution of the image (N, C, H, W), with the offsets and mask predicted from the image."""
         predicted, weight = self.conv_offset(input), member(self, "weight")
-        # As mmcv's layers have it, or had it once.
+        # The attribute's name in present and in older versions of mmcv.
         groups: int = self.__dict__.get("deform_groups") or self.__dict__["deformable_groups"]
         pairs = 2 * groups * weight.shape[2] * weight.shape[3]
         offset, mask = predicted[:, :pairs], None
@@ -139,6 +139,6 @@ class DeformConv2dPack(DeformConv2d):
 
 
 def pair(value: Any) -> tuple[int, int]:
-    """A number for both axes, or one for each."""
+    """A pair, from one number for both axes or from one for each."""
     first, second = value if isinstance(value, (tuple, list)) else (value, value)
     return first, second

@@ -1,8 +1,8 @@
-"""Memory formats that callers see: those that torch gives the original, although `convert` moves weights to channels-last.
+"""Memory formats that callers see: torch's for the original model, although `convert` makes weights channels-last.
 
-By torch's rule a channels-last weight makes a channels-last result. What a layer gives when it is called on its own, and
-what leaves a converted forward, therefore goes back to contiguous memory where the original's would lie so; between the
-layers of a traced forward it stays channels-last (convert/formats.py).
+By torch's rule the result is channels-last if the weight is. Therefore the result of a layer that is called directly, and
+the results of a converted forward, are copied to contiguous memory if the original model's results would be contiguous.
+Between the layers of a traced forward tensors stay channels-last (convert/formats.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["are_contiguous", "as_original", "restore"]
 
 
 def as_original(layer: Any, input: Tensor, y: Tensor) -> Tensor:
-    """The result of a layer that is called on its own, in the format that torch gives it with the layer's original weight.
+    """The result of a layer that is called directly, in torch's format for the layer's original weight.
 
     Args:
-        layer: a convolution; its `weight_moved` tells whether `convert` made the weight channels-last.
-        input: (N, C, *spatial), or unbatched: the result's format follows its.
+        layer: a convolution; its `weight_moved` says whether `convert` made the weight channels-last.
+        input: (N, C, *spatial), or unbatched; the result's format depends on the format of the input.
         y: the result.
     """
     if not layer.weight_moved:
@@ -32,12 +32,12 @@ def as_original(layer: Any, input: Tensor, y: Tensor) -> Tensor:
 
 
 def are_contiguous(*inputs: Tensor) -> bool:
-    """Whether none of them is channels-last, so that torch's convolutions of them are contiguous."""
+    """Whether none of the inputs is channels-last, so that torch's convolutions of them give contiguous results."""
     return not any(input.dim() > 2 and suggests_channels_last(input) for input in inputs)
 
 
 def restore(value: Any, contiguous: bool, unless: bool = False) -> Any:
-    """A tensor, or tensors in tuples and lists, contiguous if the former flag says so and the latter does not."""
+    """A tensor, or tensors in tuples and lists; made contiguous if `contiguous` is true and `unless` is not."""
     if not contiguous or unless:
         return value
     if isinstance(value, (tuple, list)):
@@ -49,7 +49,7 @@ def restore(value: Any, contiguous: bool, unless: bool = False) -> Any:
 def _contiguous(y: Tensor) -> Tensor:
     if y.is_contiguous():
         strides = dense_strides(tuple(y.shape), False)
-        # Where sizes are one, other strides reach the same elements; but callers see them.
+        # If sizes are one, other strides reach the same elements, but callers see the strides.
         return y if y.stride() == strides else y.as_strided(y.shape, strides)
     notify_copy()
     return y.contiguous()

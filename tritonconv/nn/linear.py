@@ -15,7 +15,7 @@ __all__ = ["Linear"]
 class Linear(torch.nn.Linear):
     """`torch.nn.Linear` on our kernels: (*, C) to (*, K).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> Linear(3, 4)(torch.ones(2, 3)).shape
     torch.Size([2, 4])

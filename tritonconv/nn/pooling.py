@@ -1,4 +1,4 @@
-"""torch.nn's poolings on our kernels: same constructors, attributes and hooks; minimum and sum beside them."""
+"""torch.nn's poolings on our kernels: same constructors, attributes and hooks; also minimum and sum."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _mean(nd: int, layer: Any, input: Tensor, divisor: int | None, include_pad: 
 class MaxPool1d(torch.nn.MaxPool1d):
     """`torch.nn.MaxPool1d` on our kernels: (N, C, L) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> MaxPool1d(2)(torch.randn(2, 3, 6)).shape
     torch.Size([2, 3, 3])
@@ -63,7 +63,7 @@ class MaxPool1d(torch.nn.MaxPool1d):
 class MaxPool2d(torch.nn.MaxPool2d):
     """`torch.nn.MaxPool2d` on our kernels: (N, C, H, W) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> MaxPool2d(2)(torch.randn(2, 3, 6, 6)).shape
     torch.Size([2, 3, 3, 3])
@@ -78,7 +78,7 @@ class MaxPool2d(torch.nn.MaxPool2d):
 class MaxPool3d(torch.nn.MaxPool3d):
     """`torch.nn.MaxPool3d` on our kernels: (N, C, D, H, W) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> MaxPool3d(2)(torch.randn(2, 3, 6, 6, 6)).shape
     torch.Size([2, 3, 3, 3, 3])
@@ -93,7 +93,7 @@ class MaxPool3d(torch.nn.MaxPool3d):
 class MinPool1d(torch.nn.MaxPool1d):
     """Minimum of every window: `-MaxPool1d(...)(-input)`, with the same arguments; (N, C, L) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> MinPool1d(2)(torch.arange(4.0).view(1, 4)).tolist()
     [[0.0, 2.0]]
@@ -108,7 +108,7 @@ class MinPool1d(torch.nn.MaxPool1d):
 class MinPool2d(torch.nn.MaxPool2d):
     """Minimum of every window: `-MaxPool2d(...)(-input)`, with the same arguments; (N, C, H, W) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> MinPool2d(2)(torch.arange(4.0).view(1, 2, 2)).item()
     0.0
@@ -123,7 +123,7 @@ class MinPool2d(torch.nn.MaxPool2d):
 class MinPool3d(torch.nn.MaxPool3d):
     """Minimum of every window: `-MaxPool3d(...)(-input)`, with the same arguments; (N, C, D, H, W) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> MinPool3d(2)(torch.arange(8.0).view(1, 2, 2, 2)).item()
     0.0
@@ -138,7 +138,7 @@ class MinPool3d(torch.nn.MaxPool3d):
 class AvgPool1d(torch.nn.AvgPool1d):
     """`torch.nn.AvgPool1d` on our kernels: (N, C, L) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> AvgPool1d(2)(torch.randn(2, 3, 6)).shape
     torch.Size([2, 3, 3])
@@ -153,7 +153,7 @@ class AvgPool1d(torch.nn.AvgPool1d):
 class AvgPool2d(torch.nn.AvgPool2d):
     """`torch.nn.AvgPool2d` on our kernels: (N, C, H, W) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> AvgPool2d(2)(torch.randn(2, 3, 6, 6)).shape
     torch.Size([2, 3, 3, 3])
@@ -168,7 +168,7 @@ class AvgPool2d(torch.nn.AvgPool2d):
 class AvgPool3d(torch.nn.AvgPool3d):
     """`torch.nn.AvgPool3d` on our kernels: (N, C, D, H, W) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> AvgPool3d(2)(torch.randn(2, 3, 6, 6, 6)).shape
     torch.Size([2, 3, 3, 3, 3])
@@ -181,9 +181,9 @@ class AvgPool3d(torch.nn.AvgPool3d):
 
 
 class SumPool1d(torch.nn.AvgPool1d):
-    """Sum of every window: an `AvgPool1d` whose divisor is 1, whatever it was given; (N, C, L) or without N.
+    """Sum of every window: an `AvgPool1d` whose divisor is always 1; (N, C, L) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> SumPool1d(2)(torch.ones(1, 2)).item()
     2.0
@@ -196,9 +196,9 @@ class SumPool1d(torch.nn.AvgPool1d):
 
 
 class SumPool2d(torch.nn.AvgPool2d):
-    """Sum of every window: an `AvgPool2d` whose divisor is 1, whatever it was given; (N, C, H, W) or without N.
+    """Sum of every window: an `AvgPool2d` whose divisor is always 1; (N, C, H, W) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> SumPool2d(2)(torch.ones(1, 2, 2)).item()
     4.0
@@ -211,9 +211,9 @@ class SumPool2d(torch.nn.AvgPool2d):
 
 
 class SumPool3d(torch.nn.AvgPool3d):
-    """Sum of every window: an `AvgPool3d` whose divisor is 1, whatever it was given; (N, C, D, H, W) or without N.
+    """Sum of every window: an `AvgPool3d` whose divisor is always 1; (N, C, D, H, W) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> SumPool3d(2)(torch.ones(1, 2, 2, 2)).item()
     8.0
@@ -228,7 +228,7 @@ class SumPool3d(torch.nn.AvgPool3d):
 class LPPool1d(torch.nn.LPPool1d):
     """`torch.nn.LPPool1d` on our kernels: (N, C, L) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> LPPool1d(2, 2)(torch.randn(2, 3, 6)).shape
     torch.Size([2, 3, 3])
@@ -243,7 +243,7 @@ class LPPool1d(torch.nn.LPPool1d):
 class LPPool2d(torch.nn.LPPool2d):
     """`torch.nn.LPPool2d` on our kernels: (N, C, H, W) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> LPPool2d(2, 2)(torch.randn(2, 3, 6, 6)).shape
     torch.Size([2, 3, 3, 3])
@@ -258,7 +258,7 @@ class LPPool2d(torch.nn.LPPool2d):
 class LPPool3d(torch.nn.LPPool3d):
     """`torch.nn.LPPool3d` on our kernels: (N, C, D, H, W) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> LPPool3d(2, 2)(torch.randn(2, 3, 6, 6, 6)).shape
     torch.Size([2, 3, 3, 3, 3])
@@ -273,7 +273,7 @@ class LPPool3d(torch.nn.LPPool3d):
 class MaxUnpool1d(torch.nn.MaxUnpool1d):
     """`torch.nn.MaxUnpool1d` on our kernels: (N, C, L) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> MaxUnpool1d(2)(torch.randn(2, 3, 3), torch.zeros(2, 3, 3, dtype=torch.int64)).shape
     torch.Size([2, 3, 6])
@@ -288,7 +288,7 @@ class MaxUnpool1d(torch.nn.MaxUnpool1d):
 class MaxUnpool2d(torch.nn.MaxUnpool2d):
     """`torch.nn.MaxUnpool2d` on our kernels: (N, C, H, W) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> MaxUnpool2d(2)(torch.randn(2, 3, 3, 3), torch.zeros(2, 3, 3, 3, dtype=torch.int64)).shape
     torch.Size([2, 3, 6, 6])
@@ -303,7 +303,7 @@ class MaxUnpool2d(torch.nn.MaxUnpool2d):
 class MaxUnpool3d(torch.nn.MaxUnpool3d):
     """`torch.nn.MaxUnpool3d` on our kernels: (N, C, D, H, W) or without N.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> MaxUnpool3d(2)(torch.randn(2, 3, 3, 3, 3), torch.zeros(2, 3, 3, 3, 3, dtype=torch.int64)).shape
     torch.Size([2, 3, 6, 6, 6])
@@ -316,12 +316,12 @@ class MaxUnpool3d(torch.nn.MaxUnpool3d):
 
 
 class StochasticPool2d(torch.nn.Module):
-    """One drawn element of each window in training, its weighted mean in eval mode: (N, C, H, W) or (C, H, W).
+    """One drawn element of each window in training, its weighted mean in eval mode; (N, C, H, W) or (C, H, W).
 
     Args:
-        kernel_size, stride, padding, ceil_mode: as `tritonconv.functional.stochastic_pool2d` takes them.
+        kernel_size, stride, padding, ceil_mode: as for `tritonconv.functional.stochastic_pool2d`.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> StochasticPool2d(2)(torch.rand(1, 3, 4, 4)).shape
     torch.Size([1, 3, 2, 2])

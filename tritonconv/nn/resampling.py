@@ -17,7 +17,7 @@ __all__ = [
 class Upsample(torch.nn.Upsample):
     """`torch.nn.Upsample` on our kernels: (N, C, *spatial) of one to three spatial axes, fp16, bf16, fp32 or fp64.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> Upsample(scale_factor=2, mode="bilinear")(torch.randn(1, 3, 4, 4)).shape
     torch.Size([1, 3, 8, 8])
@@ -35,7 +35,7 @@ class Upsample(torch.nn.Upsample):
 class UpsamplingNearest2d(torch.nn.UpsamplingNearest2d):
     """`torch.nn.UpsamplingNearest2d` on our kernels: (N, C, H, W), fp16, bf16, fp32 or fp64.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> UpsamplingNearest2d(scale_factor=2)(torch.randn(1, 3, 4, 4)).shape
     torch.Size([1, 3, 8, 8])
@@ -48,7 +48,7 @@ class UpsamplingNearest2d(torch.nn.UpsamplingNearest2d):
 class UpsamplingBilinear2d(torch.nn.UpsamplingBilinear2d):
     """`torch.nn.UpsamplingBilinear2d` on our kernels: (N, C, H, W), fp16, bf16, fp32 or fp64; corners are aligned.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> UpsamplingBilinear2d(scale_factor=2)(torch.randn(1, 3, 4, 4)).shape
     torch.Size([1, 3, 8, 8])
@@ -61,7 +61,7 @@ class UpsamplingBilinear2d(torch.nn.UpsamplingBilinear2d):
 class PixelShuffle(torch.nn.PixelShuffle):
     """`torch.nn.PixelShuffle` on our kernels: (*, C r^2, H, W) of types of 1, 2, 4 or 8 bytes becomes (*, C, H r, W r).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> PixelShuffle(2)(torch.randn(1, 12, 4, 4)).shape
     torch.Size([1, 3, 8, 8])
@@ -76,7 +76,7 @@ class PixelShuffle(torch.nn.PixelShuffle):
 class PixelUnshuffle(torch.nn.PixelUnshuffle):
     """`torch.nn.PixelUnshuffle` on our kernels: (*, C, H r, W r) of types of 1, 2, 4 or 8 bytes becomes (*, C r^2, H, W).
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> PixelUnshuffle(2)(torch.randn(1, 3, 8, 8)).shape
     torch.Size([1, 12, 4, 4])
@@ -91,7 +91,7 @@ class PixelUnshuffle(torch.nn.PixelUnshuffle):
 class ChannelShuffle(torch.nn.ChannelShuffle):
     """`torch.nn.ChannelShuffle` on our kernels: (N, C, *) of types of 1, 2, 4 or 8 bytes.
 
-    `backend` ("auto", "triton", "torch") is the layer's own choice; None leaves it to `tritonconv.set_backend`.
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
 
     >>> ChannelShuffle(2)(torch.randn(1, 4, 2, 2)).shape
     torch.Size([1, 4, 2, 2])

@@ -1,4 +1,4 @@
-"""Activations by name, as a fused call takes them and as torch computes them."""
+"""Activations by name, for fused calls, and their computation by torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = [
 
 
 def table() -> dict[str, Activation]:
-    """The rows of kernels/activations.py; none where triton is not installed, and all else runs on torch.
+    """The rows of kernels/activations.py; none if triton is not installed, when everything runs on torch.
 
-    Read late, so that `import tritonconv` does not import triton.
+    Imported here and not at the top, so that `import tritonconv` does not import triton.
     """
     if not HAS_TRITON:
         return {}
@@ -31,21 +31,21 @@ def table() -> dict[str, Activation]:
 
 
 class ActivationSpec(NamedTuple):
-    """A row of the table with its numbers."""
+    """An activation: the name of its row in the table, and its numbers."""
 
     name: str
     a: float = 0.0
     b: float = 0.0
 
     def torch(self, x: Tensor) -> Tensor:
-        """What torch computes."""
+        """The activation of x by torch."""
         row = table()[self.name]
         numbers = dict(zip((n for n, _ in row.parameters), (self.a, self.b), strict=False))
         function: Callable[..., Tensor] = getattr(torch.nn.functional, row.function)
         return function(x, **numbers, **dict(row.fixed))
 
     def given(self) -> tuple[Any, ...]:
-        """As a user writes it, such as ("leaky_relu", 0.2)."""
+        """The form in which a user writes it, such as ("leaky_relu", 0.2)."""
         return (self.name, *(self.a, self.b)[: len(table()[self.name].parameters)])
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class ActivationSpec(NamedTuple):
 
 
 def to_numbers(activation: ActivationSpec | None) -> tuple[str, float, float]:
-    """What operators take for an activation; the name is "" for none."""
+    """An activation as arguments of an operator; the name is "" if there is none."""
     return tuple(activation) if activation is not None else ("", 0.0, 0.0)  # type: ignore[return-value]
 
 
@@ -79,7 +79,7 @@ def default_specs() -> dict[str, ActivationSpec]:
 
 
 def make_spec(name: str, numbers: tuple[float, ...] = ()) -> ActivationSpec:
-    """The named activation, with its defaults where `numbers` ends."""
+    """The named activation, with default values for the numbers that are missing."""
     if not table():
         raise ImportError(f"activation {name!r}: activations by name need triton, which is not installed")
     name = ALIASES.get(name, name)
@@ -93,12 +93,12 @@ def make_spec(name: str, numbers: tuple[float, ...] = ()) -> ActivationSpec:
 
 _module_types: dict[type[torch.nn.Module], tuple[str, ...]] = {}
 _plain_types: dict[type[torch.nn.Module], ActivationSpec] = {}
-"""Those without options, filled along with the others."""
+"""The types without options, filled together with the others."""
 
 
 def module_types() -> dict[type[torch.nn.Module], tuple[str, ...]]:
-    """torch.nn's activation classes, each with the rows that it can stand for."""
-    # Filled once. Dynamo warns of a functools.cache wherever it traces through one.
+    """torch.nn's activation classes, each with the rows of the table that it can compute."""
+    # Filled once, without functools.cache: Dynamo gives a warning whenever it traces through one.
     if not _module_types:
         for name, row in table().items():
             kind = getattr(torch.nn, row.module)
@@ -109,7 +109,7 @@ def module_types() -> dict[type[torch.nn.Module], tuple[str, ...]]:
 
 
 def from_module(module: torch.nn.Module) -> ActivationSpec | None:
-    """The activation that a module computes, or None where it is not one of ours (a subclass is not)."""
+    """The activation that a module computes, or None if it is none of ours (a subclass is none)."""
     plain = _plain_types.get(type(module))
     if plain is not None:
         return plain
@@ -121,7 +121,7 @@ def from_module(module: torch.nn.Module) -> ActivationSpec | None:
 
 
 def to_module(spec: ActivationSpec | None) -> torch.nn.Module:
-    """torch.nn's module of an activation, or one that does nothing."""
+    """torch.nn's module for an activation, or Identity for None."""
     if spec is None:
         return torch.nn.Identity()
     row = table()[spec.name]
@@ -131,7 +131,7 @@ def to_module(spec: ActivationSpec | None) -> torch.nn.Module:
 
 
 def parse_activation(value: object) -> ActivationSpec | None:
-    """None, "identity", a name, (name, numbers...), a module of torch.nn, or a spec.
+    """The activation for None, "identity", a name, (name, numbers...), a module of torch.nn, or a spec.
 
     >>> parse_activation("relu"), parse_activation(("leaky_relu", 0.2)).a, parse_activation(torch.nn.GELU("tanh")).name
     (ActivationSpec(name='relu', a=0.0, b=0.0), 0.2, 'gelu_tanh')

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why not the other."""
+"""The choice of the backend that runs a call, and the reasons for it."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class _Settings:
-    """What the process chose."""
+    """The settings of the process."""
 
     def __init__(self) -> None:
         self.backend: Backend = "auto"
-        # Read once, as TRITON_INTERPRET is.
+        # Read once, like TRITON_INTERPRET.
         self.hopper = os.environ.get("TRITONCONV_HOPPER", "0") not in ("", "0")
 
 
@@ -61,12 +61,12 @@ settings = _Settings()
 
 
 class set_backend:  # noqa: N801 - a context manager that reads as a function, like torch.set_grad_enabled
-    """Choose who runs our operators, at once and for the whole process, or for a `with` block.
+    """Choose the backend of our operators, at once for the whole process, or for a `with` block.
 
     Args:
         backend: "auto" (Triton where it is supported, else torch), "triton" (an error where it is not supported),
-            "hopper" (as "triton", and dense convolutions on the kernels for H100 and H200 where those support them; they
-            were not run on a GPU yet) or "torch".
+            "hopper" (as "triton", with dense convolutions on the kernels for H100 and H200 if these support them; these
+            kernels have not run on a GPU yet) or "torch".
 
     >>> with set_backend("torch"):
     ...     current_backend()
@@ -96,7 +96,7 @@ def current_backend(override: Backend | None = None) -> Backend:
 
 
 class _Asked(threading.local):
-    """Whether the layer that is being run on this thread asks for Hopper's kernels."""
+    """Whether the layer that runs on this thread asks for Hopper's kernels."""
 
     hopper = False
 
@@ -105,13 +105,13 @@ asked = _Asked()
 
 
 def hopper_asked() -> bool:
-    """Whether Hopper's kernels are to run what they support: the process, its environment or a layer says so."""
+    """Whether Hopper's kernels run the calls that they support: the process, its environment or a layer asks for it."""
     return asked.hopper or settings.backend == "hopper" or (settings.hopper and settings.backend != "torch")
 
 
 @contextmanager
 def asking_hopper(wanted: bool) -> Iterator[None]:
-    """Resolve and run calls on this thread for a layer that asks for Hopper's kernels, or does not add to who does."""
+    """Resolve and run calls on this thread with Hopper's kernels if `wanted`; else the outer setting stays."""
     outer, asked.hopper = asked.hopper, asked.hopper or wanted
     try:
         yield
@@ -123,18 +123,18 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def constant_under_compile(function: Function) -> Function:
-    """Let torch.compile call the function as it traces and take its result for a constant.
+    """Make torch.compile call the function while it traces, and treat the result as a constant.
 
-    This is what torch.compiler.assume_constant_result does, which would import all of torch._dynamo for it: seconds.
+    torch.compiler.assume_constant_result does the same, but imports all of torch._dynamo, which takes seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-# Dynamo takes these two as constants: it cannot trace into triton's and CUDA's bindings, and they never change.
+# Constants for Dynamo: it cannot trace into triton's and CUDA's bindings, and the results never change.
 @constant_under_compile
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs kernels: TRITON_INTERPRET as it was at the first call."""
+    """Whether Triton's interpreter runs kernels: the value of TRITON_INTERPRET at the first call."""
     return HAS_TRITON and _interpreting()
 
 
@@ -156,7 +156,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 class _Capture(threading.local):
-    """Whether launches on this thread are built from meta tensors and kept, not run (ops/core/launch.py: captured)."""
+    """Whether launches on this thread are built from meta tensors and stored, not run (ops/core/launch.py: captured)."""
 
     active = False
 
@@ -165,7 +165,7 @@ capture = _Capture()
 
 
 def why_unsupported_device(device: torch.device) -> str | None:
-    """Why no kernel runs on this device; None where they do."""
+    """Why no kernel runs on this device; None if kernels do."""
     if not HAS_TRITON:
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()) and not capture.active:
@@ -185,13 +185,14 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def why_unsupported(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] | None = FLOATS) -> str | None:
-    """Why these tensors cannot go through a Triton kernel; None where they can.
+    """Why a Triton kernel cannot take these tensors; None if it can.
 
-    What is asked here is part of a call's signature (core/signature.py) or keeps the call away from it (`is_watched`).
+    Every property that is checked here must be part of a call's signature (core/signature.py), or a call with it must get
+    no signature (`is_watched`).
 
     Args:
         tensors: the image first.
-        dtypes: those that the kernels take of it; None: any.
+        dtypes: the dtypes of the image that the kernels take; None: any.
     """
     x = tensors[0]
     reason = why_unsupported_device(x.device)
@@ -216,7 +217,7 @@ def why_unsupported(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtyp
 
 
 def why_no_views(tensors: Sequence[torch.Tensor]) -> str | None:
-    """Why no views can be made of these tensors for a kernel; None where they can."""
+    """Why no views of these tensors can be made for a kernel; None if they can."""
     if any(t.layout != torch.strided for t in tensors):
         return "a tensor is not strided"
     if torch.compiler.is_compiling():
@@ -228,9 +229,9 @@ def why_no_views(tensors: Sequence[torch.Tensor]) -> str | None:
 
 
 def is_foreign(t: torch.Tensor) -> bool:
-    """Whether a tensor's class decides itself what operators do, and may know nothing of ours."""
+    """Whether a tensor's class itself defines what operators do; it may not know our operators."""
     kind = type(t)
-    # torch's own, behind compilers, export and fake tensors, take any operator.
+    # torch's own classes for compilers, export and fake tensors take any operator.
     if kind in PLAIN or kind.__module__.startswith("torch._subclasses."):
         return False
     function, dispatch = kind.__torch_function__, kind.__torch_dispatch__
@@ -238,14 +239,14 @@ def is_foreign(t: torch.Tensor) -> bool:
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """What autocast casts tensors beside `x` to; None where it is off."""
+    """The dtype to which autocast casts tensors on `x`'s device; None if it is off."""
     kind = x.device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if enabled else None
 
 
 def cast_for_autocast(t: Any, dtype: torch.dtype) -> Any:
-    """What torch's autocast makes of an argument of a convolution."""
+    """An argument of a convolution as torch's autocast casts it."""
     return t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
 
 
@@ -254,19 +255,19 @@ class OnTorch(NamedTuple):
 
     reason: str
     described: str | None = None
-    """The call, where a warning names it."""
+    """The call, if a warning must name it."""
     conditions: str | None = None
-    """Where our kernel could run it too and torch is preferred: what a measurement must share with the call."""
+    """If our kernel could run the call and torch is preferred: the conditions for a measurement to be valid for it."""
 
     def warn(self) -> None:
-        """Say it, once for each call and reason."""
+        """Give a warning, once for each call and reason."""
         if self.described is not None and (self.described, self.reason) not in _warned:
             _warned.add((self.described, self.reason))
             warnings.warn(f"tritonconv: {self.described} runs on torch: {self.reason}", stacklevel=_level_of_caller())
 
 
 def _level_of_caller() -> int:
-    """The stack level of the first line outside of us and torch, as `warnings.warn` counts it from who asks."""
+    """The stack level of the first frame outside of this library and torch, as `warnings.warn` counts from the caller."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
         level, frame = level + 1, frame.f_back
@@ -284,14 +285,14 @@ def decide(
     tensors: Sequence[torch.Tensor], backend: Backend | None, describe: Callable[[], str], reason: str | None = None,
     dtypes: Sequence[torch.dtype] | None = FLOATS,
 ) -> OnTorch | None:  # fmt: skip
-    """None to run on Triton, else why torch runs the call.
+    """None if the call runs on Triton, else the reason why torch runs it.
 
     Args:
-        tensors: everything the kernel would read.
-        backend: the layer's own choice; the global one goes first unless it is "auto".
-        describe: says which call it is, for the error and the warning.
-        reason: known beforehand, why there is no kernel for it.
-        dtypes: those that the kernels take of the first tensor; None: any.
+        tensors: all tensors that the kernel would read.
+        backend: the layer's own choice; the global choice has priority unless it is "auto".
+        describe: describes the call, for the error and the warning.
+        reason: why there is no kernel for the call, if this is already known.
+        dtypes: the dtypes of the first tensor that the kernels take; None: any.
 
     Raises:
         RuntimeError: backend "triton" or "hopper" was asked for and the call is not supported.

@@ -1,4 +1,4 @@
-"""What follows a convolution in the same kernel: bias, batch norm in eval mode, residual, activation."""
+"""The epilogue of a convolution in the same kernel: bias, batch norm in eval mode, residual, activation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["BatchNorm", "Epilogue", "ResidualError"]
 
 
 class ResidualError(RuntimeError):
-    """A residual has another size than the result."""
+    """The residual and the result have different sizes."""
 
 
 class BatchNorm(NamedTuple):
@@ -61,12 +61,12 @@ class Epilogue(NamedTuple):
         return Epilogue(each(self.bias), norm, each(self.residual), self.activation)
 
     def arranged(self, channels_last: bool) -> Epilogue:
-        """As kernels read it beside a result of this format: vectors side by side, the residual as the result lies."""
+        """The tensors as kernels read them for a result of this format: contiguous vectors, the residual in this format."""
         residual = None if self.residual is None else as_format(self.residual, channels_last)
         return self._replace(residual=None).map(Tensor.contiguous)._replace(residual=residual)
 
     def arguments(self) -> dict[str, Any]:
-        """A kernel's arguments, the same for every kernel."""
+        """The arguments of a kernel, with the same names for every kernel."""
         norm = self.batch_norm
         mean, var, gamma, beta = (None,) * 4 if norm is None else norm[:4]
         return dict(
@@ -75,11 +75,11 @@ class Epilogue(NamedTuple):
         )  # fmt: skip
 
     def constants(self) -> dict[str, Any]:
-        """Those that are no tensors."""
+        """The arguments that are not tensors."""
         return dict(EPS=float(self.batch_norm.eps) if self.batch_norm else 0.0, **activation_constants(self.activation))
 
     def torch(self, y: Tensor) -> Tensor:
-        """What torch computes behind a convolution that has added its bias already."""
+        """The epilogue by torch, after a convolution that has already added its bias."""
         if self.batch_norm is not None:
             mean, var, weight, bias, eps = self.batch_norm
             y = batch_norm_on_torch(y, mean, var, weight, bias, eps=eps)
@@ -88,9 +88,9 @@ class Epilogue(NamedTuple):
         return y if self.activation is None else self.activation.torch(y)
 
     def check(self, op: str, what: object, x: Tensor, channels: int, output_shape: tuple[int, ...] | None) -> None:
-        """Raise what torch raises for tensors of a wrong size, type or device; `what` says the geometry when printed.
+        """Raise torch's exceptions for tensors of a wrong size, type or device; `what` is printed as the geometry.
 
-        `output_shape` is None where the caller has checked the residual.
+        `output_shape` is None if the caller has checked the residual.
         """
         if self.bias is not None and tuple(self.bias.shape) != (channels,):
             raise RuntimeError(

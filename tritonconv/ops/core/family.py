@@ -1,7 +1,8 @@
-"""Families of public calls: who runs a call (our kernels, or torch and why), resolved once for each signature.
+"""Families of public calls: what runs a call (our kernels, or torch and why), resolved once for each signature.
 
-A family says how a user's arguments are parsed, what our kernels cannot do, what torch computes, what a call costs, and how
-operators make the result. From that follow the warm path, autocast, warnings, observers and gradients, the same for all.
+A family defines how a user's arguments are parsed, what our kernels cannot do, what torch computes, what a call costs, and
+which operators compute the result. The path of repeated calls, autocast, warnings, observers and gradients follow from this
+definition, and are the same for all families.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ Tensors = Sequence[Any]
 
 
 class Unsupported(NamedTuple):
-    """Our kernels do not take these arguments: torch runs the call, or says what is wrong with it."""
+    """Our kernels do not take these arguments: torch runs the call or raises an error."""
 
     reason: str = ""
-    """ "" where torch is expected to raise, or where there is nothing to compute."""
+    """ "" if torch is expected to raise, or if there is nothing to compute."""
 
 
 class Cost(NamedTuple):
-    """What a call computes and moves."""
+    """The multiply-adds of a call, and the bytes that it moves."""
 
     bytes: int
     macs: int = 0
@@ -57,25 +58,25 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Resolved:
-    """Who runs a call."""
+    """What runs a call."""
 
     refused: OnTorch | None
-    """Why torch does; None where our kernels do."""
+    """Why torch runs it; None if our kernels do."""
     recording: Recording | None
-    """What our kernels do; None where torch runs the call, or someone traces it."""
+    """What our kernels do; None if torch runs the call, or if it is traced."""
 
 
 class Family(abc.ABC, Generic[Parsed]):
-    """Public functions that share their arguments' form."""
+    """Public functions whose arguments have the same form."""
 
     tensors: ClassVar[tuple[str, ...]] = ("input",)
-    """Names of the tensors, as error messages have them; only the first must be there."""
+    """Names of the tensors, for error messages; only the first one is always required."""
     required: ClassVar[int] = 1
-    """So many of them must be there."""
+    """How many of them, from the first, are required."""
     casts: ClassVar[tuple[int, ...]] = ()
-    """Which of them autocast casts."""
+    """Indices of the tensors that autocast casts."""
     dtypes: ClassVar[Sequence[torch.dtype] | None] = FLOATS
-    """What the first of them may be; None: anything."""
+    """Dtypes that the first tensor may have; None: any."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -83,28 +84,28 @@ class Family(abc.ABC, Generic[Parsed]):
         self.found = Memo()
 
     torch_checks_types: ClassVar[bool] = False
-    """Whether torch's own function raises best for what is no tensor."""
+    """Whether torch's own function raises the error for an argument that is not a tensor."""
 
-    # What a family declares.
+    # What each family defines.
 
     @abc.abstractmethod
     def parse(self, tensors: Tensors, numbers: tuple[Any, ...]) -> Parsed | Unsupported:
-        """The call's geometry and numbers; without a geometry under torch.compile, which would guard all sizes."""
+        """The call's geometry and numbers; under torch.compile no geometry, which would add guards for all sizes."""
 
     @abc.abstractmethod
     def run(self, tensors: Tensors, parsed: Parsed) -> Any:
-        """The result, by operators."""
+        """The result, computed by operators."""
 
     @abc.abstractmethod
     def on_torch(self, tensors: Tensors, numbers: tuple[Any, ...]) -> Any:
-        """What torch computes, or raises."""
+        """The result of torch's function, or its exception."""
 
     @abc.abstractmethod
     def cost(self, tensors: Tensors, parsed: Parsed) -> Cost:
-        """What the call computes and moves at least."""
+        """The multiply-adds of the call, and the least bytes that it moves."""
 
     def why_unsupported(self, tensors: Tensors, parsed: Parsed) -> str | None:  # noqa: ARG002
-        """Why there is no kernel for a call that parses, beside what holds for all families."""
+        """Why there is no kernel for a call that could be parsed, besides the reasons that all families share."""
         return None
 
     def describe(self, tensors: Tensors, numbers: tuple[Any, ...], parsed: Parsed | None) -> str:
@@ -116,11 +117,11 @@ class Family(abc.ABC, Generic[Parsed]):
         return self.name
 
     def prefers_torch(self, recording: Recording, tensors: Tensors, parsed: Parsed) -> OnTorch | None:  # noqa: ARG002
-        """Why torch is to run a call that our kernels could: it was measured faster."""
+        """Why torch runs a call that our kernels could run: it was measured to be faster."""
         return None
 
     def observed(self, resolved: Resolved, tensors: Tensors, numbers: tuple[Any, ...], parsed: Parsed) -> Call:
-        """The call as observers see it."""
+        """The call in the form for observers."""
         cost = self.cost(tensors, parsed)
         x = tensors[0]
         if resolved.refused is not None:
@@ -131,23 +132,23 @@ class Family(abc.ABC, Generic[Parsed]):
         return Call(self.op(numbers), decision, cost.geometry, cost.macs, cost.bytes, x.dtype, x.device, None, "")
 
     def is_collective(self, parsed: Parsed) -> bool:  # noqa: ARG002
-        """Whether the call waits for other processes, and cannot be recorded."""
+        """Whether the call waits for other processes, so that it cannot be recorded."""
         return False
 
     def face(
         self, tensors: Tensors, numbers: tuple[Any, ...]
     ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-        """The public function of a call, its arguments and those by name: what __torch_function__ is given."""
+        """The public function of a call, its arguments and its named arguments, for __torch_function__."""
         return self.__call__, (tensors, numbers), {}
 
-    # What follows for each of them.
+    # What is the same for all families.
 
     def __call__(self, tensors: Tensors, numbers: tuple[Any, ...], backend: Backend | None = None) -> Any:
         """The result of a call.
 
         Args:
-            tensors: one for each name, None for those that the call has not.
-            numbers: the user's own arguments in a tuple, then what is hashable and of settled types.
+            tensors: one for each name, None for those that are not given.
+            numbers: a tuple of the user's arguments, then values that are hashable and of known types.
             backend: the layer's own choice.
         """
         signature = None
@@ -159,7 +160,7 @@ class Family(abc.ABC, Generic[Parsed]):
                     numbers = (_settled(numbers[0]), *numbers[1:])
                     signature = self.signature(tensors, numbers, backend)
                 found = self.found.get(signature)
-            # Symbolic, sparse and opaque tensors have no signature; what is no tensor or no number raises elsewhere.
+            # Symbolic, sparse and opaque tensors have no signature; arguments of wrong types raise elsewhere.
             except (AttributeError, RuntimeError, TypeError, ValueError):
                 signature = found = None
             if found is not None:
@@ -167,11 +168,11 @@ class Family(abc.ABC, Generic[Parsed]):
         return self._first(signature, tensors, numbers, backend)
 
     def _first(self, signature: Any, tensors: Tensors, numbers: tuple[Any, ...], backend: Backend | None) -> Any:
-        """The result of a call that was not seen before, or is seen by others one by one."""
+        """The result of a call that was not seen before, or that is traced or observed."""
         if self._check(tensors, numbers):
             return self.on_torch(tensors, numbers)
         if not torch.compiler.is_compiling():
-            # Classes of tensors find torch's own function where they have rules for it (`why_no_views`).
+            # Tensor classes with rules for torch's own function get a call of it (`why_no_views`).
             overriding = [t for t in tensors if t is not None and not isinstance(t, Tensor)]
             if overriding:
                 function, arguments, named = self.face(tensors, numbers)
@@ -185,7 +186,7 @@ class Family(abc.ABC, Generic[Parsed]):
             return self.on_torch(cast, numbers)
         parsed = self.parse(cast, numbers)
         if isinstance(parsed, Unsupported):
-            # Torch judges the arguments first, and where it finds nothing wrong, its result is no silent one.
+            # torch checks the arguments first; if it raises nothing, the run on torch is reported.
             result = self.on_torch(cast, numbers)
             if parsed.reason:
                 decide(given, backend, lambda: self.describe(cast, numbers, None), parsed.reason, self.dtypes)
@@ -195,7 +196,7 @@ class Family(abc.ABC, Generic[Parsed]):
         reason = self.why_unsupported(cast, parsed)
         refused = decide(given, backend, lambda: self.describe(cast, numbers, parsed), reason, self.dtypes)
         if is_traced(tensors) or (refused is None and self.is_collective(parsed)):
-            # Times that were measured in eager mode say nothing of a compiler's, so that tables are not asked.
+            # Times measured in eager mode are not valid under a compiler, so that the tables are not used.
             if refused is not None:
                 return self.on_torch(cast, numbers)
             with asking_hopper(current_backend(backend) == "hopper"):
@@ -210,7 +211,7 @@ class Family(abc.ABC, Generic[Parsed]):
             if current_backend(backend) == "auto":
                 resolved = Resolved(self.prefers_torch(recording, cast, parsed), recording)
         run = self._by_torch(resolved.refused, numbers, dtype) if resolved.refused is not None else recording.run
-        # Another thread may have changed a setting since the signature was made: then this decision is not the signature's.
+        # If another thread has changed a setting since the signature was made, this decision does not belong to it.
         if signature is not None and signature == self.signature(tensors, numbers, backend):
             self.found.remember(signature, run)
         if notify(lambda: self.observed(resolved, cast, numbers, parsed)):
@@ -218,7 +219,7 @@ class Family(abc.ABC, Generic[Parsed]):
         return run(*tensors)
 
     def refuses(self, tensors: Tensors, numbers: tuple[Any, ...], backend: Backend | None) -> bool:
-        """Whether torch would run a call; where that needs saying, it is said."""
+        """Whether torch would run a call; gives a warning if the reason requires one."""
         cast = self._cast(tensors, autocast_dtype(tensors[0]) if self.casts else None)
         parsed = self.parse(cast, numbers)
         if isinstance(parsed, Unsupported):
@@ -235,7 +236,7 @@ class Family(abc.ABC, Generic[Parsed]):
         return run
 
     def _check(self, tensors: Tensors, numbers: tuple[Any, ...]) -> bool:
-        """Whether torch is to say that an argument is no tensor; else a TypeError says so."""
+        """Whether torch must raise the error for an argument that is not a tensor; else raise a TypeError here."""
         for i, (name, t) in enumerate(zip(self.tensors, tensors, strict=True)):
             if not isinstance(t, Tensor) and not (t is None and i >= self.required) and not has_torch_function((t,)):
                 if self.torch_checks_types:
@@ -250,7 +251,7 @@ class Family(abc.ABC, Generic[Parsed]):
 
 
 def _lies_like(result: Any, resolved: Resolved) -> Any:
-    """An observed run takes the format that the kernel would give, so that copies further on are counted right."""
+    """The result of an observed run in the kernel's format, so that later copies are counted right."""
     recording = resolved.recording
     if resolved.refused is not None or recording is None or not isinstance(result, Tensor):
         return result
@@ -260,7 +261,7 @@ def _lies_like(result: Any, resolved: Resolved) -> Any:
 
 
 def _settled(value: Any) -> Any:
-    """Numbers of Python's own types: torch.Size is a tuple, and as torch does, numpy's integers count as Python's."""
+    """Numbers of Python's own types: torch.Size becomes a tuple, and numpy's integers become Python's, as in torch."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_settled, value))
     return int(value) if isinstance(value, np.integer) else value

@@ -1,4 +1,4 @@
-"""A kernel launch: a recipe of everything but its tensors, run here, or captured as a value for benchmarks/codegen.py."""
+"""Kernel launches: everything but the tensors is prepared; a launch runs, or is captured for benchmarks/codegen.py."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ __all__ = [
 ]  # fmt: skip
 
 ConvKind = Literal["conv", "conv_transpose", "matmul"]
-"""What a call is: a convolution, a transposed one, or a linear layer."""
+"""The kind of a call: a convolution, a transposed convolution, or a linear layer."""
 
 
-# Of ConvGeometry's triples, each by the names that kernels give its numbers.
+# The names that kernels give the numbers of ConvGeometry's triples.
 AXES = (
     "D", "H", "W", "O", "P", "Q", "T", "R", "S", "STRIDE_D", "STRIDE_H", "STRIDE_W", "PAD_D", "PAD_H", "PAD_W",
     "DIL_D", "DIL_H", "DIL_W",
@@ -55,24 +55,24 @@ AXES = (
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: a jit function, how many programs, and its arguments by name."""
+    """One launch: a jit function, the number of programs, and the arguments by name."""
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
     problem: Problem | None
     config: Any
-    """The triton.Config that was chosen for the problem, or forced; both are None for a kernel without candidates."""
+    """The triton.Config that was chosen for the problem, or forced. Problem and config are None without candidates."""
 
     @property
     def options(self) -> dict[str, Any]:
         """Compiler options."""
         warps, stages = (self.config.num_warps, self.config.num_stages) if self.config else (4, 2)
-        # Said aloud: Triton 3.10 will fuse multiply and add only where asked.
+        # Explicit, because Triton 3.10 will fuse multiply and add only if asked.
         return dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
     def ordered(self) -> list[Any]:
-        """The arguments in the order of the kernel's parameters, which costs Triton's launcher less than names."""
+        """The arguments in the order of the kernel's parameters; Triton's launcher takes longer with names."""
         return [self.arguments[name] for name in _parameters(self.kernel.fn)]
 
 
@@ -82,7 +82,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 class Box:
-    """A TMA descriptor to be made of a matrix: rows, columns and row stride in elements, and the box read at once."""
+    """The parameters of a matrix's TMA descriptor: rows, columns, row stride in elements, and the box read at once."""
 
     def __init__(self, rows: int, columns: int, row_stride: int, shape: tuple[int, int]) -> None:
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -92,7 +92,7 @@ class Box:
         self.checked: dict[str, Any] | None = None
 
     def descriptor(self, t: Tensor) -> Any:
-        """The descriptor of a tensor that starts on 16 bytes. Triton checks the first; all others are like it."""
+        """The descriptor of a tensor that starts on 16 bytes. Triton checks the first; all others have its parameters."""
         if self.checked is None:
             result = self.kind(t, *self.arguments)
             self.checked = {**vars(result), "base": None}
@@ -102,19 +102,19 @@ class Box:
         return result
 
     def of(self, t: Tensor) -> Described:
-        """A launch's argument."""
+        """The tensor as an argument of a launch."""
         return Described(self, t)
 
 
 class Described(NamedTuple):
-    """A launch's argument that is a descriptor of a tensor, made when it is launched."""
+    """An argument of a launch: a descriptor of a tensor, which is made at the launch."""
 
     box: Box
     tensor: Tensor
 
 
 class Launcher:
-    """A launch but for its arguments."""
+    """A launch without its arguments."""
 
     def __init__(self, one: Launch, device: torch.device) -> None:
         self.one, self.device_index = one, device.index
@@ -123,7 +123,7 @@ class Launcher:
         self.interpreted = interpreting()
 
     def run(self, *arguments: Any) -> None:
-        """Launch on the current stream of the device, or keep the launch where `captured` asks for it."""
+        """Launch on the current stream of the device, or store the launch if `captured` is active."""
         if state.log is not None:
             state.log.append(self.name)
         if state.captured is not None:
@@ -140,12 +140,12 @@ class Launcher:
 
 
 def launches_at_once(device_index: int | None) -> bool:
-    """Whether launches on a device need neither be kept nor noted, and no other device is the current one."""
+    """Whether launches on a device are neither captured nor logged, and the device is the current one."""
     return state.log is None and state.captured is None and bool(torch.cuda.current_device() == device_index)
 
 
 def launch(one: Launch, device: torch.device) -> None:
-    """Launch on the current stream of `device`, or write it down where a call is recorded."""
+    """Launch on the current stream of `device`, or record the launch if a call is being recorded."""
     if state.recorder is not None:
         state.recorder.launch(one)
     else:
@@ -153,13 +153,13 @@ def launch(one: Launch, device: torch.device) -> None:
 
 
 def aligned(t: Tensor) -> bool:
-    """Whether a tensor starts on 16 bytes; also one without memory that stands for another."""
+    """Whether a tensor starts on 16 bytes; works for a tensor without memory that replaces another one too."""
     address = t.storage_offset() * t.element_size() if t.is_meta else t.data_ptr()
     return address % 16 == 0
 
 
 class Forced(NamedTuple):
-    """What `forced` asks for; hashable, so that it can be part of a call's signature."""
+    """The settings of `forced`; hashable, so that they can be part of a call's signature."""
 
     config: Any = None
     device: Device | None = None
@@ -171,11 +171,11 @@ class _State(threading.local):
     forced: Forced | None = None
     captured: list[Launch] | None = None
     recorder: Any = None
-    """Who writes launches down (core/recording.py)."""
+    """The object that records launches (core/recording.py)."""
 
 
 state = _State()
-# The interpreter patches triton.language while it runs a kernel, for all threads.
+# While the interpreter runs a kernel it patches triton.language for all threads.
 _interpreter = threading.Lock()
 
 
@@ -194,7 +194,7 @@ def record_launches() -> Iterator[list[str]]:
 
 @contextmanager
 def captured(device: Device) -> Iterator[list[Launch]]:
-    """The launches that calls on this thread would make on this GPU; nothing runs, and meta tensors will do."""
+    """The launches that calls on this thread would make on this GPU; nothing runs, and meta tensors are enough."""
     launches: list[Launch] = []
     outer, state.captured, capture.active = state.captured, launches, True
     try:
@@ -206,7 +206,7 @@ def captured(device: Device) -> Iterator[list[Launch]]:
 
 @contextmanager
 def forced(*, config: Any = None, device: Device | None = None, tf32: bool | None = None) -> Iterator[None]:
-    """Build every launch on this thread with this triton.Config, as for this GPU, or with or without TF32 products."""
+    """Build every launch on this thread with this triton.Config, for this GPU, or with or without TF32 products."""
     outer = state.forced
     before = outer or Forced()
     state.forced = Forced(config or before.config, device or before.device, before.tf32 if tf32 is None else tf32)
@@ -218,7 +218,7 @@ def forced(*, config: Any = None, device: Device | None = None, tf32: bool | Non
 
 @contextmanager
 def recording_with(recorder: Any) -> Iterator[None]:
-    """Write launches on this thread down with `recorder.launch`."""
+    """Record launches on this thread with `recorder.launch`."""
     outer, state.recorder = state.recorder, recorder
     try:
         yield
@@ -232,23 +232,23 @@ def is_recording() -> bool:
 
 
 def note(text: str) -> None:
-    """Say something of the call that is being recorded, for `explain`."""
+    """Add a note to the call that is being recorded, for `explain`."""
     if state.recorder is not None:
         state.recorder.note = text
 
 
 def device_of(device: torch.device) -> Device:
-    """What is known of a device, or the forced one."""
+    """The description of a device, or of the forced one."""
     return (state.forced and state.forced.device) or described(device)
 
 
 def described(device: torch.device) -> Device:
-    """What is known of a device."""
+    """The description of a device."""
     if interpreting() or device.type != "cuda":
         return INTERPRETER
     properties: Any = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        # ROCm's torch does not tell: 64 KB of LDS a workgroup on every supported GPU.
+        # ROCm's torch does not report it: every supported GPU has 64 KB of LDS for each workgroup.
         arch, shared = properties.gcnArchName.split(":")[0], 64 * 1024
     else:
         arch, shared = "sm_{}{}".format(*capability(device)), properties.shared_memory_per_block_optin
@@ -261,7 +261,7 @@ def precision(dtype: torch.dtype, kind: ConvKind) -> str:
         return "ieee"
     if state.forced is not None and state.forced.tf32 is not None:
         return "tf32" if state.forced.tf32 else "ieee"
-    # Of AMD's GPUs only some have TF32-like products, and torch does not use them unasked.
+    # Only some of AMD's GPUs have TF32-like products, and torch does not use them by default.
     if torch.version.hip is not None:
         return "ieee"
     switch: Any = torch.backends.cuda.matmul if kind == "matmul" else torch.backends.cudnn.conv  # type: ignore[attr-defined]
@@ -269,28 +269,28 @@ def precision(dtype: torch.dtype, kind: ConvKind) -> str:
 
 
 def forced_config(constant: str) -> Any:
-    """The triton.Config that `forced` asks for, or None if it has no such constant: it is another kernel's of the call."""
+    """The triton.Config of `forced`, or None if it has no such constant and is for another kernel of the call."""
     config = state.forced and state.forced.config
     return config if config and constant in config.kwargs else None
 
 
 def config_for(problem: Problem) -> Any:
-    """The triton.Config that `forced` asks for, or the chosen one."""
+    """The triton.Config of `forced`, or the chosen one."""
     return forced_config("BLOCK_M") or choose(problem)
 
 
 def config_constants(config: Any) -> dict[str, Any]:
-    """A config's constants for a kernel of which no operand comes by descriptor."""
+    """A config's constants for a kernel without operands that are loaded by descriptor."""
     return {name: value for name, value in config.kwargs.items() if name != "USE_TMA"} | dict(STAGES=config.num_stages)
 
 
 def axis_constants(g: ConvGeometry | PoolGeometry) -> dict[str, int]:
-    """Sizes and geometry of a convolution or a pooling by the names that kernels give them."""
+    """Sizes and geometry of a convolution or a pooling, with the names that kernels use."""
     return dict(zip(AXES, g.input + g.output + g.kernel + g.stride + g.padding + g.dilation, strict=True))
 
 
 def activation_constants(act: ActivationSpec | None) -> dict[str, Any]:
-    """An activation's arguments; None stands for none."""
+    """The kernel arguments of an activation; None: no activation."""
     from tritonconv.kernels import activations
 
     function = activations.identity if act is None else activations.ACTIVATIONS[act.name].device

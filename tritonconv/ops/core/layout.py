@@ -1,4 +1,4 @@
-"""Memory formats: which one a tensor has, which one a result gets; and the type of sums."""
+"""Memory formats: the format of a tensor, the format of a result, and the type of sums."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = [
 
 
 def suggests_channels_last(x: Tensor) -> bool:
-    """Whether torch would say that `x` (N, C, *spatial) is channels-last; an ambiguous one counts as contiguous.
+    """Whether torch considers `x` (N, C, *spatial) channels-last; ambiguous strides count as contiguous.
 
-    This decides the format of results, whatever copies are made on the way to them. Follows c10's
-    is_channels_last_strides, for one to three spatial dimensions. Of one and three torch makes channels-last results here
-    and there only, and not alike on all devices; ours are wherever an input is.
+    This decides the format of results, whatever copies are made before. Follows c10's is_channels_last_strides, for one to
+    three spatial dimensions. For one and three, only some of torch's functions give channels-last results, and not on all
+    devices; our results are channels-last whenever an input is.
     """
     sizes, strides = x.shape, x.stride()
     if strides[1] == 0:
@@ -41,7 +41,7 @@ def dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...
 
 
 def pitch_of(x: Tensor) -> int | None:
-    """Elements from a pixel to the next, where `x` is some channels of a wider channels-last tensor; None elsewhere."""
+    """Elements from one pixel to the next if `x` is some channels of a wider channels-last tensor, else None."""
     sizes, strides = x.shape, x.stride()
     inner = next((d for d in (*range(len(sizes) - 1, 1, -1), 0) if sizes[d] > 1), None)
     if inner is None or x.numel() == 0 or (sizes[1] > 1 and strides[1] != 1):
@@ -51,12 +51,12 @@ def pitch_of(x: Tensor) -> int | None:
         if sizes[d] > 1 and strides[d] != step:
             return None
         step *= sizes[d]
-    # One channel alone could be anything's.
+    # A single channel could belong to a tensor of any format.
     return pitch if pitch > sizes[1] > 1 else None
 
 
 def same_elements(sizes: tuple[int, ...], strides: tuple[int, ...], others: tuple[int, ...]) -> bool:
-    """Whether both strides reach the same elements; those of unit sizes do not matter."""
+    """Whether both strides reach the same elements; strides of axes of size one do not matter."""
     return all(n <= 1 or s == o for n, s, o in zip(sizes, strides, others, strict=True))
 
 
@@ -66,26 +66,26 @@ def is_dense(x: Tensor, channels_last: bool) -> bool:
 
 
 def reads_in_place(x: Tensor, channels_last: bool) -> bool:
-    """Whether a kernel of that format can read `x`: channels, or else a row's elements, lie side by side."""
+    """Whether a kernel of that format can read `x`: the channels, or else the elements of a row, are adjacent in memory."""
     axis = 1 if channels_last else -1
     return x.stride(axis) == 1 or x.shape[axis] == 1
 
 
 def readable(x: Tensor, channels_last: bool) -> Tensor:
-    """`x` itself where kernels of that format read it in place, else a copy that is dense in it."""
+    """`x` itself if kernels of that format can read it in place, else a copy that is dense in that format."""
     return x if reads_in_place(x, channels_last) else as_format(x, channels_last)
 
 
 def keeps_channels_last(x: Tensor) -> bool:
-    """Whether torch would give a result that lies as `x` channels-last strides.
+    """Whether torch would give channels-last strides to a result with the format of `x`.
 
-    Also where strides of unit sizes, which mean nothing, keep `suggests_channels_last` from saying so.
+    This includes tensors for which `suggests_channels_last` is false only because of the strides of axes of size one.
     """
     return suggests_channels_last(x) or (is_dense(x, True) and not is_dense(x, False))
 
 
 def empty_output(x: Tensor, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> Tensor:
-    """An uninitialized result beside `x`, dense in that format; of real tensors and fake ones."""
+    """An uninitialized result on `x`'s device, dense in that format; for real and fake tensors."""
     return torch.empty_strided(shape, dense_strides(shape, channels_last), dtype=dtype, device=x.device)
 
 
@@ -95,5 +95,5 @@ def as_format(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums over elements of this type are computed and kept in."""
+    """The type in which sums over elements of this type are computed and stored."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Who looks at single calls: observers of ours, and whoever traces, transforms or intercepts operators."""
+"""Observers of single calls: our own, and tracers, transforms and modes that intercept operators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Decision:
-    """Where a call runs. `reason` says why not on Triton, or which kernel; `copies` counts hidden layout copies."""
+    """Where a call runs. `reason` is the kernel, or why it is not on Triton; `copies` counts hidden layout copies."""
 
     backend: Literal["triton", "torch"]
     reason: str
@@ -32,7 +32,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of our operators, as an observer sees it."""
+    """One call of our operators, in the form for observers."""
 
     op: str
     decision: Decision
@@ -42,13 +42,13 @@ class Call:
     dtype: torch.dtype
     device: torch.device
     example: Example | None
-    """The call itself, without memory, where our kernels can run it."""
+    """The call itself, without memory, if our kernels can run it."""
     conditions: str
-    """What a measurement must share with it to count for it."""
+    """The conditions under which a measurement is valid for the call."""
 
 
 class Example(NamedTuple):
-    """A call as a value without memory, to be made again: measured, captured, compiled ahead."""
+    """A call as a value without memory, which can be repeated: to measure, capture or compile it ahead."""
 
     family: Any
     tensors: tuple[Tensor | None, ...]
@@ -63,16 +63,16 @@ class Example(NamedTuple):
         return self.map(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"))
 
     def key(self) -> tuple[Any, ...]:
-        """Equal for calls that do the same on tensors that lie alike."""
+        """Equal for calls that do the same on tensors of the same sizes, strides and dtypes."""
         lie = tuple(t if t is None else (t.shape, t.stride(), t.dtype) for t in self.tensors)
         return self.family.name, self.numbers[0], self.numbers[3:], lie
 
     def run(self) -> Any:
-        """Make the call again."""
+        """Repeat the call."""
         return self.family(self.tensors, self.numbers)
 
     def on_torch(self) -> Any:
-        """What torch makes of it."""
+        """The same call by torch."""
         return self.family.on_torch(self.tensors, self.numbers)
 
 
@@ -86,10 +86,10 @@ _observer = _Observer()
 
 @contextmanager
 def observe(callback: Callable[[Call], None], copied: Callable[[], None] | None = None) -> Iterator[None]:
-    """Show every call of our operators on this thread to `callback`, and compute them all with torch meanwhile.
+    """Call `callback` for every call of our operators on this thread, and compute all of them with torch meanwhile.
 
     The decisions are those that a normal run would take; this is how `explain` reports without launching kernels.
-    `copied` is called for each result that is copied to another memory format behind its operator.
+    `copied` is called for each result that is copied to another memory format after its operator.
     """
     previous = _observer.callback, _observer.copied
     _observer.callback, _observer.copied = callback, copied
@@ -106,7 +106,7 @@ def notify_copy() -> None:
 
 
 def notify(make_call: Callable[[], Call]) -> bool:
-    """Tell the observer, if there is one; whether there is."""
+    """Report a call to the observer, if there is one; whether there is one."""
     callback = None if torch.compiler.is_compiling() else _observer.callback
     if callback is None:
         return False
@@ -124,14 +124,14 @@ def is_observed() -> bool:
 
 
 class Share(NamedTuple):
-    """What an observed call would be a part of."""
+    """The launch of which an observed call would be a part."""
 
     reason: str
-    """The launch that it would share; "{}" stands for its kernel."""
+    """The description of the shared launch; "{}" stands for the call's kernel."""
     unread: bool = False
-    """Whether its input would not come from memory."""
+    """Whether the call's input would not be read from memory."""
     unwritten: bool = False
-    """Whether its result would not go there."""
+    """Whether the call's result would not be written to memory."""
     members: tuple[Any, ...] = ()
     """What else the launch computes: modules, or names of functions."""
 
@@ -145,7 +145,7 @@ _shared = _Shared()
 
 @contextmanager
 def sharing(share: Share | None) -> Iterator[None]:
-    """Let observers know that calls on this thread would be part of a launch that computes more."""
+    """Tell observers that calls on this thread would be part of a launch that computes more."""
     outer, _shared.share = _shared.share, share
     try:
         yield
@@ -154,20 +154,20 @@ def sharing(share: Share | None) -> Iterator[None]:
 
 
 def shared() -> Share | None:
-    """What an observed call would be a part of."""
+    """The launch of which an observed call would be a part."""
     return _shared.share
 
 
-# Looked up once, for every call asks them.
+# Looked up once, because every call uses them.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 _trace = torch._C._get_tracing_state
 
 
 def is_watched() -> bool:
-    """Whether someone traces, transforms, intercepts, observes or captures this thread's calls one by one.
+    """Whether a tracer, transform, mode, observer or capture sees this thread's calls one by one.
 
-    Not to be asked under torch.compile.
+    Must not be called under torch.compile.
     """
     return (
         _dispatch_modes() > 0
@@ -180,5 +180,5 @@ def is_watched() -> bool:
 
 
 def wants_parts() -> bool:
-    """Whether someone sees single calls, and so each part of a launch; who keeps launches wants them as they are."""
+    """Whether tracers or observers see single calls, and thus each part of a launch; a capture keeps shared launches."""
     return torch.compiler.is_compiling() or (is_watched() and not capture.active)

@@ -1,9 +1,9 @@
 """Operators: what torch.compile, export, fake tensors, autograd and dispatch modes see, each declared once.
 
-An operator's forward pass is a function of tensors and numbers that allocates its results and launches kernels. From it and
-from what is declared beside it follow `torch.ops.tritonconv.<name>` with its fake, its gradient, its autocast rule and its
-count of FLOPs; eager calls, recorded once for each signature; and eager gradients, in a torch.autograd.Function (the one
-that torch.library makes costs 56 us a call).
+An operator's forward pass is a function of tensors and numbers that allocates its results and launches kernels. The rest
+follows from it and from the other parts of the declaration: `torch.ops.tritonconv.<name>` with its fake, its gradient, its
+autocast rule and its count of FLOPs; eager calls, recorded once for each signature; and eager gradients, in a
+torch.autograd.Function (the one that torch.library makes takes 56 us for each call).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _library = torch.library.Library("tritonconv", "FRAGMENT")
 
 
 def is_traced(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a call must be the registered operator's: someone compiles, fakes or intercepts it."""
+    """Whether a call must use the registered operator: it is compiled, has fake tensors, or a mode intercepts it."""
     if torch.compiler.is_compiling():
         return True
     plain = (Tensor, torch.nn.Parameter)
@@ -36,21 +36,22 @@ def is_traced(tensors: Sequence[Tensor | None]) -> bool:
 
 
 class Operator:
-    """An operator on our kernels alone.
+    """An operator that runs only on our kernels.
 
     Args:
-        name: of torch.ops.tritonconv.
-        forward: the launches, annotated as torch.library wants it: tensors first, of which those after the first may be
-            `Tensor | None`, then numbers. A result that the call does not have is None (empty for tracers).
-        outputs: the results without their contents, from the same arguments, also of fakes and symbolic sizes.
-        save: (ctx, inputs, output): keeps what `backward` needs; `ctx.needs` tells which inputs need gradients.
-        backward: (ctx, *gradients): the gradients of the tensors among the inputs, None for those without. It is made of
-            operators that have gradients themselves, or asks `differentiate` for second derivatives. One may be None.
-        differentiable: so many of the results, the first ones, have gradients.
-        flops: (*sizes and numbers), as `register_flop_formula` wants it.
+        name: its name in torch.ops.tritonconv.
+        forward: makes the launches, with the annotations that torch.library requires: first tensors, where those after
+            the first one may be `Tensor | None`, then numbers. A result that the call does not have is None (empty for
+            tracers).
+        outputs: the results without their contents, from the same arguments; also for fake tensors and symbolic sizes.
+        save: (ctx, inputs, output): saves what `backward` needs; `ctx.needs` says which inputs need gradients.
+        backward: (ctx, *gradients): the gradients of the tensors among the inputs, None for those without. It calls
+            operators that have gradients themselves, or `differentiate` for second derivatives. A gradient may be None.
+        differentiable: how many of the results, from the first, have gradients.
+        flops: (*sizes and numbers), as for `register_flop_formula`.
         cast: names of the tensors that autocast casts to its dtype.
         mutates: names of the tensors that are written.
-        collective: whether a call, by its numbers, waits for other processes, and cannot be recorded.
+        collective: says whether a call waits for other processes, so that it cannot be recorded.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Operator:
         self._register(cast, mutates, flops)
 
     def __call__(self, *arguments: Any) -> Any:
-        """The results for tensors that the kernels can be given, then numbers: hashable, and all of them."""
+        """The results for tensors that the kernels support, followed by all numbers, which must be hashable."""
         if torch.compiler.is_compiling():
             return self.registered(*arguments)
         recorder = state.recorder
@@ -89,7 +90,7 @@ class Operator:
         return recording.run(*arguments[: self.count])
 
     def resolve(self, *arguments: Any) -> Recording:
-        """What gives the results for tensors that lie like these, with these numbers."""
+        """The recording for tensors like these (sizes, strides, dtypes) with these numbers."""
         if self.collective is not None and self.collective(*arguments):
             return Recording(lambda *tensors: self.forward(*tensors, *arguments[self.count :]))
         signature = self.signature(*arguments)
@@ -102,7 +103,7 @@ class Operator:
         return result
 
     def gradients(self, ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """Those of all inputs."""
+        """The gradients of all inputs."""
         missing = (None,) * self.numbers
         if self.backward is None or all(g is None for g in gradients[: self.differentiable]):
             return (*(None,) * self.count, *missing)
@@ -112,7 +113,7 @@ class Operator:
         return (*wanted, *(None,) * (self.count - len(wanted)), *missing)
 
     def setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any, needs: Sequence[bool], hopper: bool) -> None:
-        """Prepare the gradient of a call; `hopper`: it runs on Hopper's kernels where the forward pass was asked to."""
+        """Prepare the gradient of a call; `hopper`: whether Hopper's kernels were asked for, in both passes."""
         assert self.save is not None
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.hopper = needs[: self.count], hopper
@@ -147,7 +148,7 @@ class Operator:
                 self._cast_on(device, [name in cast for name in self.tensors])
 
     def _whole(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        """Arguments as torch.library gives them, hashable and with the defaults of the last ones."""
+        """Arguments of torch.library, made hashable, with defaults for the last ones."""
         settled = tuple(tuple(a) if type(a) is list else a for a in arguments)
         return settled + self.defaults[len(settled) :]
 
@@ -164,7 +165,7 @@ class Operator:
 
 
 def gradients_wanted(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a call must keep what its gradients need; also while it is recorded."""
+    """Whether a call must save what its gradients need; also while it is recorded."""
     if state.recorder is not None:
         wanted: bool = state.recorder.gradients
         return wanted
@@ -172,7 +173,7 @@ def gradients_wanted(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def mutated(t: Tensor) -> None:
-    """Tell autograd that a kernel has written into a tensor: what was saved for a backward pass before must notice."""
+    """Tell autograd that a kernel has written into a tensor: a backward pass that saved it before must raise an error."""
     if state.recorder is not None:
         state.recorder.mutated(t)
     elif not t.is_inference():
@@ -180,12 +181,12 @@ def mutated(t: Tensor) -> None:
 
 
 def _unnamed(named: dict[str, Any]) -> list[Any]:
-    """Arguments that were given by name, in their order."""
+    """The values of named arguments, in their order."""
     return [value for name, value in named.items() if name != "out_shape"]
 
 
 def _without_none(output: Any, x: Tensor) -> Any:
-    """Results as registered operators give them."""
+    """Results in the form of registered operators: empty tensors instead of None."""
     if not isinstance(output, tuple):
         return output
     return tuple(x.new_empty(0) if t is None else t for t in output)
@@ -212,17 +213,17 @@ def _eager_function(operator: Operator) -> type[torch.autograd.Function]:
 def differentiate(
     form: Callable[..., Tensor], tensors: Sequence[Tensor | None], needs: Sequence[bool], *gradients: Tensor | None
 ) -> list[Tensor | None]:
-    """Gradients by torch, where a second derivative has no kernel; in grad mode they can be differentiated themselves.
+    """Gradients by torch, for second derivatives without a kernel; in grad mode they can be differentiated again.
 
     Args:
-        form: what torch computes from the tensors.
-        tensors: None for those that the call has not.
-        needs: which of them need a gradient.
-        gradients: of what `form` gives.
+        form: the same computation by torch's operators.
+        tensors: the arguments of `form`, None for those that are not given.
+        needs: for each of them, whether it needs a gradient.
+        gradients: the gradients of the results of `form`.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases: what one of them was computed from is no part of its own gradient.
+        # Aliases, so that the gradient of one tensor does not pass through another one that was computed from it.
         inputs = [
             t if t is None else t.view_as(t) if again else t.detach().requires_grad_(bool(need))
             for t, need in zip(tensors, needs, strict=True)

@@ -1,8 +1,9 @@
-"""A call recorded once, on tensors without memory, and replayed on all tensors that lie like them.
+"""A call is recorded once, on tensors without memory, and replayed on all tensors with the same layout.
 
-A recording is straight-line Python: allocations, views, copies and launches in order, with every number that a launch needs
-in place. The code that decides (layouts, configs, workspaces) runs once for a signature, and need not be fast. It may
-depend on sizes, strides, dtypes, alignment and settings that are part of the signature, and on no value in memory.
+A recording is Python code without branches: allocations, views, copies and launches in order, with every number that a
+launch needs. The code that makes the decisions (layouts, configs, workspaces) runs once for a signature, and need not be
+fast. It may depend on sizes, strides, dtypes, alignment and settings that are part of the signature, and on no value in
+memory.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from tritonconv.tuning import Problem
 __all__ = ["Recording", "record"]
 
 aten = torch.ops.aten
-# The same by a shorter way than an operator's own.
+# Functions that do the same as these operators, with less overhead.
 SHORTER: dict[Any, Callable[..., Any]] = {
     aten.empty_strided.default: torch.empty_strided, aten.copy_.default: Tensor.copy_, aten.view.default: Tensor.view,
     aten.unsqueeze.default: torch.unsqueeze, aten.squeeze.dim: torch.squeeze, aten.as_strided.default: torch.as_strided,
     aten.permute.default: torch.permute, aten.expand.default: Tensor.expand,
 }  # fmt: skip
-# What autocast leaves alone, beside those.
+# Other operators that autocast does not change.
 UNCAST = (aten.clone, aten._to_copy, aten.zero_, aten.zeros, aten.empty, aten.new_empty, aten._unsafe_view, aten.slice)
 VIEWS = (aten.view, aten.unsqueeze, aten.squeeze, aten.as_strided, aten.permute, aten.expand, aten.alias)
 AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -42,47 +43,47 @@ class Recording:
     """A call without its tensors."""
 
     run: Callable[..., Any]
-    """Takes the tensors, None for those that the call has not, and gives the results."""
+    """Takes the tensors, None for those that are not given, and returns the results."""
     launches: list[Launch] = field(default_factory=list)
-    """In order; their arguments hold tensors without memory."""
+    """The launches in order; their arguments contain tensors without memory."""
     copies: int = 0
-    """Tensors that are copied to another memory format."""
+    """The number of tensors that are copied to another memory format."""
     note: str = ""
-    """What was said of the call while it was recorded."""
+    """The note on the call, from `launch.note`."""
     result: Any = None
-    """Results without memory."""
+    """The results, without memory."""
     hopper: bool = field(default_factory=hopper_asked)
     """Whether Hopper's kernels were asked for."""
 
     @property
     def kernel(self) -> str:
-        """What the first launch is called; "" where there is none."""
+        """The name of the first launch; "" if there is none."""
         if not self.launches:
             return ""
         first = self.launches[0]
         return first.problem.kernel if first.problem is not None else str(first.kernel.__name__).removesuffix("_kernel")
 
     def conditions(self, after: str) -> str:
-        """What a measurement must share with a call: what follows in the same kernel, and hidden copies before it."""
+        """The conditions for a measurement to be valid: what follows in the same kernel, and hidden copies before it."""
         copies = [f"{self.copies} hidden copies"] if self.copies else []
         return "+".join([after] * bool(after) + copies)
 
     @property
     def problem(self) -> Problem | None:
-        """What its config was chosen for."""
+        """The problem for which the config was chosen."""
         return self.launches[0].problem if self.launches else None
 
 
 def record(
     function: Callable[..., Any], tensors: Sequence[Tensor | None], device: torch.device, gradients: bool = False
 ) -> Recording:
-    """Record `function(*tensors)`, which may launch kernels on this device; nothing runs and nothing is read.
+    """Record `function(*tensors)`, which may launch kernels on this device. Nothing runs, and no value is read.
 
     Args:
-        gradients: operators are recorded with their gradients, as one step each.
+        gradients: whether to record each operator with its gradient, as one step.
 
     Raises:
-        Exception: what the function raises.
+        Exception: any exception of the function.
     """
     stand_ins = [t if t is None else _without_memory(t) for t in tensors]
     recorder = _Recorder(stand_ins, device, gradients)
@@ -104,26 +105,26 @@ def _without_memory(t: Tensor) -> Tensor:
 
 
 class _Step:
-    """A line of the recording."""
+    """One line of the recording."""
 
     def __init__(self, text: str, made: Sequence[str], read: set[str], pure: bool, casts: bool = False) -> None:
         self.text, self.made, self.read, self.pure, self.casts = text, made, read, pure, casts
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down what torch and our launcher are asked for."""
+    """Records the calls of torch's operators and of our launcher."""
 
     def __init__(self, tensors: Sequence[Tensor | None], device: torch.device, gradients: bool) -> None:
         super().__init__()
         self.device, self.gradients = device, gradients
         self.names: dict[int, str] = {}
-        # An address names a tensor only while it lives.
+        # An id identifies a tensor only while the tensor exists.
         self.alive: list[Any] = []
         self.scope: dict[str, Any] = {}
         self.steps: list[_Step] = []
         self.launches: list[Launch] = []
         self.copies, self.note, self.at_once = 0, "", False
-        # Views that start where another tensor does, and dense tensors that were allocated.
+        # Views with the same start address as another tensor, and the dense tensors that were allocated.
         self.starts: dict[str, str] = {}
         self.allocated: dict[str, _Step] = {}
         self.parameters = [f"t{i}" for i in range(len(tensors))]
@@ -135,10 +136,10 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func is aten.detach.default:
-            # torch makes these of what is allocated under a mode; autograd has no part in a recording.
+            # torch detaches tensors that are allocated under a mode; a recording contains no autograd.
             self._name(result, self.names[id(args[0])])
             return result
-        # Vectors are too small to count.
+        # Copies of vectors are too small to count.
         self.copies += func in (aten.copy_.default, aten.clone.default) and args[0].dim() > 1
         packet = func.overloadpacket
         read: set[str] = set()
@@ -159,7 +160,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def launch(self, one: Launch) -> None:
-        """Write a launch down."""
+        """Record a launch."""
         self.launches.append(one)
         read: set[str] = set()
         arguments = [self._text(a, read, addressed=True) for a in one.ordered()]
@@ -171,7 +172,7 @@ class _Recorder(TorchDispatchMode):
         self.steps.append(_Step(f"{call}({', '.join(arguments)})", (), read, False))
 
     def differentiable(self, operator: Any, arguments: Sequence[Any]) -> Any:
-        """Write an operator down that is called with its gradient, and give its results."""
+        """Record an operator that is called with its gradient, and return its results."""
         count = operator.count
         tensors, numbers = arguments[:count], arguments[count:]
         with self._paused():
@@ -187,7 +188,7 @@ class _Recorder(TorchDispatchMode):
         return inner.result
 
     def mutated(self, t: Tensor) -> None:
-        """Write down that a kernel has written into a tensor, as autograd must know."""
+        """Record that a kernel has written into a tensor, because autograd must know it."""
         read: set[str] = set()
         text = f"{self._constant(torch.autograd.graph.increment_version, 'increment_version')}({self._text(t, read)})"
         self.steps.append(_Step(text, (), read, False))
@@ -198,13 +199,13 @@ class _Recorder(TorchDispatchMode):
             yield
 
     def _allocated_as(self, result: Any) -> None:
-        """Allocate a result that is a view of what was allocated for it as the view that it is."""
+        """If a result is a view of a tensor that was allocated for it, allocate the view's shape and strides."""
         name = self.names[id(result)] if isinstance(result, Tensor) else ""
         step = self.allocated.get(self.starts.get(name, ""))
         if step is None:
             return
         root = step.made[0]
-        # Launches know addresses alone; anything else that knows its size keeps it.
+        # Launches use only addresses; if another step depends on the tensor's size, the size stays as it is.
         known = [s for s in self.steps if root in s.read and s.pure]
         if len(known) == 1 and known[0].made == [name]:
             shape, strides = tuple(result.shape), result.stride()
@@ -219,7 +220,7 @@ class _Recorder(TorchDispatchMode):
         casts = False
         lines = [f"return {self._text(result, read)}"]
         for step in reversed(self.steps):
-            # Views that only their strides were asked of need not be made.
+            # Views of which only the strides were used need not be made.
             if not step.pure or any(name in read for name in step.made):
                 lines.append(step.text)
                 read |= step.read
@@ -236,7 +237,7 @@ class _Recorder(TorchDispatchMode):
 
     def _made(self, result: Any) -> list[str]:
         if isinstance(result, Tensor):
-            # What is written in place has its name already.
+            # A tensor that is written in place already has a name.
             return [] if id(result) in self.names else [self._name(result, f"v{len(self.names)}")]
         if isinstance(result, (tuple, list)):
             return ["_" if t is None else self._name(t, f"v{len(self.names)}") for t in result]
@@ -248,7 +249,7 @@ class _Recorder(TorchDispatchMode):
         return name
 
     def _text(self, value: Any, read: set[str], addressed: bool = False) -> str:
-        """Source of a value; `addressed`: only where a tensor starts counts, so that any that starts there will do."""
+        """Source code of a value; `addressed`: any tensor with the same start address can be used instead."""
         if isinstance(value, Tensor):
             name = self.names[id(value)]
             name = self.starts.get(name, name) if addressed else name
@@ -276,7 +277,7 @@ def _start_together(t: Tensor, view: Tensor) -> bool:
 
 
 def _uncast(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The same where autocast is on: what was recorded has its casts in it."""
+    """The same function without autocast, because the recording already contains the casts."""
 
     def replay(*tensors: Tensor | None) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):

@@ -1,4 +1,4 @@
-"""Calls that share a launch: resolved once for each signature; where they cannot, each call runs on its own."""
+"""Calls that share a launch, resolved once for each signature; if they cannot share one, each call has its own launch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Tensors = Sequence[Any]
 
 
 class SharedLaunch:
-    """What two or more calls compute in one.
+    """A launch that computes two or more calls.
 
     Args:
-        name: for tracebacks.
-        tensors: how many there are, of all calls; only the first must be there.
-        plan: (tensors, numbers, backend): a function of the tensors that launches, with the tensors to record it on, or
-            None where each call is to run on its own, which says why.
+        name: the name for tracebacks.
+        tensors: the number of tensors of all calls; only the first one is required.
+        plan: (tensors, numbers, backend): returns a function of the tensors that launches, and the tensors on which it is
+            recorded; or None if each call must have its own launch, which then reports the reason.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class SharedLaunch:
         self.plan, self.found = plan, Memo()
 
     def find(self, tensors: Tensors, numbers: tuple[Any, ...], backend: Backend | None) -> Recording | None:
-        """The launch for these tensors; arguments as a family takes them."""
+        """The launch for these tensors; arguments as for a family."""
         if wants_parts():
             return None
         try:
             signature = self.signature(tensors, numbers, backend)
             found = self.found.get(signature, self)
-        # Unusual tensors: the call on its own says what is wrong with them.
+        # Unusual tensors: the separate calls report what is wrong with them.
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return None
         if found is self:
@@ -48,7 +48,7 @@ class SharedLaunch:
         return result
 
     def resolve(self, tensors: Tensors, numbers: tuple[Any, ...], backend: Backend | None) -> Recording | None:
-        """The same, also for observers, who see what would be launched if they did not look."""
+        """The same, also while calls are observed: the launch that would run without an observer."""
         if current_backend(backend) == "torch" or needs_gradients(tensors):
             return None
         with asking_hopper(current_backend(backend) == "hopper"):

@@ -1,7 +1,7 @@
-"""Signatures: what calls are remembered by, from everything that checks, backend, config and constants depend on.
+"""Signatures: keys of calls, made of everything on which checks, backend, config and constants depend.
 
-The function that makes an operator's signatures is generated once from the names of its tensors. It is no loop: a call that
-was seen before spends most of its time here.
+The function that computes an operator's signatures is generated once from the names of its tensors. It contains no loop,
+because a call that was seen before spends most of its time here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tritonconv.ops.core import backend, launch
 
 __all__ = ["Memo", "clear_caches", "signature_of"]
 
-# A model has at most a few hundred; the bound only stops a service with endless input sizes from growing.
+# A model has at most a few hundred; the bound limits the memory of a service whose input sizes change all the time.
 MOST_CALLS = 4096
 
 SCOPE: dict[str, Any] = dict(
@@ -25,8 +25,8 @@ SCOPE: dict[str, Any] = dict(
     is_autocast_enabled=torch.is_autocast_enabled, autocast_dtype=torch.get_autocast_dtype,
     fp32_products=torch._C._get_fp32_precision_getter,
 )  # fmt: skip
-# Sizes, strides, types and devices settle checks, geometry and launches; addresses whether descriptors can be used, and
-# whether there is any memory.
+# Sizes, strides, types and devices determine checks, geometry and launches. Addresses determine whether descriptors can be
+# used, and whether there is any memory.
 TENSOR = (
     "{t}.dtype, {t}.shape, {t}.stride(), {t}.device, type({t}), {t}.is_neg(), "
     "(address := {t}.data_ptr()) and address % 16 + 1"
@@ -39,23 +39,23 @@ STATE = (
 
 
 def signature_of(name: str, tensors: Sequence[str], *, packed: bool) -> Callable[..., tuple[Any, ...]]:
-    """A function that gives a call's signature.
+    """A function that returns a call's signature.
 
-    It raises AttributeError, RuntimeError, TypeError or ValueError for a call that can have none: symbolic, sparse and
-    opaque tensors, arguments that are no tensors, or numbers that are none.
+    It raises AttributeError, RuntimeError, TypeError or ValueError for a call that can have no signature: with
+    symbolic, sparse or opaque tensors, with arguments that are not tensors, or with numbers of wrong types.
 
     Args:
-        name: the operator's, for tracebacks.
-        tensors: their names; the first is always there, the others may be None.
-        packed: it takes (tensors, numbers, backend), with numbers as a user may give them; else the tensors and numbers one
-            by one, the numbers hashable and of settled types.
+        name: the operator's name, for tracebacks.
+        tensors: the names of the tensors; the first one is always given, the others may be None.
+        packed: the function takes (tensors, numbers, backend), with numbers as a user may pass them; else it takes tensors
+            and numbers as separate arguments, where the numbers are hashable and of known types.
     """
     first, *others = tensors
     needs = " or ".join([f"{first}.requires_grad", *(f"({t} is not None and {t}.requires_grad)" for t in others)])
     parts = [part.format(x=first) for part in STATE] + [f"grad_enabled() and ({needs})", TENSOR.format(t=first)]
     parts += [f"None if {t} is None else ({TENSOR.format(t=t)})" for t in others]
     if packed:
-        # As bytes: 1, True and 1.0 are equal, and torch takes the first alone. Version 2 has one form for each value.
+        # As bytes: 1, True and 1.0 are equal, but torch accepts only the first. Version 2 has one form for each value.
         parts += ["dumps(numbers[0], 2)", "numbers[1:]", "backend"]
         lines = [f"def signature(tensors, numbers, backend):\n    {', '.join(tensors)}, = tensors"]
     else:
@@ -69,7 +69,7 @@ def signature_of(name: str, tensors: Sequence[str], *, packed: bool) -> Callable
 
 
 class Memo(dict[Any, Any]):
-    """What was found for signatures, until `clear_caches`."""
+    """Results by signature, kept until `clear_caches`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,6 +85,6 @@ _memos: list[Memo] = []
 
 
 def clear_caches() -> None:
-    """Resolve every call anew, as after a change of what configs and backends are chosen by."""
+    """Resolve every call again, for instance after a change of the tables by which configs and backends are chosen."""
     for memo in _memos:
         memo.clear()

@@ -1,4 +1,4 @@
-"""torch's batch norm for the calls that it has to run."""
+"""torch's batch norm, for calls that torch has to run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def batch_norm_on_torch(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
-    """torch.nn.functional.batch_norm of vectors with any strides.
+    """torch.nn.functional.batch_norm, for vectors with any strides.
 
-    Its channels-last backward pass on CPUs reads them as if they lay side by side (torch 2.13), so that it is given copies
-    that do; running statistics are written back.
+    torch's channels-last backward pass on CPUs reads these vectors as if they were contiguous (torch 2.13). It therefore
+    gets contiguous copies, and running statistics are written back.
     """
     given = running_mean, running_var
     mean, var, weight, bias = (_dense(t) for t in (*given, weight, bias))
@@ -28,5 +28,5 @@ def batch_norm_on_torch(
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
-    # What is no tensor is for torch to refuse.
+    # torch raises the error for an argument that is not a tensor.
     return t.contiguous() if isinstance(t, Tensor) else t
