@@ -6,7 +6,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n 2 --dist worksteal
 TESTS := --durations=15 --doctest-modules tests tritonconv tritonconv_cli.py
 KERNEL_TESTS := $(addsuffix .py,$(addprefix tests/test_,compat conv gradients grouped transposed batch_norm training \
-	operators codegen host tune bench depthwise bands separable causal pooling unpool adaptive global_pool resample \
+	operators codegen host tune bench depthwise bands separable causal pooling unpool adaptive global_pool stochastic resample \
 	shuffle squeeze_excite targets deform deform_rules))
 # The oldest and the newest Triton that pyproject.toml admits.
 OTHER_TRITONS := 3.6.0 3.9.0

@@ -21,7 +21,7 @@ KEYS = {
 
 
 POOLING = (
-    "pool", "pool_backward", "unpool", "adaptive_pool", "adaptive_pool_backward", "global_pool",
+    "pool", "pool_backward", "unpool", "adaptive_pool", "adaptive_pool_backward", "global_pool", "stochastic_pool",
     "resample", "resample_backward", "shuffle", "squeeze_excite",
 )  # fmt: skip
 

@@ -78,6 +78,10 @@ CASES: dict[str, Callable[[Make], Arguments]] = {
     "adaptive_max_pool": lambda t: ((image(t), [2, 3], True), {}),
     "adaptive_max_pool_backward": lambda t: ((t(2, 4, 2, 3), places(2, 4, 2, 3), [2, 4, 6, 5], False), {}),
     "global_average": lambda t: ((image(t), True), {}),
+    "stochastic_pool": lambda t: ((image(t), torch.rand(2, 4, 3, 2), [2, 2], [2, 2], [0, 0], False), {}),
+    "stochastic_pool_backward": lambda t: (
+        (t(2, 4, 3, 2), torch.zeros(2, 4, 3, 2, dtype=torch.uint8), None, None, [2, 4, 6, 5], [2, 2], [2, 2], [0, 0], False,
+         True), {}),
     "resample": lambda t: ((image(t), [9, 7], [], "linear"), {}),
     "resample_backward": lambda t: ((t(2, 4, 9, 7), [2, 4, 6, 5], [], "nearest", True), {}),
     "pixel_shuffle": lambda t: ((image(t), 2), {}),
@@ -99,7 +103,7 @@ def arguments(name: str, layout: str) -> Arguments:
 
     def view(*shape: int) -> Tensor:
         axes = None if layout == "expand" else tuple(range(len(shape)))
-        given = Input(shape, layout, axes=axes)
+        given = Input(shape, layout, values="integers" if name == "stochastic_pool" else "normal", axes=axes)
         given.make(r, torch.float32)
         return given.view
 

@@ -125,6 +125,7 @@ EVAL: dict[str, Callable[[], object]] = {
     "pixel_shuffle": lambda: TF.pixel_shuffle(X, 2),
     "causal_conv1d": lambda: TF.causal_conv1d(X[0], torch.ones(8, 3)),
     "deform_conv2d": lambda: TF.deform_conv2d(X, torch.zeros(1, 18, 6, 6), W),
+    "stochastic_pool2d": lambda: TF.stochastic_pool2d(X, 2, training=False),
 }
 
 

@@ -62,6 +62,7 @@ CALLS = [Call(*row) for row in [
     ("pixel shuffle", lambda x: TF.pixel_shuffle(x, 2), [(1, 4, 2, 3)]),
     ("channel shuffle", lambda x: TF.channel_shuffle(x, 2), [(1, 4, 2, 3)]),
     ("causal conv", lambda x, w, b: TF.causal_conv1d(x, w, b, "silu"), [(1, 2, 5), (2, 3), (2,)]),
+    ("stochastic pool, eval", lambda x: TF.stochastic_pool2d(x.exp(), 2, training=False), [(1, 2, 4, 4)]),
 ]]  # fmt: skip
 
 
@@ -83,6 +84,15 @@ def test_a_convolution_has_a_third_derivative() -> None:
         return torch.autograd.grad(sum(g.square().sum() for g in first), (x, w), create_graph=True)
 
     assert torch.autograd.gradcheck(second, (x, w), fast_mode=True)
+
+
+def test_drawn_elements_pass_gradients_of_gradients_on() -> None:
+    x = leaf(1, 2, 4, 4)
+
+    def draw(x: Tensor) -> Tensor:
+        return TF.stochastic_pool2d(x.abs() + 1, 2, generator=torch.Generator().manual_seed(0)).square()
+
+    assert torch.autograd.gradgradcheck(draw, (x,), fast_mode=True)
 
 
 def critic() -> nn.Module:

@@ -14,6 +14,7 @@ from tritonconv.ops.adaptive.operator import global_average
 
 from .call import Call
 from .draw import Draw
+from .views import Input
 
 __all__ = ["OPERATORS"]
 
@@ -217,6 +218,40 @@ def shuffled(d: Draw, kind: str) -> Call:
     )
 
 
+def stochastic(d: Draw) -> Call:
+    spatial, arguments = windows(d, 2, dilated=False)
+    x = d.image(d.channels(), spatial, batches=False, values="integers")
+    arguments |= dict(training=d.chance(0.6))
+    wide = torch.float64 if d.dtype == torch.float64 else torch.float32
+    return Call(TF.stochastic_pool2d, partial(stochastic_reference, x, wide), dict(input=x), arguments, exact=False)
+
+
+def stochastic_reference(
+    given: Input, wide: torch.dtype, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0,
+    ceil_mode: bool = False, training: bool = True,
+) -> Tensor:  # fmt: skip
+    """Zeiler and Fergus' definition; the numbers are drawn as torch's pooling would lay its result."""
+    like = F.max_pool2d(given.copied(torch.float32), kernel_size, stride, padding, 1, ceil_mode)
+    n, c, p, q = like.shape
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    u = torch.rand((n, p, q, c), dtype=wide).permute(0, 3, 1, 2) if last else torch.rand((n, c, p, q), dtype=wide)
+    (r, s), (sh, sw), (ph, pw) = map(_pair, (kernel_size, kernel_size if stride is None else stride, padding))
+    # Zeros for the padding and for what overhangs it; where the last window ends before the image does, it is cut.
+    behind = ((p - 1) * sh + r - input.shape[2] - ph, (q - 1) * sw + s - input.shape[3] - pw)
+    x = F.pad(input, (pw, behind[1], ph, behind[0])).unfold(2, r, sh).unfold(3, s, sw).flatten(4)
+    weight = x.relu()
+    whole = weight.sum(-1)
+    none = whole == 0
+    if not training:
+        return torch.where(none, 0, weight.square().sum(-1) / torch.where(none, 1, whole))
+    drawn = (weight.cumsum(-1) > (u.double() * whole).unsqueeze(-1)).to(torch.uint8).argmax(-1, keepdim=True)
+    return torch.where(none, 0, x.gather(-1, drawn).squeeze(-1))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)  # type: ignore[return-value]
+
+
 OPERATORS = {
     **{f"max_pool{nd}d": partial(maximum, nd=nd, indices=False) for nd in (1, 2, 3)},
     **{f"max_pool{nd}d_with_indices": partial(maximum, nd=nd, indices=True) for nd in (1, 2, 3)},
@@ -229,5 +264,5 @@ OPERATORS = {
     **{f"adaptive_max_pool{nd}d_with_indices": partial(adaptive, kind="max", nd=nd, indices=True) for nd in (1, 2, 3)},
     **{f"max_unpool{nd}d": partial(unpooling, nd=nd) for nd in (1, 2, 3)},
     **{kind: partial(shuffled, kind=kind) for kind in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")},
-    "global_average": whole_average, "interpolate": resampled,
+    "global_average": whole_average, "interpolate": resampled, "stochastic_pool2d": stochastic,
 }  # fmt: skip

@@ -1,12 +1,15 @@
-"""Means and sums of windows: torch.nn.functional's avg_pool and lp_pool, and sum_pool."""
+"""Means, sums and drawn elements of windows: torch.nn.functional's avg_pool and lp_pool, sum_pool and stochastic_pool."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from tritonconv.ops.pool.call import lp_pool, pool
+from tritonconv.ops.stochastic import stochastic_pool
 
 __all__ = [
     "avg_pool1d",
@@ -15,6 +18,7 @@ __all__ = [
     "lp_pool1d",
     "lp_pool2d",
     "lp_pool3d",
+    "stochastic_pool2d",
     "sum_pool1d",
     "sum_pool2d",
     "sum_pool3d",
@@ -251,3 +255,43 @@ def lp_pool3d(
     [13.0]
     """
     return lp_pool(3, input, norm_type, kernel_size, stride, ceil_mode)
+
+
+def stochastic_pool2d(
+    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, training: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Pooling that draws one element of each window (Zeiler and Fergus 2013, arXiv:1301.3557).
+
+    In training an element x_i is drawn with probability x_i / sum(x), where negative elements count as zero; a window
+    without any positive element gives zero. The gradient goes only to the drawn element. In eval mode the result is the
+    mean with these probabilities, sum(x_i^2) / sum(x), and has the gradient of this formula. A window whose sum is not
+    finite gives NaN.
+
+    torch's generator gives one uniform number for each result, so that `torch.manual_seed` or `generator` determines the
+    choice, on any backend. The number is a share of the window's sum. The drawn element is the first one, row by row, at
+    which the cumulative sum exceeds that share; sums are in fp32 (fp64 for fp64). The numbers have the memory format of the
+    result: a channels-last input gets other numbers than a contiguous one.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), fp16, bf16, fp32 or fp64; meant to follow an activation such as ReLU.
+        kernel_size: an int or two; stride: the same; None: `kernel_size`.
+        padding: an int or two: zeros on both sides, which are never drawn, at most half of `kernel_size`.
+        ceil_mode: let the last windows reach beyond the image, as `torch.nn.functional.max_pool2d` does.
+        training: draw an element; else compute the weighted mean.
+        generator: the source of the numbers; None: torch's default generator of the input's device.
+
+    Returns:
+        (N, C, P, Q) or (C, P, Q), of the input's dtype; channels-last if the input is, else contiguous.
+
+    Raises:
+        RuntimeError: sizes or dtypes that do not fit.
+        TypeError: arguments of a wrong type.
+
+    >>> x = torch.tensor([[[0.0, 3.0], [-1.0, 0.0]]])
+    >>> stochastic_pool2d(x, 2).item()
+    3.0
+    >>> stochastic_pool2d(torch.tensor([[[1.0, 3.0]]]), (1, 2), training=False).item()
+    2.5
+    """
+    return stochastic_pool(input, kernel_size, stride, padding, ceil_mode, training, generator)

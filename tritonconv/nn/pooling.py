@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tritonconv.ops.core.backend import Backend
 from tritonconv.ops.pool.call import PoolKind, lp_pool, pool, pool_with_indices, unpool
+from tritonconv.ops.stochastic import stochastic_pool
 
 __all__ = [
     "AvgPool1d",
@@ -26,6 +27,7 @@ __all__ = [
     "MinPool1d",
     "MinPool2d",
     "MinPool3d",
+    "StochasticPool2d",
     "SumPool1d",
     "SumPool2d",
     "SumPool3d",
@@ -311,3 +313,31 @@ class MaxUnpool3d(torch.nn.MaxUnpool3d):
 
     def forward(self, input: Tensor, indices: Tensor, output_size: list[int] | None = None) -> Tensor:
         return unpool(3, input, indices, self.kernel_size, self.stride, self.padding, output_size, self.backend)
+
+
+class StochasticPool2d(torch.nn.Module):
+    """One drawn element of each window in training, its weighted mean in eval mode; (N, C, H, W) or (C, H, W).
+
+    Args:
+        kernel_size, stride, padding, ceil_mode: as for `tritonconv.functional.stochastic_pool2d`.
+
+    `backend` ("auto", "triton", "torch") is the choice for this layer; with None, `tritonconv.set_backend` decides.
+
+    >>> StochasticPool2d(2)(torch.rand(1, 3, 4, 4)).shape
+    torch.Size([1, 3, 2, 2])
+    """
+
+    backend: Backend | None = None
+
+    def __init__(self, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False) -> None:
+        super().__init__()
+        self.kernel_size, self.padding, self.ceil_mode = kernel_size, padding, ceil_mode
+        self.stride = kernel_size if stride is None else stride
+
+    def forward(self, input: Tensor) -> Tensor:
+        return stochastic_pool(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.training, None, self.backend
+        )
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, ceil_mode={self.ceil_mode}"

@@ -1,4 +1,4 @@
-"""Configs and patches of pooling, of its gradient and of max unpooling."""
+"""Configs and patches of pooling, of its gradient, of max unpooling and of stochastic pooling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tritonconv.tuning.devices import INTERPRETER, Device
 from tritonconv.tuning.rules.blocks import outside_first
 
 __all__ = [
-    "PoolPatch", "pool_gradient_patch", "pool_patch", "unpool_config",
+    "PoolPatch", "pool_gradient_patch", "pool_patch", "stochastic_pool_config", "unpool_config",
 ]  # fmt: skip
 
 # What a thread holds: results of 8 channels in fp32, fewer where each has an index too.
@@ -137,3 +137,15 @@ def unpool_config(channels: int, small: int, channels_last: bool, device: Device
         planes = power(channels, 256)
         return tile(power(small, (1 << 16) // planes), planes)
     return min(configs(), key=lambda config: outside_first(config, small, channels, channels_last))
+
+
+@functools.lru_cache(maxsize=4096)
+def stochastic_pool_config(channels: int, pixels: int, channels_last: bool, device: Device) -> Any:
+    """The tile of which least lies outside, in vectors of 16 bytes."""
+    from tritonconv.kernels.stochastic_pool import configs, tile
+
+    if device.arch == INTERPRETER.arch:
+        side = power(pixels, 256)
+        return tile(side, power(channels, (1 << 16) // side))
+    allowed = (config for config in configs() if (config.kwargs["BLOCK_C"] >= 64) == channels_last)
+    return min(allowed, key=lambda config: outside_first(config, pixels, channels, channels_last)[0])
