@@ -10,7 +10,7 @@ from tritonconv.geometry import INT32_MAX, ConvGeometry, power, power_of_two_div
 from tritonconv.ops.conv.dense import check_convolution
 from tritonconv.ops.conv.depthwise import add_slots
 from tritonconv.ops.core.activation import ActivationSpec
-from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.epilogue import Epilogue, check_device, check_dtype
 from tritonconv.ops.core.launch import Launch, device_of, forced_config, launch
 from tritonconv.ops.core.layout import as_format, empty_output, wide
 from tritonconv.tuning.rules.causal import causal_blocks, causal_config, causal_update_block
@@ -55,7 +55,9 @@ def check_causal(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, state:
             f"{op}: expected initial_state of size {list(expected)}, one step less than the filter, but got "
             f"{list(state.shape)} ({geometry})"
         )
-    check_like(op, "initial_state", state, x)
+    if state is not None:
+        check_dtype(op, x, "initial_state", state, geometry)
+        check_device(op, x, "initial_state", state, geometry)
     return geometry
 
 
@@ -80,8 +82,9 @@ def check_update(op: str, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor
         raise RuntimeError(
             f"{op}: conv_state is written, but several of its elements share memory; clone it first ({sizes})"
         )
-    check_like(op, "weight", weight, x)
-    check_like(op, "conv_state", state, x)
+    for name, t in (("weight", weight), ("conv_state", state)):
+        check_dtype(op, x, name, t, sizes)
+        check_device(op, x, name, t, sizes)
     Epilogue(bias).check(op, sizes, x, x.shape[1], None)
 
 
@@ -90,18 +93,6 @@ def check_weight(op: str, x: Tensor, weight: Tensor) -> None:
         raise RuntimeError(
             f"{op}: expected weight of size [{x.shape[1]}, K] or [{x.shape[1]}, 1, K] for input of size {list(x.shape)}, "
             f"but got {list(weight.shape)}"
-        )
-
-
-def check_like(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
-    if t is None:
-        return
-    if t.dtype != x.dtype:
-        raise RuntimeError(f"{op}: input type ({x.dtype}) and {name} type ({t.dtype}) should be the same")
-    if t.device != x.device:
-        raise RuntimeError(
-            f"{op}: expected all tensors to be on the same device, but got {x.device} for the input and {t.device} for "
-            f"{name}"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tritonconv.geometry import ConvGeometry, power_of_two_divisor
 from tritonconv.ops.conv.plan import ConvPlan, pack_constants, plan_convolution
 from tritonconv.ops.conv.target import WHOLE, Result, Target
-from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.epilogue import Epilogue, check_device, check_dtype
 from tritonconv.ops.core.launch import Box, Launch, aligned, axis_constants, config_for, device_of, launch, precision
 from tritonconv.ops.core.layout import as_format, empty_output, is_dense, suggests_channels_last
 from tritonconv.tuning import Device, Problem
@@ -22,13 +22,8 @@ __all__ = ["bias_gradient", "check_convolution", "convolve_dense", "output_forma
 
 def check_convolution(op: str, x: Tensor, weight: Tensor, epilogue: Epilogue, geometry: ConvGeometry) -> None:
     """Raise what torch raises for a wrong dtype, device or size; the geometry itself is right already."""
-    if x.dtype != weight.dtype:
-        raise RuntimeError(f"{op}: input type ({x.dtype}) and weight type ({weight.dtype}) should be the same ({geometry})")
-    if x.device != weight.device:
-        raise RuntimeError(
-            f"{op}: expected all tensors to be on the same device, but got {x.device} for the input and {weight.device} "
-            f"for the weight ({geometry})"
-        )
+    check_dtype(op, x, "weight", weight, geometry)
+    check_device(op, x, "weight", weight, geometry)
     epilogue.check(op, geometry, x, geometry.out_channels, geometry.output_shape)
 
 

@@ -13,11 +13,28 @@ from tritonconv.ops.core.launch import activation_constants
 from tritonconv.ops.core.layout import as_format
 from tritonconv.ops.core.torch_norm import batch_norm_on_torch
 
-__all__ = ["BatchNorm", "Epilogue", "ResidualError"]
+__all__ = ["BatchNorm", "Epilogue", "ResidualError", "check_device", "check_dtype"]
+
+TENSORS = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias", "residual")
 
 
 class ResidualError(RuntimeError):
     """The residual and the result have different sizes."""
+
+
+def check_dtype(op: str, x: Tensor, name: str, t: Tensor, what: object) -> None:
+    """Raise torch's exception for a tensor of another dtype than the input x; `what` is printed as the geometry."""
+    if t.dtype != x.dtype:
+        raise RuntimeError(f"{op}: input type ({x.dtype}) and {name} type ({t.dtype}) should be the same ({what})")
+
+
+def check_device(op: str, x: Tensor, name: str, t: Tensor, what: object) -> None:
+    """Raise torch's exception for a tensor on another device than the input x; `what` is printed as the geometry."""
+    if t.device != x.device:
+        raise RuntimeError(
+            f"{op}: expected all tensors to be on the same device, but got {x.device} for the input and {t.device} for "
+            f"{name} ({what})"
+        )
 
 
 class BatchNorm(NamedTuple):
@@ -97,17 +114,15 @@ class Epilogue(NamedTuple):
                 f"{op}: expected bias to be 1-dimensional with {channels} elements, but got bias of size "
                 f"{list(self.bias.shape)} instead ({what})"
             )
-        if self.bias is not None and self.bias.dtype != x.dtype:
-            raise RuntimeError(
-                f"{op}: input type ({x.dtype}) and bias type ({self.bias.dtype}) should be the same ({what})"
-            )
+        if self.bias is not None:
+            check_dtype(op, x, "bias", self.bias, what)
         if self.batch_norm is not None:
             *norm, eps = self.batch_norm
             if not isinstance(eps, Real):
                 raise TypeError(f"{op}(): argument 'eps' must be float, not {type(eps).__name__} ({what})")
             if eps < 0:
                 raise ValueError(f"{op}: batch norm's eps must be non-negative, but got {eps} ({what})")
-            for name, t in zip(("running_mean", "running_var", "bn_weight", "bn_bias"), norm, strict=True):
+            for name, t in zip(TENSORS[1:5], norm, strict=True):
                 if t is not None and tuple(t.shape) != (channels,):
                     raise RuntimeError(
                         f"{op}: {name} should contain {channels} elements, not {t.numel()} of size {list(t.shape)} ({what})"
@@ -117,9 +132,6 @@ class Epilogue(NamedTuple):
                 f"{op}: expected residual of the output's size {list(output_shape)}, but got {list(self.residual.shape)} "
                 f"({what})"
             )
-        for t in self.tensors():
-            if t.device != x.device:
-                raise RuntimeError(
-                    f"{op}: expected all tensors to be on the same device, but got {x.device} for the input and {t.device} "
-                    f"({what})"
-                )
+        for name, t in zip(TENSORS, (self.bias, *(self.batch_norm or (None,) * 4)[:4], self.residual), strict=True):
+            if t is not None:
+                check_device(op, x, name, t, what)

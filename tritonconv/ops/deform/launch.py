@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import INT32_MAX, DeformGeometry, power, power_of_two_divisor
-from tritonconv.ops.core.epilogue import Epilogue
+from tritonconv.ops.core.epilogue import Epilogue, check_device, check_dtype
 from tritonconv.ops.core.launch import (
     Launch,
     config_constants,
@@ -32,15 +32,11 @@ def check_deform(
     for name, t in (("weight", weight), ("offset", offset), ("mask", mask)):
         if t is None:
             continue
-        if t.device != x.device:
-            raise RuntimeError(
-                f"{op}: expected all tensors to be on the same device, but got {x.device} for the input and {t.device} "
-                f"for {name} ({geometry})"
-            )
+        check_device(op, x, name, t, geometry)
         # Places may be finer than values.
         finer = name != "weight" and t.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
-        if t.dtype != x.dtype and not finer:
-            raise RuntimeError(f"{op}: input type ({x.dtype}) and {name} type ({t.dtype}) should be the same ({geometry})")
+        if not finer:
+            check_dtype(op, x, name, t, geometry)
     epilogue.check(op, geometry, x, geometry.conv.out_channels, geometry.conv.output_shape)
 
 
