@@ -77,14 +77,13 @@ class Family(abc.ABC, Generic[Parsed]):
     """Indices of the tensors that autocast casts."""
     dtypes: ClassVar[Sequence[torch.dtype] | None] = FLOATS
     """Dtypes that the first tensor may have; None: any."""
+    torch_checks_types: ClassVar[bool] = False
+    """Whether torch's own function raises the error for an argument that is not a tensor."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.signature = signature_of(name, [f"t{i}" for i in range(len(self.tensors))], packed=True)
         self.found = Memo()
-
-    torch_checks_types: ClassVar[bool] = False
-    """Whether torch's own function raises the error for an argument that is not a tensor."""
 
     # What each family defines.
 
