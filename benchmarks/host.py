@@ -34,9 +34,10 @@ from tritonconv.kernels.conv_fprop import conv_fprop_kernel
 
 import tritonconv
 import tritonconv.functional as ours
-from tritonconv.fused.call import fused_call
 from tritonconv.measure.offline import IdleDriver
 from tritonconv.ops.core import backend, launch
+from tritonconv.ops.core.activation import parse_activation
+from tritonconv.ops.core.family import call_family
 from tritonconv.ops.core.signature import clear_caches
 from tritonconv.tuning import Device
 from tritonconv.tuning.devices import device_named
@@ -183,7 +184,7 @@ def our_rows(repeats: int, gpu: Device, dtype: torch.dtype = torch.bfloat16) -> 
     # As convert() stores them.
     for layer in (conv, block.conv):
         layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-    members, relu = (block.conv, block.bn), nn.ReLU()
+    of_graph = ((2, (1, 1), (1, 1), (1, 1), 1), "conv2d_bn_act", 1e-5, parse_activation("relu"))
     rows_, square = x.flatten(1)[:, :128].contiguous(), w[:, :, 0, 0].contiguous()
     dense = tritonconv.nn.Linear(128, 128).to(dtype)
     resnet = tritonconv.convert(ResNet18(16).eval()).to(dtype)
@@ -204,7 +205,7 @@ def our_rows(repeats: int, gpu: Device, dtype: torch.dtype = torch.bfloat16) -> 
         ("functional.conv2d_bn_act, ReLU", lambda: ours.conv2d_bn_act(x, w, None, *norm, padding=1, activation="relu")),
         ("nn.ConvBNAct2d, ReLU", lambda: block(x)),
         ("nn.ConvBNAct2d, residual, ReLU", lambda: block(x, r)),
-        ("fused call of a converted model", lambda: fused_call(*members, relu, x, r, True)),
+        ("call of a fused graph", lambda: call_family("conv", (x, w, None, *norm, r), of_graph, "auto")),
         ("ResNet-18, converted", lambda: resnet(image)),
         ("torch.ops.tritonconv.conv, BN, ReLU", lambda: operator(x, w, None, *norm, None, **numbers)),
         *_other_families(x, w, norm),

@@ -184,7 +184,7 @@ CASES = [
     # Activations as functions; linear layers.
     Case("lenet", LeNet, (2, 1, 8, 8), 6, 3),
     # Methods, statements in place, a concatenation between chains, a functional convolution.
-    Case("functional", Functional, (2, 3, 8, 8), 4, 3),
+    Case("functional", Functional, (2, 3, 8, 8), 4, 4),
     # Geometries and activations.
     Case("grouped", Grouped, (2, 4, 8, 8), 4, 4),
     # Parts of a model that does not trace; one of its two blocks runs.

@@ -23,7 +23,6 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import tritonconv
-from tritonconv.convert.fuse import FusedForward
 from tritonconv.ops.core.launch import record_launches
 
 Values = dict[str, Tensor]
@@ -82,10 +81,9 @@ def assert_steps(original: nn.Module, converted: nn.Module, *inputs: Tensor) -> 
         assert_same(step(converted, x), expected)
 
 
-def chains(model: nn.Module) -> int:
-    """Chains that are fused in the modules' present modes."""
-    forwards = [m.__dict__.get("forward") for m in model.modules()]
-    return sum(f.program.chains for f in forwards if isinstance(f, FusedForward) and f.program is not None)
+def chains(model: nn.Module, *inputs: Any) -> int:
+    """Chains that a call of the model runs as one call each, in the modules' present modes."""
+    return sum(bool(row["fused"]) for row in tritonconv.explain(model, *inputs).to_dict()["layers"])
 
 
 @contextmanager
@@ -220,7 +218,7 @@ def test_networks_have_the_same_gradients_and_statistics(network: Network) -> No
     original, converted = twins(network.build)
     # The last batch of an epoch is smaller.
     assert_steps(original, converted, images(3, *network.shape), images(2, *network.shape, seed=1))
-    assert chains(converted) == network.chains
+    assert chains(converted, images(2, *network.shape)) == network.chains
 
 
 def test_steps_are_the_same_bit_by_bit_when_repeated() -> None:
@@ -300,7 +298,7 @@ def test_residuals_that_torch_saves_too_are_fused_up_to_the_activation() -> None
     original, converted = twins(lambda: Net(block))
     with layers_in_one(2):
         assert_steps(original, converted, images(2, 4, 6, 6))
-    assert chains(converted) == 2
+    assert chains(converted, images(2, 4, 6, 6)) == 2
 
 
 MODES: dict[str, Callable[[nn.Module], object]] = {
@@ -319,7 +317,7 @@ def test_modes_may_be_switched_back_and_forth() -> None:
         for model in (original, converted):
             MODES[mode](model)
         assert_steps(original, converted, images(2, 4, 4, 4))
-        assert chains(converted) == 2
+    assert chains(converted, images(2, 4, 4, 4)) == 2
 
 
 def test_parts_may_be_in_other_modes() -> None:
@@ -375,7 +373,8 @@ def test_batch_norms_may_be_changed_between_steps(change: str) -> None:
     assert_steps(original, converted, x)
     for model in (original, converted):
         NORMS[change](model[1])
-    with layers_in_one(4):
+    # A cumulative average knows the weight of a batch after it has counted it: that layer has launches of its own.
+    with layers_in_one(2 if change == "cumulative average" else 4):
         assert_steps(original, converted, x, x + 1)
     assert_steps(original.eval(), converted.eval(), x)
 
@@ -383,7 +382,7 @@ def test_batch_norms_may_be_changed_between_steps(change: str) -> None:
 @pytest.mark.parametrize("options", [dict(affine=False), dict(track_running_stats=False), dict(momentum=None)], ids=str)
 def test_batch_norms_of_every_kind_train(options: dict[str, Any]) -> None:
     original, converted = twins(lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, **options), nn.ReLU()))
-    with layers_in_one(2):
+    with layers_in_one(0 if "momentum" in options else 2):
         assert_steps(original, converted, images(2, 4, 5, 5), images(1, 4, 5, 5))
     assert_steps(original.eval(), converted.eval(), images(2, 4, 5, 5))
 

@@ -21,7 +21,6 @@ from matrix import rotate
 from torch import Tensor, nn
 
 import tritonconv
-from tritonconv.convert.fuse import FusedForward
 
 
 class Mode(enum.Enum):
@@ -145,21 +144,14 @@ INCOMPARABLE: dict[str, tuple[Any, Callable[[Any, Tensor], Tensor], Callable[[An
 
 
 @pytest.mark.parametrize("name", INCOMPARABLE)
-def test_what_cannot_be_compared_makes_the_forward_untraced(name: str) -> None:
+def test_any_object_may_be_read_and_changed(name: str) -> None:
     held, read, change = INCOMPARABLE[name]
     original, x = Reads(read, copy.deepcopy(held)).eval(), torch.randn(1, 3, 5, 5)
     converted = tritonconv.convert(original)
-    assert not isinstance(converted.__dict__.get("forward"), FusedForward)
-    assert "whose changes cannot be seen" in str(tritonconv.explain(converted, x))
+    torch.testing.assert_close(converted(x), original(x), rtol=1e-4, atol=1e-5)
     change(original)
     change(converted)
     torch.testing.assert_close(converted(x), original(x), rtol=1e-4, atol=1e-5)
-
-
-def test_what_no_code_reads_may_be_anything() -> None:
-    converted = tritonconv.convert(Reads(lambda _, y: y, None).eval())
-    fused = tritonconv.convert(Reads(lambda _, y: y, logging.getLogger("test")).eval())
-    assert isinstance(converted.__dict__["forward"], FusedForward) and isinstance(fused.__dict__["forward"], FusedForward)
 
 
 FACTOR = 2.0
@@ -189,7 +181,6 @@ UNSEEN: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[pytest.Monkey
 }
 
 
-@pytest.mark.xfail(strict=True, reason="torch.fx takes what lies outside of the modules for granted")
 @pytest.mark.parametrize("name", UNSEEN)
 def test_what_lies_outside_of_the_modules_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read, change = UNSEEN[name]
@@ -210,7 +201,6 @@ def printing(_: Any, y: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.xfail(strict=True, reason="torch.fx records no side effect")
 def test_a_forward_that_appends_to_a_global_list_goes_on_doing_so() -> None:
     converted = tritonconv.convert(Reads(counting, None).eval())
     CALLS.clear()
@@ -219,7 +209,6 @@ def test_a_forward_that_appends_to_a_global_list_goes_on_doing_so() -> None:
     assert len(CALLS) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="torch.fx records no side effect")
 def test_a_forward_that_prints_goes_on_doing_so(capsys: pytest.CaptureFixture[str]) -> None:
     converted = tritonconv.convert(Reads(printing, None).eval())
     capsys.readouterr()

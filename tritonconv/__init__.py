@@ -14,7 +14,10 @@ from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.core.backend import set_backend
 from tritonconv.ops.deform.gradients import set_deform_scatter
 
-__all__ = ["ConvGeometry", "convert", "explain", "functional", "nn", "revert", "set_backend", "set_deform_scatter", "tune"]
+__all__ = [
+    "ConvGeometry", "convert", "enable_inductor", "explain", "functional", "fuse", "nn", "revert", "set_backend",
+    "set_deform_scatter", "tune",
+]  # fmt: skip
 
 __version__ = "0.1.0"
 
@@ -25,6 +28,15 @@ def __getattr__(name: str) -> Any:
         from tritonconv.measure.tune import tune
 
         return tune
+    # Graphs need parts of torch that take time to import.
+    if name == "fuse":
+        from tritonconv.graph.export import fuse
+
+        return fuse
+    if name == "enable_inductor":
+        from tritonconv.graph.inductor import enable_inductor
+
+        return enable_inductor
     if name == "set_scatter":
         warnings.warn("tritonconv.set_scatter is called set_deform_scatter now", DeprecationWarning, stacklevel=2)
         return set_deform_scatter

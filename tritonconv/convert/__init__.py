@@ -7,18 +7,19 @@ import copy
 import torch
 
 from tritonconv.convert.explain import explain
-from tritonconv.convert.fuse import fuse_chains, unfuse_chains
+from tritonconv.convert.forward import install, uninstall
 from tritonconv.convert.report import Report
 from tritonconv.convert.swap import move_weights, restore_layers, swap_layers
-from tritonconv.convert.weights import seen_weights
+from tritonconv.convert.weights import viewed_weights
 from tritonconv.ops.core.backend import Backend, check_backend
 
 __all__ = ["Report", "convert", "explain", "revert"]
 
 
 def convert(
-    model: torch.nn.Module, *, inplace: bool = False, fuse: bool = True, backend: Backend = "auto"
-) -> torch.nn.Module:
+    model: torch.nn.Module, *, inplace: bool = False, fuse: bool = True, backend: Backend = "auto",
+    memory_format: torch.memory_format = torch.channels_last,
+) -> torch.nn.Module:  # fmt: skip
     """The model with its layers on our kernels, and with chains of layers fused.
 
     The layers are convolutions, batch norms, linear layers, poolings and resamplings. Parameters, buffers, state_dict,
@@ -34,13 +35,16 @@ def convert(
         fuse: run a convolution, batch norm, residual addition and activation that follow each other as one kernel call; in
             training mode as one operator with gradients. If one of the modules has a hook, they run one by one.
         backend: the choice for every converted layer: "auto", "triton", "hopper" or "torch".
+        memory_format: how weights of convolutions are stored: torch.channels_last, or torch.contiguous_format, which leaves
+            their strides alone for code that calls `weight.view(n, -1)` (Muon, orthogonal regularizers); our kernels copy
+            them at each call then.
 
     Returns:
         The converted model, of the same class as before.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: an unknown backend.
+        ValueError: an unknown backend or memory format.
 
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
     >>> fast = convert(model)
@@ -50,15 +54,20 @@ def convert(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"convert(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
     check_backend(backend)
+    if memory_format not in (torch.channels_last, torch.contiguous_format):
+        raise ValueError(
+            f"convert(): memory_format must be torch.channels_last or torch.contiguous_format, got {memory_format}"
+        )
     # Parameters that are copied in inference mode could be neither moved nor trained later.
     with torch.inference_mode(False):
         if not inplace:
             model = copy.deepcopy(model)
-        unfuse_chains(model)
-        layers = swap_layers(model, backend)
-        found = fuse_chains(model) if fuse else {}
-        seen = seen_weights(model, found)
-        move_weights([layer for layer in layers if layer._parameters["weight"] not in seen])
+        uninstall(model)
+        layers, viewed = swap_layers(model, backend), viewed_weights(model)
+        if memory_format == torch.channels_last:
+            move_weights([layer for layer in layers if layer._parameters["weight"] not in viewed])
+        if fuse:
+            install(model, backend)
     return model
 
 
@@ -80,6 +89,6 @@ def revert(model: torch.nn.Module) -> torch.nn.Module:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"revert(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
-    unfuse_chains(model)
+    uninstall(model)
     restore_layers(model)
     return model

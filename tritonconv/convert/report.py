@@ -45,7 +45,8 @@ class Report:
     model: str
     layers: list[Row]
     fusion: list[dict[str, Any]]
-    """For every module whose forward was looked at: `root`, `how` (fx, sequential, not traced), `chains`, `reason`."""
+    """For every graph, and every place where the trace stopped: `root`, `how` (graph, graph break, not traced), `chains`,
+    `reason`."""
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -102,12 +103,10 @@ class Report:
         lines = []
         for entry in self.fusion:
             where = entry["root"] or "the model"
-            if entry["how"] == "not traced":
-                lines.append(f"{where}: not traced, {entry['reason']}")
+            if entry["how"] == "graph":
+                lines.append(f"{where}: a graph with {entry['chains']} fused chains")
             else:
-                lines.append(
-                    f"{where}: {entry['chains']} chains fused by {entry['how']}{entry['reason'] and ', '}{entry['reason']}"
-                )
+                lines.append(f"{where}: {entry['how']}, {entry['reason']}")
         return lines or ["nothing is fused"]
 
     def plot(self, path: str | Path) -> None:

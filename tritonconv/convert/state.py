@@ -1,105 +1,89 @@
-"""What a forward may not change while it is traced: everything that modules hold.
+"""What a forward may read although Dynamo does not guard it, compared before each call.
 
-A graph holds tensor operations alone. A forward that also counts, collects, or draws from a generator of its own would do
-so when it is traced, and never again.
+These are hooks, lists in tuples, the order of an OrderedDict, and the environment. A forward that draws from a generator of
+its own is not traced at all.
 """
 
 from __future__ import annotations
 
+import os
 import random
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["COLLECTIONS", "Kept", "is_record"]
+from tritonconv.convert.weights import names_of_forward
+from tritonconv.fused.call import HOOKS
 
-LIBRARIES = ("builtins", "functools", "logging", "numpy", "threading", "torch", "triton", "tritonconv", "weakref")
-COLLECTIONS = (dict, list, tuple, set, frozenset, deque)
-# Of modules that hold more, say a data set, the rest is not looked at.
-MOST = 100_000
+__all__ = ["State", "draws_numbers"]
 
-
-def is_record(value: object) -> bool:
-    """Whether the value is an object of the user's, or a namespace, with attributes of its own."""
-    if isinstance(value, (torch.nn.Module, torch.Tensor, type, *COLLECTIONS)):
-        return False
-    return type(getattr(value, "__dict__", None)) is dict and type(value).__module__.split(".")[0] not in LIBRARIES
+OWN = set(vars(torch.nn.Module()))
 
 
-class Kept:
-    """Attributes, collections, objects, generators and tensors that modules hold, as they were."""
-
-    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
-        # A scripted module keeps its state elsewhere, and shows it in dicts that only look like ones.
-        modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
-        self._buffers = {id(t) for m in modules for t in m._buffers.values()}
-        self._collections: list[tuple[Any, dict[Any, Any]]] = []
-        self._generators: list[tuple[Callable[[], Any], Callable[[Any], Any], Any]] = []
-        self._tensors: list[tuple[torch.Tensor, int, torch.Tensor | None]] = []
-        waiting: list[Any] = [module.__dict__ for module in modules]
-        seen: set[int] = set()
-        while waiting and len(seen) < MOST:
-            value = waiting.pop()
-            if id(value) not in seen:
-                seen.add(id(value))
-                waiting.extend(self._keep(value))
-
-    def restore(self) -> bool:
-        """Put back what has changed; whether anything had."""
-        changed = False
-        for value, members in self._collections:
-            now = _members(value)
-            if now.keys() != members.keys() or any(now[key] is not member for key, member in members.items()):
-                changed = True
-                _refill(value, members)
-        for get, put, state in self._generators:
-            now = get()
-            changed |= not torch.equal(now, state) if isinstance(state, torch.Tensor) else str(now) != str(state)
-            put(state)
-        for tensor, version, copy in self._tensors:
-            if tensor._version != version:
-                changed = True
-                if copy is not None:
-                    tensor.detach().copy_(copy)
-        return changed
-
-    def _keep(self, value: Any) -> Iterable[Any]:
-        """Remember one value, and give back what it holds."""
-        if isinstance(value, (dict, list, deque, set)):
-            members = _members(value)
-            self._collections.append((value, members))
-            return members.values()
-        if isinstance(value, tuple):
-            return value
-        if is_record(value) and not isinstance(value, random.Random):
-            return [value.__dict__]
-        if isinstance(value, random.Random):
-            self._generators.append((value.getstate, value.setstate, value.getstate()))
-        elif isinstance(value, np.random.Generator):
-            bits = value.bit_generator
-            self._generators.append((lambda: bits.state, lambda state: setattr(bits, "state", state), bits.state))
-        elif isinstance(value, (np.random.RandomState, torch.Generator)):
-            self._generators.append((value.get_state, value.set_state, value.get_state()))
-        elif type(value) is torch.Tensor and not value.is_inference():
-            # Buffers are stand-ins in a trace.
-            copy = None if id(value) in self._buffers else value.detach().clone()
-            self._tensors.append((value, value._version, copy))
-        return ()
+def draws_numbers(module: torch.nn.Module) -> bool:
+    """Whether a module holds a generator of Python's, whose state Dynamo does not keep."""
+    return any(isinstance(value, random.Random) for value in vars(module).values())
 
 
-def _members(value: Any) -> dict[Any, Any]:
-    """A collection's members by what tells them apart."""
+class State:
+    """The state of a model at the time when it is made; `key` tells two of one model apart."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._next = RemovableHandle.next_id
+        self._modules = list(model.modules())
+        self._hooks = tuple(_hooks(self._modules))
+        self._held = [(module, name) for module in self._modules for name in _unguarded(module)]
+        reads = any({"environ", "getenv"} & set(names_of_forward(module)) for module in self._modules)
+        self._environment = dict(os.environ) if reads else None
+        self._values = self._keys()
+        environment = None if self._environment is None else frozenset(self._environment.items())
+        self.key = (self._hooks, self._values, environment)
+
+    def holds(self) -> bool:
+        """Whether everything is as it was."""
+        # A handle's number tells that hooks came; those that are there may go.
+        if self._hooks or RemovableHandle.next_id != self._next:
+            seen = RemovableHandle.next_id
+            if tuple(_hooks(self._modules)) != self._hooks:
+                return False
+            self._next = seen
+        if self._environment is not None and self._environment != os.environ:
+            return False
+        return not self._held or self._keys() == self._values
+
+    def _keys(self) -> tuple[Any, ...]:
+        return tuple(_key(vars(module).get(name)) for module, name in self._held)
+
+
+def _hooks(modules: list[torch.nn.Module]) -> Iterator[tuple[int, ...]]:
+    for module in modules:
+        state = module.__dict__
+        for name in HOOKS:
+            if state.get(name):
+                yield id(module), *state[name]
+
+
+def _unguarded(module: torch.nn.Module) -> list[str]:
+    """Attributes that are tuples of lists and the like, or ordered."""
+    return [
+        name for name, value in vars(module).items()
+        if name not in OWN and (type(value) is OrderedDict or (type(value) is tuple and not _is_constant(value)))
+    ]  # fmt: skip
+
+
+def _is_constant(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, (bool, int, float, str, bytes, type, torch.dtype, torch.Tensor))
+
+
+def _key(value: Any) -> Any:
+    """Equal for values that a forward cannot tell apart, as far as collections are concerned."""
     if isinstance(value, dict):
-        return dict(value)
-    return {id(v): v for v in value} if isinstance(value, set) else dict(enumerate(value))
-
-
-def _refill(value: Any, members: dict[Any, Any]) -> None:
-    value.clear()
-    if isinstance(value, (dict, set)):
-        value.update(members if isinstance(value, dict) else members.values())
-    else:
-        value.extend(members.values())
+        return (type(value), tuple((_key(k), _key(v)) for k, v in value.items()))
+    if isinstance(value, (list, tuple)):
+        return (type(value), tuple(map(_key, value)))
+    return (type(value), value) if isinstance(value, (bool, int, float, str, bytes)) else (type(value), id(value))

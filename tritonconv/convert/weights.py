@@ -1,28 +1,55 @@
-"""Weights that a model's own code looks at: they keep their strides, since `weight.view(n, -1)` wants contiguous memory."""
+"""Weights that a forward's own code views: they keep their strides, since `weight.view(n, -1)` wants contiguous memory."""
 
 from __future__ import annotations
 
+import types
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
-from tritonconv.convert.code import reads_weights
-from tritonconv.convert.trace import Survey, Traced, is_layer
+__all__ = ["names_of_forward", "viewed_weights"]
 
-__all__ = ["seen_weights"]
+READERS = {"weight", "parameters", "named_parameters"}
+VIEWERS = {"as_strided", "view", "view_as", "view_as_complex"}
+# Of functions and methods that code names.
+DEPTH = 4
 
 
-def seen_weights(model: torch.nn.Module, found: Survey) -> set[torch.nn.Parameter]:
-    """Weights that forwards do more with than to hand them to a convolution, as graphs or code tell.
-
-    Args:
-        model: any module.
-        found: graphs of it and of its parts, as far as there are, as they were traced.
-    """
+def viewed_weights(model: torch.nn.Module) -> set[torch.nn.Parameter]:
+    """Weights of modules whose forward, or a function that it calls, names both weights and what depends on strides."""
     seen: set[torch.nn.Parameter] = set()
-    for root, traced in found.items():
-        if isinstance(traced, Traced):
-            named = dict(root.named_parameters(remove_duplicate=False))
-            seen.update(named[path] for path in traced.read if path in named)
     for module in model.modules():
-        if not is_layer(module) and reads_weights(module):
+        names = set(names_of_forward(module))
+        if names & READERS and names & VIEWERS:
             seen.update(module.parameters())
     return seen
+
+
+def names_of_forward(module: torch.nn.Module) -> Iterator[str]:
+    """Names in the code of a module's forward, and of functions of the user's that it may call."""
+    forward = getattr(type(module), "forward", None)
+    if isinstance(forward, types.FunctionType):
+        yield from _names(forward, module, DEPTH)
+
+
+def _names(function: types.FunctionType, module: Any, depth: int) -> Iterator[str]:
+    """Names in the code of a function of the user's, of functions inside it, and of those that it may call."""
+    if depth == 0 or function.__module__.startswith(("torch.", "tritonconv.")):
+        return
+    stack = [function.__code__]
+    while stack:
+        code = stack.pop()
+        yield from code.co_names
+        stack += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        for name in code.co_names:
+            for named in (function.__globals__.get(name), module.__dict__.get(name), *_methods(module, name)):
+                if isinstance(named, types.FunctionType) and named is not function:
+                    yield from _names(named, module, depth - 1)
+
+
+def _methods(module: torch.nn.Module, name: str) -> Iterator[Any]:
+    """Methods and getters of this name, those that `super()` calls among them."""
+    for kind in type(module).__mro__:
+        value = vars(kind).get(name)
+        yield value.fget if isinstance(value, property) else getattr(value, "__func__", value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,10 @@ class Join:
         if (self.whole.dtype, self.whole.device) != (dtype, device):
             return None
         return self.whole.narrow(1, first, last - first)
+
+    def memory_of(self, place: int) -> Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor | None]:
+        """`memory` for one part."""
+        return functools.partial(self.memory, place)
 
     def fill(self, place: int, value: Tensor) -> bool:
         """Copy the part to its place if necessary; whether it is there now."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from tritonconv.fused.call import fused_pair
+from tritonconv.fused.call import eval_call, fused_call
+from tritonconv.fused.shared import separable
 from tritonconv.nn.conv import Conv2d
 from tritonconv.nn.format import as_original
 from tritonconv.ops.core.activation import parse_activation
@@ -55,9 +56,14 @@ class DepthwiseSeparableConv2d(Module):
         self.act = activation if isinstance(activation, Module) else spec
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = fused_pair(
-            self.depthwise, self.depthwise_bn, self.act, self.pointwise, self.pointwise_bn, self.act, input, residual
-        )
+        first = eval_call(self.depthwise, self.depthwise_bn, self.act, input, None)
+        second = eval_call(self.pointwise, self.pointwise_bn, self.act, input, residual)
+        backend = self.depthwise.backend
+        if first is None or second is None or self.pointwise.backend != backend:
+            between = fused_call(self.depthwise, self.depthwise_bn, self.act, input)
+            y = fused_call(self.pointwise, self.pointwise_bn, self.act, between, residual)
+        else:
+            y = separable(first[1:], second[1:], backend)
         return as_original(self.pointwise, input, y)
 
     def extra_repr(self) -> str:

@@ -8,10 +8,12 @@ import torch  # noqa: F401 - the examples' name
 from torch import Tensor, fx
 from torch.nn import Module
 
-from tritonconv.fused.gates import fused_excite, fused_scale
+from tritonconv.fused.call import eval_call
+from tritonconv.fused.shared import excited
 from tritonconv.nn.conv import Conv2d
 from tritonconv.ops.adaptive.operator import global_average
 from tritonconv.ops.core.activation import parse_activation, to_module
+from tritonconv.ops.squeeze_excite.operator import scale_channels
 
 __all__ = ["SqueezeExcite"]
 
@@ -56,7 +58,7 @@ class SqueezeExcite(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
-            # Written out, so that `convert` recognizes it.
+            # A tracer of torch.fx cannot answer the question below.
             return input * self.gate(self.fc2(self.act(self.fc1(input.mean((2, 3), keepdim=True)))))
         if input.dim() != 4:
             raise RuntimeError(
@@ -64,7 +66,12 @@ class SqueezeExcite(Module):
                 f"({self.fc1.in_channels} channels)"
             )
         mean = global_average(input, True, self.fc1.backend)
-        return fused_scale(input, fused_excite(self.fc1, self.act, self.fc2, self.gate, mean))
+        first, second = eval_call(self.fc1, None, self.act, mean, None), eval_call(self.fc2, None, self.gate, mean, None)
+        if first is None or second is None or self.fc1.backend != self.fc2.backend:
+            gate = self.gate(self.fc2(self.act(self.fc1(mean))))
+        else:
+            gate = excited("conv", mean, (first[1][1:], first[2]), (second[1][1:], second[2]), self.fc1.backend)
+        return scale_channels(input, gate)
 
 
 def _activation(value: Any) -> Module:

@@ -87,12 +87,15 @@ ADAPTIVE_AVG_POOL_BACKWARD = Operator(
 def _global(x: Tensor, keepdim: bool) -> Tensor:
     """Means over all pixels for x (N, C, *spatial), on Triton alone."""
     y = _average(x, (1,) * (x.dim() - 2))
-    # One number an image and channel lies in this order in either format.
-    return y if keepdim else y.as_strided(x.shape[:2], (x.shape[1], 1))
+    # One number an image and channel lies in this order in either format; the strides are those of torch's mean.
+    ones = (1,) * (x.dim() - 2) if keepdim else ()
+    return y.as_strided((*x.shape[:2], *ones), (x.shape[1], 1, *ones))
 
 
 def _global_outputs(x: Tensor, keepdim: bool) -> Tensor:
-    return _average_outputs(x, (1,) * (x.dim() - 2)) if keepdim else x.new_empty(x.shape[:2])
+    _check(x, (1,) * (x.dim() - 2))
+    ones = (1,) * (x.dim() - 2) if keepdim else ()
+    return x.new_empty((*x.shape[:2], *ones))
 
 
 GLOBAL = Operator("global_average", _global, _global_outputs, save=_save_sizes, backward=_average_backward)

@@ -98,7 +98,9 @@ def current_backend(override: Backend | None = None) -> Backend:
 class _Asked(threading.local):
     """Whether the layer that runs on this thread asks for Hopper's kernels."""
 
-    hopper = False
+    # Not a class variable: Dynamo guards which attributes there are, and the first `with` block would add one.
+    def __init__(self) -> None:
+        self.hopper = False
 
 
 asked = _Asked()
@@ -305,7 +307,9 @@ def decide(
         return None
     if chosen in ("triton", "hopper"):
         raise RuntimeError(f"backend '{chosen}' was asked for, but {reason}: {describe()}")
-    if torch.compiler.is_compiling() or not (tensors[0].is_cuda or interpreting()):
+    # What is traced gives no warning: it may run elsewhere, or never.
+    traced = torch.compiler.is_compiling() or type(tensors[0]) not in PLAIN
+    if traced or not (tensors[0].is_cuda or interpreting()):
         return OnTorch(reason)
     verdict = OnTorch(reason, describe())
     verdict.warn()

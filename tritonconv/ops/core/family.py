@@ -25,17 +25,18 @@ from tritonconv.ops.core.backend import (
     asking_hopper,
     autocast_dtype,
     cast_for_autocast,
+    constant_under_compile,
     current_backend,
     decide,
     needs_gradients,
     why_no_views,
 )
-from tritonconv.ops.core.observe import Call, Decision, is_watched, notify
+from tritonconv.ops.core.observe import Call, Decision, intercepted, is_watched, notify
 from tritonconv.ops.core.operator import is_traced
 from tritonconv.ops.core.recording import Recording, record
 from tritonconv.ops.core.signature import Memo, signature_of
 
-__all__ = ["Cost", "Family", "Resolved", "Unsupported"]
+__all__ = ["Cost", "Family", "Resolved", "Unsupported", "call_family", "family_named"]
 
 Parsed = TypeVar("Parsed")
 Tensors = Sequence[Any]
@@ -66,6 +67,31 @@ class Resolved:
     """What our kernels do; None if torch runs the call, or if it is traced."""
 
 
+_families: dict[str, Family[Any]] = {}
+
+
+def family_named(name: str) -> Family[Any]:
+    """The family of this name."""
+    return _families[name]
+
+
+def call_family(name: str, tensors: Tensors, numbers: tuple[Any, ...], backend: Backend | None = None) -> Any:
+    """The result of a call, as a node of a graph has it: Dynamo writes the call into its graph and does not look into it.
+
+    Args:
+        name: the family's.
+        tensors, numbers, backend: as for `Family.__call__`.
+    """
+    return _families[name](tensors, numbers, backend)
+
+
+@constant_under_compile
+def known_to_dynamo() -> bool:
+    """Register `call_family` with Dynamo while it traces. An import does not, because that would import Dynamo."""
+    torch.compiler.allow_in_graph(call_family)
+    return True
+
+
 class Family(abc.ABC, Generic[Parsed]):
     """Public functions whose arguments have the same form."""
 
@@ -81,6 +107,8 @@ class Family(abc.ABC, Generic[Parsed]):
     """Whether torch's own function raises the error for an argument that is not a tensor."""
 
     def __init__(self, name: str) -> None:
+        assert name not in _families, name
+        _families[name] = self
         self.name = name
         self.signature = signature_of(name, [f"t{i}" for i in range(len(self.tensors))], packed=True)
         self.found = Memo()
@@ -150,6 +178,8 @@ class Family(abc.ABC, Generic[Parsed]):
             numbers: a tuple of the user's arguments, then values that are hashable and of known types.
             backend: the layer's own choice.
         """
+        if torch.compiler.is_dynamo_compiling() and known_to_dynamo():
+            return call_family(self.name, tensors, numbers, backend)
         signature = None
         if isinstance(tensors[0], Tensor) and not torch.compiler.is_compiling() and not is_watched():
             try:
@@ -168,6 +198,9 @@ class Family(abc.ABC, Generic[Parsed]):
 
     def _first(self, signature: Any, tensors: Tensors, numbers: tuple[Any, ...], backend: Backend | None) -> Any:
         """The result of a call that was not seen before, or that is traced or observed."""
+        receive = intercepted()
+        if receive is not None:
+            return receive(self, tensors, numbers, backend)
         if self._check(tensors, numbers):
             return self.on_torch(tensors, numbers)
         if not torch.compiler.is_compiling():

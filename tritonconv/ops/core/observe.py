@@ -16,8 +16,8 @@ from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.core.backend import capture
 
 __all__ = [
-    "Call", "Decision", "Example", "Share", "is_observed", "is_watched", "notify", "notify_copy", "observe", "shared",
-    "sharing", "wants_parts",
+    "Call", "Decision", "Example", "Share", "intercept", "intercepted", "is_observed", "is_watched", "notify",
+    "notify_copy", "observe", "shared", "sharing", "wants_parts",
 ]  # fmt: skip
 
 
@@ -158,6 +158,32 @@ def shared() -> Share | None:
     return _shared.share
 
 
+class _Interceptor(threading.local):
+    def __init__(self) -> None:
+        self.receive: Callable[..., Any] | None = None
+
+
+_interceptor = _Interceptor()
+
+
+@contextmanager
+def intercept(receive: Callable[..., Any]) -> Iterator[None]:
+    """Give every call of a family on this thread to `receive`: (family, tensors, numbers, backend), in place of its result.
+
+    This is how a graph pass learns which call a public function makes, without computing anything.
+    """
+    outer, _interceptor.receive = _interceptor.receive, receive
+    try:
+        yield
+    finally:
+        _interceptor.receive = outer
+
+
+def intercepted() -> Callable[..., Any] | None:
+    """Who gets this thread's calls in place of a result. Must not be called under torch.compile."""
+    return _interceptor.receive
+
+
 # Looked up once, because every call uses them.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
@@ -172,6 +198,7 @@ def is_watched() -> bool:
     return (
         _dispatch_modes() > 0
         or _observer.callback is not None
+        or _interceptor.receive is not None
         or capture.active
         or _transform() is not None
         or _trace() is not None

@@ -48,7 +48,7 @@ class PoolCall(NamedTuple):
 
     numbers: PoolNumbers
     geometry: PoolGeometry | None
-    """None under torch.compile."""
+    """None if the call is traced."""
     indices: bool
     activation: ActivationSpec | None
     wide: bool
@@ -76,7 +76,7 @@ class Windows(Family[PoolCall]):
 
     def parse(self, tensors: Any, numbers: tuple[Any, ...]) -> PoolCall | Unsupported:
         (x, out), n = tensors, PoolNumbers(*numbers[0])
-        compiling = torch.compiler.is_compiling()
+        compiling = is_traced(tensors)
         if x.dim() not in (n.nd + 1, n.nd + 2) or (not compiling and x.numel() == 0):
             return Unsupported()
         if out is not None and (needs_gradients(tensors) or x.dim() != n.nd + 2):
@@ -255,7 +255,7 @@ class Unpool(Family[UnpoolCall]):
         # Torch says best what is wrong.
         if size is None or x.shape != indices.shape or indices.dtype != torch.int64:
             return Unsupported()
-        if torch.compiler.is_compiling():
+        if is_traced(tensors):
             return UnpoolCall(nd, size)
         return Unsupported() if x.numel() == 0 or 0 in size else UnpoolCall(nd, size)
 
@@ -307,7 +307,7 @@ def _has_index_outside(x: Any, indices: Any, numbers: tuple[Any, ...]) -> bool:
     """Whether torch must say so. On a GPU an index outside is skipped; to look would wait for the device."""
     if not isinstance(x, Tensor) or not isinstance(indices, Tensor):
         return False
-    if torch.compiler.is_compiling() or is_traced((x, indices)) or x.device.type != "cpu" or indices.numel() == 0:
+    if is_traced((x, indices)) or x.device.type != "cpu" or indices.numel() == 0:
         return False
     if indices.device.type != "cpu" or indices.dtype != torch.int64:
         return False

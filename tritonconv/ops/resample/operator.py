@@ -15,7 +15,7 @@ from tritonconv.ops.adaptive.operator import adaptive_pool
 from tritonconv.ops.core.backend import Backend
 from tritonconv.ops.core.family import Cost, Family, Unsupported
 from tritonconv.ops.core.layout import empty_output, suggests_channels_last
-from tritonconv.ops.core.operator import Operator
+from tritonconv.ops.core.operator import Operator, is_traced
 from tritonconv.ops.resample.launch import resample_forward, resample_gradient
 
 __all__ = ["INTERPOLATE", "RESAMPLE", "RESAMPLE_BACKWARD", "interpolate"]
@@ -103,7 +103,7 @@ class ResampleCall(NamedTuple):
     """Those that count for the scale."""
     mode: Resampling
     geometry: ResampleGeometry | None
-    """None under torch.compile."""
+    """None if the call is traced."""
 
 
 class Interpolate(Family[ResampleCall]):
@@ -124,7 +124,7 @@ class Interpolate(Family[ResampleCall]):
         if mode in LINEAR:
             kind = "linear-corners" if align_corners else "linear"
         geometry = None
-        if not torch.compiler.is_compiling():
+        if not is_traced(tensors):
             # Torch says best what is wrong, and where there is no element there is nothing to compute.
             try:
                 geometry = _geometry(tuple(x.shape), output, factors, kind)

@@ -15,7 +15,7 @@ from tritonconv.geometry import INT32_MAX
 from tritonconv.ops.core.backend import Backend
 from tritonconv.ops.core.family import Cost, Family, Unsupported
 from tritonconv.ops.core.layout import empty_output
-from tritonconv.ops.core.operator import Operator
+from tritonconv.ops.core.operator import Operator, is_traced
 from tritonconv.ops.shuffle.launch import BITS, ShuffleKind, follows_channels_last, result_shape, shuffle
 
 __all__ = ["OPERATORS", "SHUFFLES", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle"]
@@ -84,7 +84,7 @@ class Shuffle(Family[Any]):
         # Torch says best what is wrong, and where there is no element there is nothing to move.
         if factor is None or not _fits(self.kind, x.shape, factor):
             return Unsupported()
-        return factor if torch.compiler.is_compiling() or x.numel() > 0 else Unsupported()
+        return factor if is_traced(tensors) or x.numel() > 0 else Unsupported()
 
     def why_unsupported(self, tensors: Any, parsed: Any) -> str | None:  # noqa: ARG002
         """Why these numbers cannot be moved as they are; of their type only the size counts."""
@@ -99,7 +99,8 @@ class Shuffle(Family[Any]):
             return "a tensor is a conjugated or negated view (torch.resolve_conj and resolve_neg make it plain)"
         if x.dtype.is_complex and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
             return "forward-mode derivatives are needed, and have no kernel"
-        if math.prod(x.shape[1:]) > INT32_MAX:
+        # Sizes of what is traced may be symbols.
+        if not is_traced(tensors) and math.prod(x.shape[1:]) > INT32_MAX:
             return "images of 2^31 elements have no kernel"
         return None
 

@@ -1,0 +1,1 @@
+"""Fusion of layers as a pass over a graph that torch traced."""

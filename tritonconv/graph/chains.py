@@ -1,0 +1,180 @@
+"""Rules for a layer and what follows it: batch norm, residual addition, activation, and a pooling with its activation.
+
+Each rule takes a node and gives the call that computes it together with the call before it, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from tritonconv.graph.elementwise import activation_of, addition_of, in_place_target
+from tritonconv.graph.memory import Memory
+from tritonconv.graph.nodes import (
+    CONVOLUTIONS,
+    FamilyCall,
+    call_of,
+    insert_family,
+    only_user,
+    replace,
+    same_size,
+    tensor_of,
+)
+
+__all__ = ["fuse_chains", "fuse_pools"]
+
+TRAINING = {"conv": "conv_bn", "conv_transpose": "conv_transpose_bn"}
+# Families whose tensors end with a residual, and the position of the activation in their numbers.
+ACTIVATIONS = {"conv": 3, "conv_transpose": 3, "matmul": 3, "conv_bn": 3, "conv_transpose_bn": 3, "batch_norm": 1}
+# The maximum of the results is the result of the maximum, to the last bit.
+NEVER_FALLING = ("relu", "relu6", "hardtanh")
+
+Rule = Callable[[fx.Node, fx.Node, FamilyCall, Memory], FamilyCall | None]
+
+
+def fuse_chains(graph: fx.Graph) -> int:
+    """Write chains of layers as one call each; how many links there were."""
+    memory, order, count = Memory(graph), {node: i for i, node in enumerate(graph.nodes)}, 0
+    for rule in (_norm, _residual, _activation):
+        for node in list(graph.nodes):
+            # Where two chains meet in one addition, the later one takes it: the value of the other is there by then.
+            for before in sorted(node.all_input_nodes, key=order.__getitem__, reverse=True):
+                call = call_of(before)
+                found = None if call is None else _linked(rule, node, before, call, memory)
+                if found is not None:
+                    new = insert_family(graph, node, found, node, (before, node))
+                    order[new] = order[node]
+                    replace(graph, node, new)
+                    graph.erase_node(before)
+                    count += 1
+                    break
+    return count
+
+
+def _linked(rule: Rule, node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) -> FamilyCall | None:
+    """The call that a rule makes of a node and the call before it, which nobody else reads and which may run later."""
+    if only_user(before) != node or not memory.may_move(call.given(), before, node):
+        return None
+    # Running statistics are updated where the whole is computed.
+    if not memory.may_move_write(memory.writes(before), before, node):
+        return None
+    return rule(node, before, call, memory)
+
+
+def _norm(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) -> FamilyCall | None:  # noqa: ARG001
+    """A batch norm of a convolution's result: of a batch, without a residual or activation between.
+
+    With the batch's own statistics the convolution computes them, and the running ones are updated where the norm ran.
+    """
+    norm = call_of(node)
+    x = tensor_of(call.input)
+    if (
+        call.family not in CONVOLUTIONS
+        or norm is None
+        or norm.family != "batch_norm"
+        or norm.input is not before
+        or x is None
+    ):
+        return None
+    bare = all(t is None for t in call.tensors[3:]) and call.numbers[3] is None
+    (training, momentum, eps), activation, group = norm.numbers
+    if not bare or norm.tensors[5] is not None or activation is not None or x.dim() != call.numbers[0][0] + 2:
+        return None
+    if norm.backend != call.backend and None not in (norm.backend, call.backend):
+        return None
+    _, mean, var, weight, bias, _ = norm.tensors
+    tensors = (*call.tensors[:3], mean, var, weight, bias, None)
+    numbers, op = call.numbers[:2]
+    op = op if op.endswith("_bn_act") else f"{op}_bn_act"
+    backend = call.backend if call.backend is not None else norm.backend
+    if not training:
+        return FamilyCall(call.family, tensors, (numbers, op, eps, None), backend) if mean is not None else None
+    # A kernel of the library that computes statistics has no causal padding.
+    if not isinstance(momentum, (int, float, fx.Node)) or "causal" in numbers:
+        return None
+    return FamilyCall(TRAINING[call.family], tensors, (numbers, op, eps, None, momentum, group), backend)
+
+
+def _residual(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) -> FamilyCall | None:  # noqa: ARG001
+    """An addition of a tensor of the result's size and dtype, to a call that has neither residual nor activation yet."""
+    position = ACTIVATIONS.get(call.family)
+    other = addition_of(node, before)
+    if position is None or other is None or call.tensors[-1] is not None or call.numbers[position] is not None:
+        return None
+    y, z, result = tensor_of(before), tensor_of(other), tensor_of(node)
+    if y is None or z is None or result is None or y.dtype != z.dtype or y.device != z.device:
+        return None
+    if not same_size(y.shape, z.shape) or result.dtype != y.dtype:
+        return None
+    return call._replace(tensors=(*call.tensors[:-1], other))
+
+
+def _activation(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) -> FamilyCall | None:
+    """An activation of the result of a call that has none yet.
+
+    Of a batch norm, sum and activation in one the backward pass needs the residual: torch saves the sum's activation
+    instead, and lets the residual be changed in place afterwards.
+    """
+    position = ACTIVATIONS.get(call.family)
+    spec = activation_of(node, before)
+    if position is None or spec is None or call.numbers[position] is not None:
+        return None
+    residual = call.tensors[-1]
+    has_norm = call.family == "batch_norm" or call.tensors[3] is not None or call.family.endswith("_bn")
+    if residual is not None and has_norm and memory.may_change(residual, node):
+        return None
+    numbers = (*call.numbers[:position], spec, *call.numbers[position + 1 :])
+    return call._replace(numbers=numbers)
+
+
+def fuse_pools(graph: fx.Graph) -> int:
+    """Write each pooling with an activation before or after it as one call; how many there are."""
+    memory, count = Memory(graph), 0
+    for node in list(graph.nodes):
+        call = call_of(node)
+        if call is None or call.family not in ("max_pool", "avg_pool") or call.numbers[1] or call.numbers[2] is not None:
+            continue
+        count += _pool_then_activation(graph, node, call, memory) or _activation_then_pool(graph, node, call, memory)
+    return count
+
+
+def _pool_then_activation(graph: fx.Graph, node: fx.Node, call: FamilyCall, memory: Memory) -> bool:
+    """An activation of the pooled values, which nobody else reads."""
+    after = only_user(node)
+    spec = None if after is None else activation_of(after, node)
+    if after is None or spec is None or not memory.may_move(call.given(), node, after):
+        return False
+    replace(graph, after, insert_family(graph, after, _with(call, call.input, spec), after, (node, after)))
+    graph.erase_node(node)
+    return True
+
+
+def _activation_then_pool(graph: fx.Graph, node: fx.Node, call: FamilyCall, memory: Memory) -> bool:
+    """An activation before a maximum, which nobody else reads: it never falls, and every window meets a pixel.
+
+    The taps of a dilated window may all lie in the padding. A LeakyReLU of slope 0 makes NaN of an infinity, which the
+    maximum would not take.
+    """
+    source = call.input
+    spec = activation_of(source)
+    if call.family != "max_pool" or spec is None or only_user(source) != node:
+        return False
+    rises = spec.name in NEVER_FALLING or (spec.name == "leaky_relu" and spec.a > 0)
+    dilation: Any = call.numbers[0][4]
+    dilated = any(size != 1 for size in (dilation if isinstance(dilation, (tuple, list)) else (dilation,)))
+    earlier = source.all_input_nodes[0]
+    # What an activation changes in place may have other names.
+    aliased = in_place_target(source) is not None and (
+        bool(memory.storages(earlier) & memory.inputs) or only_user(earlier) is not source
+    )
+    if not rises or dilated or aliased or not memory.may_move([earlier], source, node):
+        return False
+    replace(graph, node, insert_family(graph, node, _with(call, earlier, spec), node, (node, source)))
+    graph.erase_node(source)
+    return True
+
+
+def _with(call: FamilyCall, source: fx.Node, spec: Any) -> FamilyCall:
+    return call._replace(tensors=(source, *call.tensors[1:]), numbers=(*call.numbers[:2], spec, *call.numbers[3:]))

@@ -1,0 +1,137 @@
+"""Dynamo, torch's own tracer, with `fuse` as its backend. Private names of torch stand in this file alone.
+
+Dynamo guards what a forward reads: sizes, modes, attributes, globals. It replays side effects at each call, and code that
+it cannot trace runs between two graphs. The graphs run eagerly, with autograd through our operators.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from tritonconv.graph.fuse import fuse_graph
+from tritonconv.graph.nodes import call_of
+from tritonconv.ops.core.backend import Backend, constant_under_compile
+
+__all__ = ["MOST_TRACES", "compiled", "fuse_in_other_graphs", "is_disabled", "run_eagerly"]
+
+MOST_TRACES = 64
+"""Traces of one model's code that are kept: for modes, dtypes, numbers of axes."""
+
+Graph = Callable[..., Any]
+
+
+def is_disabled() -> bool:
+    """Whether the environment turns Dynamo off."""
+    return os.environ.get("TORCHDYNAMO_DISABLE", "") == "1"
+
+
+def compiled(function: Any, backend: Callable[[fx.GraphModule, Any], Graph]) -> Callable[..., Any]:
+    """A function of Python's traced by Dynamo, with a backend, and with traces and limits of its own.
+
+    Traces are kept with a function's code: the copy makes two models of one class independent.
+    """
+    import torch._dynamo
+
+    code = function.__code__.replace()
+    own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    known = inspect.signature(torch._dynamo.eval_frame._optimize).parameters
+    options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": MOST_TRACES}
+    context: Any = torch._dynamo.optimize(backend, **{key: v for key, v in options.items() if key in known})
+    context.callback = _Configured(context.callback)
+    traced: Callable[..., Any] = context(own)
+    return traced
+
+
+class _Configured:
+    """What Dynamo calls for a frame that it has not seen, in a configuration of ours."""
+
+    def __init__(self, callback: Callable[..., Any]) -> None:
+        # The name by which Dynamo looks through wrappers.
+        self._torchdynamo_orig_backend = callback
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from torch._dynamo import config
+
+        # What cannot be traced is left to torch.
+        with config.patch(suppress_errors=True):
+            return self._torchdynamo_orig_backend(*args, **kwargs)
+
+
+def run_eagerly(module: fx.GraphModule, example_inputs: Any, *, backend: Backend | None = None) -> Graph:  # noqa: ARG001
+    """Dynamo's backend of converted models: the fused graph, run eagerly.
+
+    Args:
+        backend: of the functions of torch in the graph.
+    """
+    try:
+        fuse_graph(module, backend)
+    # A graph that cannot be rewritten is right as it is.
+    except Exception as error:
+        if os.environ.get("TRITONCONV_STRICT", "") == "1":
+            raise
+        warnings.warn(f"tritonconv: a graph runs without fusion: {type(error).__name__}: {error}", stacklevel=2)
+    _keep_checkpoints(module)
+    return module.forward
+
+
+def _keep_checkpoints(module: fx.GraphModule) -> None:
+    """Run checkpointed regions by torch.utils.checkpoint: the operator in the graph needs AOTAutograd for its promises."""
+    operators = torch.ops.higher_order
+    found = [n for n in module.graph.nodes if n.target is getattr(operators, "tag_activation_checkpoint", operators)]
+    for node in found:
+        node.target = checkpointed
+    if found:
+        module.recompile()
+    for child in module.children():
+        if isinstance(child, fx.GraphModule):
+            _keep_checkpoints(child)
+
+
+def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A checkpointed region of a graph, which is computed again in the backward pass, with the same random numbers."""
+    from torch.utils.checkpoint import checkpoint
+
+    options = {key: kwargs[key] for key in ("context_fn", "determinism_check", "debug") if kwargs.get(key) is not None}
+    # Buffers that the region changes must not be arguments, whose versions are checked.
+    return checkpoint(lambda: function(*args), use_reentrant=False, preserve_rng_state=True, **options)
+
+
+@constant_under_compile
+def fuse_in_other_graphs() -> bool:
+    """Let every later graph of Dynamo's in which our layers are be fused before its backend gets it, whichever that is.
+
+    Dynamo calls this while it traces a converted model for a compiler that the user chose.
+    """
+    from torch._dynamo.output_graph import OutputGraph
+
+    original = OutputGraph.call_user_compiler
+    if getattr(original, "_tritonconv", False):
+        return True
+
+    @functools.wraps(original)
+    def call_user_compiler(self: Any, module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        if not fuses_itself(self.compiler_fn) and any(call_of(node) is not None for node in module.graph.nodes):
+            fuse_graph(module)
+        return original(self, module, *args, **kwargs)
+
+    call_user_compiler._tritonconv = True  # type: ignore[attr-defined]
+    OutputGraph.call_user_compiler = call_user_compiler  # type: ignore
+    return True
+
+
+def fuses_itself(backend: Any) -> bool:
+    """Whether a backend of Dynamo's, without the wrappers around it, is one of ours."""
+    while hasattr(backend, "_torchdynamo_orig_backend") or hasattr(backend, "_torchdynamo_orig_callable"):
+        backend = getattr(backend, "_torchdynamo_orig_backend", None) or backend._torchdynamo_orig_callable
+    backend = getattr(backend, "func", backend)
+    return (getattr(backend, "__module__", None) or "").startswith("tritonconv.")
