@@ -196,8 +196,8 @@ def test_convert_joins_the_chains() -> None:
         assert_close(model(x), expected, depth=300)
     assert launches == ["conv_flat_kernel", "matmul_kernel", *ONE, *ONE]
     rows = {row["name"]: row for row in tritonconv.explain(model, x).to_dict()["layers"]}
-    assert rows["1.body.3"]["reason"] == "separable, its first part, fused by fx"
-    assert rows["1.body.6"]["reason"] == "separable, its second part, fused by fx"
+    assert rows["1.body.3"]["reason"] == "separable, its first part, fused"
+    assert rows["1.body.6"]["reason"] == "separable, its second part, fused"
     # x and the filter, the other filter, y and the residual; batch norms' numbers are counted where they were.
     between = 2 * 16 * 10 * 9 * 4
     alone = {row["name"]: row for row in tritonconv.explain(tritonconv.convert(plain, fuse=False), x).to_dict()["layers"]}

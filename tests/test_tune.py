@@ -88,7 +88,7 @@ def chosen(model: torch.nn.Module, x: torch.Tensor) -> str:
 def test_without_a_measurement_ours_runs_and_says_so() -> None:
     found = row(make_model(), image())
     assert found["backend"] == "triton"
-    assert found["reason"] == "conv_flat, not measured, fused by fx"
+    assert found["reason"] == "conv_flat, not measured, fused"
 
 
 def test_what_was_the_fastest_is_chosen_from_then_on(clock: Callable[..., None], folder: Path) -> None:
@@ -103,7 +103,7 @@ def test_what_was_the_fastest_is_chosen_from_then_on(clock: Callable[..., None],
     assert chosen(model, x) == BEST
     found = row(model, x)
     assert found["backend"] == "triton"
-    assert found["reason"] == "conv_flat, 0.1000 ms, torch 0.2000 ms, fused by fx"
+    assert found["reason"] == "conv_flat, 0.1000 ms, torch 0.2000 ms, fused"
     # A process that starts anew finds it; here all that remembers is emptied.
     reset()
     assert chosen(model, x) == BEST

@@ -70,11 +70,11 @@ class _Tracing:
         self.fusion: list[dict[str, Any]] = []
 
     def trace(self, module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:  # noqa: ARG002
-        from tritonconv.graph.fuse import fuse_graph
+        from tritonconv.graph.dynamo import fuse_or_warn
 
         reason = getattr(module, "compile_subgraph_reason", None)
         if self.fuses:
-            done = fuse_graph(module, self.backend)
+            done = fuse_or_warn(module, self.backend)
             self.fusion.append(dict(root="", how="graph", chains=done.chains, reason=""))
         if reason is not None and reason.graph_break:
             where = traceback.StackSummary.from_list(reason.user_stack)[-1] if reason.user_stack else None

@@ -23,6 +23,8 @@ from tritonconv.ops.core.observe import Call, observe, shared
 
 __all__ = ["Recorder"]
 
+OURS = ("tritonconv.nn", "tritonconv.fused")
+
 
 class Recorder:
     """Interprets graphs, and writes a row for each call of a family and each layer that torch runs.
@@ -160,8 +162,8 @@ class Recorder:
         self._rows.append(row)
 
     def _layer(self, member: Member) -> tuple[str, str, torch.nn.Module] | None:
-        """(key of the call, name, module) of the layer in whose forward a node ran: the outermost that is one."""
-        for key in member.modules:
+        """(key of the call, name, module) of the layer in whose forward a node ran: the innermost that is one."""
+        for key in reversed(member.modules):
             found = self._names.get(key.partition("@")[0])
             if found is not None and self._is_layer(found[1]):
                 return key, *found
@@ -172,8 +174,9 @@ class Recorder:
             return True
         children = [name for name, _ in module.named_children() if name != "parametrizations"]
         # A model without layers is its functional calls.
-        own = module is self._root and not type(module).__module__.startswith(("torch.nn", "tritonconv."))
-        return (not children or type(module).__module__.startswith("tritonconv.")) and not own
+        home = type(module).__module__
+        own = module is self._root and not home.startswith(("torch.nn", *OURS))
+        return (not children or home.startswith(OURS)) and not own
 
     def _named(self, member: Member, op: str) -> tuple[str, str]:
         """Name and kind of the row of a call that a node made."""

@@ -19,7 +19,7 @@ from tritonconv.ops.core.layout import suggests_channels_last
 from tritonconv.ops.core.observe import Share, is_observed, is_watched, sharing
 from tritonconv.ops.squeeze_excite.operator import EXCITE, scale_channels
 
-__all__ = ["averaged", "convolved_into", "excited", "gated", "pooled_into", "separable"]
+__all__ = ["averaged", "convolved_into", "excited", "gated", "pooled_into", "separable", "synchronized"]
 
 Tensors = tuple[Any, ...]
 Numbers = tuple[Any, ...]
@@ -78,6 +78,22 @@ def gated(tensors: Tensors, gate: Tensor, numbers: Numbers, backend: Backend | N
             y = call_family("conv", (tensors[0] * gate, *tensors[1:]), numbers, backend)
     if y is None:
         y = call_family("conv", (scale_channels(tensors[0], gate), *tensors[1:]), numbers, backend)
+    return y
+
+
+def synchronized(family: str, tensors: Tensors, numbers: Numbers, backend: Backend | None) -> Tensor:
+    """A convolution and a batch norm over a process group's pixels, in one call if our kernels take it on this process.
+
+    Args:
+        family: "conv_bn" or "conv_transpose_bn", whose tensors and numbers these are.
+    """
+    if not family_named(family).refuses(tensors, numbers, backend):
+        y: Tensor = call_family(family, tensors, numbers, backend)
+        return y
+    given, op, eps, activation, momentum, group = numbers
+    x, weight, bias, *norm, residual = tensors
+    z = call_family(family.removesuffix("_bn"), (x, weight, bias, *(None,) * 5), (given, op, 0.0, None), backend)
+    y = call_family("batch_norm", (z, *norm, residual), ((True, momentum, eps), activation, group), backend)
     return y
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from tritonconv.fused.shared import synchronized
 from tritonconv.graph.elementwise import activation_of, addition_of, in_place_target
 from tritonconv.graph.memory import Memory
 from tritonconv.graph.nodes import (
@@ -22,8 +23,9 @@ from tritonconv.graph.nodes import (
     same_size,
     tensor_of,
 )
+from tritonconv.ops.core.family import call_family
 
-__all__ = ["fuse_chains", "fuse_pools"]
+__all__ = ["fuse_chains", "fuse_pools", "synchronize"]
 
 TRAINING = {"conv": "conv_bn", "conv_transpose": "conv_transpose_bn"}
 # Families whose tensors end with a residual, and the position of the activation in their numbers.
@@ -127,6 +129,14 @@ def _activation(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory
         return None
     numbers = (*call.numbers[:position], spec, *call.numbers[position + 1 :])
     return call._replace(numbers=numbers)
+
+
+def synchronize(graph: fx.Graph) -> None:
+    """Let convolutions with a batch norm over a process group be called in a way that no process can miss."""
+    for node in graph.find_nodes(op="call_function", target=call_family):
+        call = call_of(node)
+        if call is not None and call.family in TRAINING.values() and call.numbers[5]:
+            node.target = synchronized
 
 
 def fuse_pools(graph: fx.Graph) -> int:

@@ -6,6 +6,7 @@ it cannot trace runs between two graphs. The graphs run eagerly, with autograd t
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tritonconv.graph.fuse import fuse_graph
+from tritonconv.graph.fuse import Fusion, fuse_graph
 from tritonconv.graph.nodes import call_of
 from tritonconv.ops.core.backend import Backend, constant_under_compile
 
@@ -73,15 +74,20 @@ def run_eagerly(module: fx.GraphModule, example_inputs: Any, *, backend: Backend
     Args:
         backend: of the functions of torch in the graph.
     """
-    try:
-        fuse_graph(module, backend)
-    # A graph that cannot be rewritten is right as it is.
-    except Exception as error:
-        if os.environ.get("TRITONCONV_STRICT", "") == "1":
-            raise
-        warnings.warn(f"tritonconv: a graph runs without fusion: {type(error).__name__}: {error}", stacklevel=2)
+    fuse_or_warn(module, backend)
     _keep_checkpoints(module)
     return module.forward
+
+
+def fuse_or_warn(module: fx.GraphModule, backend: Backend | None = None) -> Fusion:
+    """`fuse_graph`; a graph that cannot be rewritten is right as it is, and gives a warning."""
+    original = copy.copy(module.graph)
+    try:
+        return fuse_graph(module, backend)
+    except Exception as error:
+        warnings.warn(f"tritonconv: a graph runs without fusion: {type(error).__name__}: {error}", stacklevel=2)
+        module.graph = original
+        return Fusion()
 
 
 def _keep_checkpoints(module: fx.GraphModule) -> None:
@@ -108,7 +114,7 @@ def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 @constant_under_compile
 def fuse_in_other_graphs() -> bool:
-    """Let every later graph of Dynamo's in which our layers are be fused before its backend gets it, whichever that is.
+    """Let every later graph of Dynamo's with converted layers be fused before its backend gets it, whichever that is.
 
     Dynamo calls this while it traces a converted model for a compiler that the user chose.
     """
@@ -120,13 +126,19 @@ def fuse_in_other_graphs() -> bool:
 
     @functools.wraps(original)
     def call_user_compiler(self: Any, module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        if not fuses_itself(self.compiler_fn) and any(call_of(node) is not None for node in module.graph.nodes):
-            fuse_graph(module)
+        if not fuses_itself(self.compiler_fn) and any(map(is_converted, module.graph.nodes)):
+            fuse_or_warn(module)
         return original(self, module, *args, **kwargs)
 
     call_user_compiler._tritonconv = True  # type: ignore[attr-defined]
     OutputGraph.call_user_compiler = call_user_compiler  # type: ignore
     return True
+
+
+def is_converted(node: fx.Node) -> bool:
+    """Whether a node is the call of a layer that `convert` made ours: such layers have a backend of their own."""
+    call = call_of(node)
+    return call is not None and call.backend is not None
 
 
 def fuses_itself(backend: Any) -> bool:

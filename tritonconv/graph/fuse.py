@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from tritonconv.fused.shared import averaged, convolved_into, excited, gated, pooled_into, separable
-from tritonconv.graph.chains import fuse_chains, fuse_pools
+from tritonconv.graph.chains import fuse_chains, fuse_pools, synchronize
 from tritonconv.graph.formats import settle_formats
 from tritonconv.graph.joins import fuse_joins
 from tritonconv.graph.memory import thread_in_place
@@ -57,6 +57,7 @@ def fuse_graph(module: fx.GraphModule, backend: Backend | None = None, joins: bo
     done.copies += settle_formats(graph)
     for rule in (fuse_separable, fuse_averages, fuse_excites, fuse_gates, *((fuse_joins,) if joins else ())):
         done.links += rule(graph)
+    synchronize(graph)
     graph.lint()
     module.recompile()
     done.chains += sum(node.target in LAUNCHES and len(members_of(node)) > 1 for node in graph.nodes)

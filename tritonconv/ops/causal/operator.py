@@ -277,5 +277,5 @@ def _on_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, activation: ActivationSpec | None
 ) -> Tensor:
     before = torch.nn.functional.pad(x, (weight.shape[1] - 1, 0)) if state is None else torch.cat((state, x), 2)
-    y = torch.nn.functional.conv1d(before, weight.unsqueeze(1), bias, groups=x.shape[1])
+    y = torch.nn.functional.conv1d(before, weight.unsqueeze(1), bias, groups=int(weight.shape[0]))
     return y if activation is None else activation.torch(y)
