@@ -13,8 +13,9 @@ from torch import Tensor
 
 import tritonconv
 from tritonconv.convert.deform import KNOWN, digest_of_forward
-from tritonconv.convert.functions import replace_functions
 from tritonconv.nn import DeformConv2d, DeformConv2dPack
+from tritonconv.graph.translate import translate
+from tritonconv.ops.core.family import call_family
 from tritonconv.ops.core.launch import record_launches
 from tritonconv.ops.core.layout import is_dense
 
@@ -156,17 +157,20 @@ def test_convert_finds_calls_of_torchvisions_function() -> None:
 
     deform_conv2d.__module__ = "torchvision.ops.deform_conv"
     graph = torch.fx.Graph()
+    tensors = make(c=4)[:3]
     x, offset, weight = (graph.placeholder(name) for name in ("x", "offset", "weight"))
+    for node, value in zip((x, offset, weight), tensors, strict=True):
+        node.meta["example_value"] = value
     call = graph.call_function(deform_conv2d, (x, offset, weight), dict(stride=(1, 1)))
 
     def operator(*_arguments: Any) -> Tensor:
         raise AssertionError("torchvision's operator was called")
 
-    operator._qualified_op_name = "torchvision::deform_conv2d"  # type: ignore[attr-defined]
+    operator.__name__, operator.namespace = "deform_conv2d", "torchvision"  # type: ignore[attr-defined]
     again = graph.call_function(operator, (x, weight, offset, None, None, 1, 1, 0, 0, 1, 1, 1, 1, False))
     graph.output((call, again))
-    assert len(replace_functions(graph, {})) == 2
-    tensors = make(c=4)[:3]
+    translate(graph)
+    assert len(graph.find_nodes(op="call_function", target=call_family)) == 2
     ours = torch.fx.GraphModule(torch.nn.Module(), graph)(*tensors)
     assert torch.equal(*ours)
     assert_close(ours[0], deform_reference(*tensors), depth=16)

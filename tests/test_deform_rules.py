@@ -367,5 +367,5 @@ def test_the_module_is_torchvisions() -> None:
 def test_explain_says_what_it_costs() -> None:
     layer = DeformConv2dPack(4, 6, 3, padding=1, deform_groups=2)
     rows = tritonconv.explain(layer, torch.randn(1, 4, 5, 5)).layers
-    assert [(row.kind, row.backend) for row in rows] == [("Conv2d", "triton"), ("deform_conv2d", "triton")]
+    assert [(row.kind, row.backend) for row in rows] == [("Conv2d", "triton"), ("DeformConv2dPack", "triton")]
     assert rows[1].reason.startswith("deform_conv") and rows[1].macs == 25 * 9 * 4 * (6 + 4)

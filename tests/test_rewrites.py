@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tritonconv
 import tritonconv.functional as TF
-from tritonconv.convert.functions import FUNCTIONS
+from tritonconv.graph.translate import functions
 from tritonconv.ops.core.launch import record_launches
 
 
@@ -68,7 +68,7 @@ MEANS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "unsqueeze": lambda y, _: y.unsqueeze(1).mean(PIXELS),
     "torch.mean": lambda y, _: torch.mean(y.unsqueeze(0), PIXELS),
     "torch.mean by name": lambda y, _: torch.mean(input=y[:, 1], dim=PIXELS),
-    "permuted": lambda y, _: y.permute(0, 2, 3, 1).mean(PIXELS),
+    "image, permuted": lambda y, _: y.permute(0, 2, 3, 1).mean(PIXELS),
     "a sum of more axes": lambda y, x: (y[:, :3] + x.unsqueeze(0)).mean(PIXELS),
     # Of images, where the kernel is to run.
     "image": lambda y, _: y.mean(PIXELS),
@@ -161,12 +161,14 @@ def arguments_for(name: str) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         return (x,), (2,)
     if "pool" in name or "shuffle" in name:
         return (x,), (2,)
+    if name == "batch_norm":
+        return (x, torch.rand(4), torch.rand(4) + 1), ()
     if name == "interpolate":
         return (x,), (None, 2)
     raise AssertionError(f"no arguments for {name}")
 
 
-@pytest.mark.parametrize("theirs", FUNCTIONS, ids=lambda f: f"{getattr(f, '__module__', None) or 'torch'}.{f.__name__}")
+@pytest.mark.parametrize("theirs", functions(), ids=lambda f: f"{getattr(f, '__module__', None) or 'torch'}.{f.__name__}")
 def test_each_function_is_replaced_by_one_with_its_results(theirs: Callable[..., Any]) -> None:
     tensors, numbers = arguments_for(theirs.__name__.removeprefix("native_").replace("_with_indices", ""))
     model = calls(theirs, numbers, len(tensors)).eval()
@@ -177,5 +179,5 @@ def test_each_function_is_replaced_by_one_with_its_results(theirs: Callable[...,
 
 
 def test_torchs_adaptive_max_pool1d_gives_a_pair() -> None:
-    assert FUNCTIONS[torch.adaptive_max_pool1d] is TF.adaptive_max_pool1d_with_indices
-    assert FUNCTIONS[F.adaptive_max_pool1d] is TF.adaptive_max_pool1d
+    assert functions()[torch.adaptive_max_pool1d] is TF.adaptive_max_pool1d_with_indices
+    assert functions()[F.adaptive_max_pool1d] is TF.adaptive_max_pool1d

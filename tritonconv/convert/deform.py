@@ -11,14 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
 
-from tritonconv import functional, nn
+from tritonconv import nn
 
-__all__ = ["DEFORM_LAYERS", "deform_twin", "digest_of_forward", "replace_deform_call"]
+__all__ = ["DEFORM_LAYERS", "deform_twin", "digest_of_forward"]
 
 DEFORM_LAYERS = (nn.DeformConv2d, nn.DeformConv2dPack)
-OPERATOR = "torchvision::deform_conv2d"
 KNOWN: dict[tuple[str, str, str], type[torch.nn.Module]] = {
     # torchvision 0.29.1
     ("torchvision", "DeformConv2d", "d59863c51d784a8a901a09872aa11b4d20e338a9e3abfd8d2152a341dea30e4c"): nn.DeformConv2d,
@@ -92,26 +90,3 @@ def _predicts(conv: torch.nn.Module, module: torch.nn.Module) -> bool:
     )
     taps = groups * conv.kernel_size[0] * conv.kernel_size[1]
     return same and conv.in_channels == given.in_channels and conv.out_channels in (2 * taps, 3 * taps)
-
-
-def replace_deform_call(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """Our function in place of torchvision's, or of the operator that it calls; None where the node calls neither."""
-    if node.op != "call_function":
-        return None
-    home = getattr(node.target, "__module__", None) or ""
-    if getattr(node.target, "__name__", "") == "deform_conv2d" and home.startswith("torchvision."):
-        node.target = functional.deform_conv2d
-        return node
-    if not str(getattr(node.target, "_qualified_op_name", node.target)).startswith(OPERATOR) or len(node.args) != 14:
-        return None
-    x, weight, offset, mask, bias, *numbers, _groups, _offset_groups, use_mask = node.args
-    if type(use_mask) is not bool:
-        return None
-    (sh, sw, ph, pw, dh, dw) = numbers
-    with graph.inserting_before(node):
-        call = graph.call_function(
-            functional.deform_conv2d, (x, offset, weight, bias, (sh, sw), (ph, pw), (dh, dw), mask if use_mask else None)
-        )
-    node.replace_all_uses_with(call)
-    graph.erase_node(node)
-    return call

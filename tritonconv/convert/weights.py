@@ -35,7 +35,7 @@ def names_of_forward(module: torch.nn.Module) -> Iterator[str]:
 
 def _names(function: types.FunctionType, module: Any, depth: int) -> Iterator[str]:
     """Names in the code of a function of the user's, of functions inside it, and of those that it may call."""
-    if depth == 0 or function.__module__.startswith(("torch.", "tritonconv.")):
+    if depth == 0 or (function.__module__ or "").startswith(("torch.", "tritonconv.")):
         return
     stack = [function.__code__]
     while stack:

@@ -274,7 +274,8 @@ def _parse(
             f"{op}: expected a {nd + 2}D weight for input of size {list(input_shape)}, but got weight of size "
             f"{list(weight_shape)}"
         )
-    if isinstance(groups, bool) or not isinstance(groups, int):
+    # A symbol of torch's is a number too.
+    if isinstance(groups, bool) or not (isinstance(groups, int) or hasattr(groups, "node")):
         raise TypeError(f"{op}(): argument 'groups' must be int, not {type(groups).__name__}")
 
     filter_ = weight_shape[2:]

@@ -31,7 +31,7 @@ from tritonconv.graph.nodes import (
     tensor_of,
 )
 from tritonconv.ops.adaptive.operator import global_average
-from tritonconv.ops.core.activation import from_numbers
+from tritonconv.ops.core.activation import ActivationSpec, from_numbers
 from tritonconv.ops.core.backend import Backend
 from tritonconv.ops.core.observe import intercept
 
@@ -71,6 +71,12 @@ def translate(graph: fx.Graph, backend: Backend | None = None) -> None:
     Args:
         backend: of the calls that functions of torch become.
     """
+    for node in graph.find_nodes(op="call_function", target=ActivationSpec):
+        # A value without tensors, which Dynamo writes into the graph as a call.
+        spec = ActivationSpec(*node.args)  # type: ignore[arg-type]
+        for user in list(node.users):
+            user.args = fx.map_arg(user.args, lambda n, old=node, new=spec: new if n is old else n)
+        graph.erase_node(node)
     for node in list(graph.nodes):
         if _is_nothing(node):
             replace(graph, node, node.args[0])
@@ -195,7 +201,7 @@ def _arguments(node: fx.Node) -> Arguments:
         return functions()[node.target], node.args, node.kwargs
     if isinstance(node.target, OpOverload) and node.target.namespace == "aten":
         return _aten(node, node.target)
-    return NOTHING
+    return _deformable(node) if name_of(node) == "deform_conv2d" else NOTHING
 
 
 def _mean(node: fx.Node) -> Arguments:
@@ -230,6 +236,17 @@ def _aten(node: fx.Node, overload: OpOverload) -> Arguments:
     if given.get("stride") == []:
         given["stride"] = None
     return ours, (), {key: v for old, v in given.items() if (key := RENAMED.get(old, old)) is not None}
+
+
+def _deformable(node: fx.Node) -> Arguments:
+    """torchvision's deformable convolution: the function, or the operator that it calls."""
+    if (getattr(node.target, "__module__", None) or "").startswith("torchvision."):
+        return functional.deform_conv2d, node.args, node.kwargs
+    if str(getattr(node.target, "namespace", "torchvision")) != "torchvision" or len(node.args) != 14:
+        return NOTHING
+    x, weight, offset, mask, bias, sh, sw, ph, pw, dh, dw, _groups, _offset_groups, masked = node.args
+    args = (x, offset, weight, bias, (sh, sw), (ph, pw), (dh, dw), mask if masked else None)
+    return functional.deform_conv2d, args, {}
 
 
 def _convolution(given: dict[str, Any]) -> Arguments:
