@@ -13,8 +13,8 @@ from torch import Tensor
 
 import tritonconv
 from tritonconv.convert.deform import KNOWN, digest_of_forward
-from tritonconv.nn import DeformConv2d, DeformConv2dPack
 from tritonconv.graph.translate import translate
+from tritonconv.nn import DeformConv2d, DeformConv2dPack
 from tritonconv.ops.core.family import call_family
 from tritonconv.ops.core.launch import record_launches
 from tritonconv.ops.core.layout import is_dense

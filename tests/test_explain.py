@@ -256,6 +256,41 @@ def test_no_entry_of_a_global_hook_is_left() -> None:
     torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id)
 
 
+class Named(nn.Module):
+    """Takes its image by name, as models of language and vision do; around its layers are some that compute nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.same, self.drop, self.flat = nn.Conv2d(3, 4, 3), nn.Identity(), nn.Dropout(), nn.Flatten()
+        self.act, self.fc = nn.Softsign(), nn.Linear(16, 2)
+
+    def forward(self, ids: torch.Tensor | None = None, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
+        assert ids is None and pixel_values is not None
+        return self.fc(self.flat(self.drop(self.act(self.same(self.conv(pixel_values))))))
+
+
+@pytest.mark.parametrize("converted", [True, False], ids=["converted", "original"])
+def test_inputs_have_names_and_what_computes_nothing_has_no_row(converted: bool) -> None:
+    model = Named().eval()
+    report = tritonconv.explain(tritonconv.convert(model) if converted else model, pixel_values=torch.randn(1, 3, 4, 4))
+    assert [row.name for row in report.layers] == ["conv", "act", "fc"]
+    backends = [row.backend for row in report.layers]
+    assert backends == (["triton", "torch", "triton"] if converted else ["torch"] * 3)
+    assert report.layers[1].reason == ("Softsign has no kernel of its own" if converted else "not converted")
+
+
+def test_dropout_in_training_has_a_row() -> None:
+    report = tritonconv.explain(tritonconv.convert(Named().train()), pixel_values=torch.randn(1, 3, 4, 4))
+    assert [row.name for row in report.layers] == ["conv", "act", "drop", "fc"]
+
+
+def test_a_graph_break_has_its_place() -> None:
+    model, x = build(named(CASES, "untraceable"))
+    fusion = tritonconv.explain(tritonconv.convert(model), x).to_dict()["fusion"]
+    (place,) = [entry["reason"] for entry in fusion if entry["how"] == "graph break"]
+    assert "models.py:" in place and "in forward" in place
+
+
 class Decoder(nn.Module):
     """Decodes a step with a short causal convolution: as a function, or by a layer of ours."""
 

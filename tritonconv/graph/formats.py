@@ -120,7 +120,7 @@ class _Formats:
             return
         if _copies(node) and not any(self.memory.is_written_after(n, node) for n in (node, *sources)):
             return
-        if node in self.fixed or not (_keeps_format(node) or (_is_part(node) and tensor_of(sources[0]) is not None)):
+        if node in self.fixed or not (_keeps_format(node) or _is_part(node)):
             self._leave(node, sources)
             return
         self.moved[node] = self.moved[sources[0]] if _is_view(node) or order_of(tensor_of(node)) is None else node

@@ -73,9 +73,7 @@ def translate(graph: fx.Graph, backend: Backend | None = None) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=ActivationSpec):
         # A value without tensors, which Dynamo writes into the graph as a call.
-        spec = ActivationSpec(*node.args)  # type: ignore[arg-type]
-        for user in list(node.users):
-            user.args = fx.map_arg(user.args, lambda n, old=node, new=spec: new if n is old else n)
+        node.replace_all_uses_with(ActivationSpec(*node.args))
         graph.erase_node(node)
     for node in list(graph.nodes):
         if _is_nothing(node):
