@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import os
 import types
 import warnings
@@ -19,11 +20,13 @@ import torch
 from torch import fx
 
 from tritonconv.graph.fuse import Fusion, fuse_graph
-from tritonconv.graph.nodes import call_of
+from tritonconv.graph.nodes import call_of, nodes_in
 from tritonconv.ops.core.backend import Backend, constant_under_compile
+from tritonconv.ops.core.family import Family, call_family, family_named
 
 __all__ = ["MOST_TRACES", "compiled", "fuse_in_other_graphs", "is_disabled", "run_eagerly"]
 
+_numbers = itertools.count()
 MOST_TRACES = 64
 """Traces of one model's code that are kept: for modes, dtypes, numbers of axes."""
 
@@ -38,11 +41,12 @@ def is_disabled() -> bool:
 def compiled(function: Any, backend: Callable[[fx.GraphModule, Any], Graph]) -> Callable[..., Any]:
     """A function of Python's traced by Dynamo, with a backend, and with traces and limits of its own.
 
-    Traces are kept with a function's code: the copy makes two models of one class independent.
+    Traces are kept with a function's code, and its file, line and name decide which sizes are symbols. A copy with a name
+    of its own makes two models of one class independent.
     """
     import torch._dynamo
 
-    code = function.__code__.replace()
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{next(_numbers)}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
     known = inspect.signature(torch._dynamo.eval_frame._optimize).parameters
@@ -76,7 +80,24 @@ def run_eagerly(module: fx.GraphModule, example_inputs: Any, *, backend: Backend
     """
     fuse_or_warn(module, backend)
     _keep_checkpoints(module)
+    _bind_numbers(module)
     return module.forward
+
+
+def _bind_numbers(module: fx.GraphModule) -> None:
+    """Let numbers that are known not be made again at each run."""
+    for node in module.graph.find_nodes(op="call_function", target=call_family):
+        name, tensors, numbers, backend = node.args
+        if not any(nodes_in(numbers)):
+            node.target, node.args = _bound(family_named(name), numbers, backend), tuple(tensors)
+    module.recompile()
+
+
+def _bound(family: Family[Any], numbers: Any, backend: Backend | None) -> Callable[..., Any]:
+    def call(*tensors: Any) -> Any:
+        return family(tensors, numbers, backend)
+
+    return call
 
 
 def fuse_or_warn(module: fx.GraphModule, backend: Backend | None = None) -> Fusion:

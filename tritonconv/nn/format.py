@@ -1,8 +1,8 @@
 """Memory formats that callers see: torch's for the original model, although `convert` makes weights channels-last.
 
-By torch's rule the result is channels-last if the weight is. Therefore the result of a layer that is called directly, and
-the results of a converted forward, are copied to contiguous memory if the original model's results would be contiguous.
-Between the layers of a traced forward tensors stay channels-last (convert/formats.py).
+By torch's rule the result is channels-last if the weight is. Therefore the result of a layer that is called directly is
+copied to contiguous memory if the original layer's result would be contiguous. In a graph tensors stay channels-last from
+layer to layer (graph/formats.py).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from tritonconv.ops.core.family import IN_GRAPHS
 from tritonconv.ops.core.layout import dense_strides, suggests_channels_last
 from tritonconv.ops.core.observe import notify_copy
 
-__all__ = ["are_contiguous", "as_original", "restore"]
+__all__ = ["as_original", "contiguous"]
 
 
 def as_original(layer: Any, input: Tensor, y: Tensor) -> Tensor:
@@ -27,29 +28,17 @@ def as_original(layer: Any, input: Tensor, y: Tensor) -> Tensor:
     """
     if not layer.weight_moved:
         return y
-    batched = input.dim() == len(layer.kernel_size) + 2
-    return restore(y, are_contiguous(input if batched else input.unsqueeze(0)))
+    batch = input if input.dim() == len(layer.kernel_size) + 2 else input.unsqueeze(0)
+    return y if suggests_channels_last(batch) else contiguous(y)
 
 
-def are_contiguous(*inputs: Tensor) -> bool:
-    """Whether none of the inputs is channels-last, so that torch's convolutions of them give contiguous results."""
-    return not any(input.dim() > 2 and suggests_channels_last(input) for input in inputs)
-
-
-def restore(value: Any, contiguous: bool, unless: bool = False) -> Any:
-    """A tensor, or tensors in tuples and lists; made contiguous if `contiguous` is true and `unless` is not."""
-    if not contiguous or unless:
-        return value
-    if isinstance(value, (tuple, list)):
-        restored = [restore(item, True) for item in value]
-        return type(value)(*restored) if hasattr(value, "_fields") else type(value)(restored)
-    return _contiguous(value) if isinstance(value, Tensor) else value
-
-
-def _contiguous(y: Tensor) -> Tensor:
+def contiguous(y: Tensor) -> Tensor:
+    """The tensor with contiguous strides, also of axes of size one, where code sees them."""
     if y.is_contiguous():
         strides = dense_strides(tuple(y.shape), False)
-        # If sizes are one, other strides reach the same elements, but callers see the strides.
         return y if y.stride() == strides else y.as_strided(y.shape, strides)
     notify_copy()
     return y.contiguous()
+
+
+IN_GRAPHS.append(contiguous)

@@ -36,7 +36,7 @@ from tritonconv.ops.core.operator import is_traced
 from tritonconv.ops.core.recording import Recording, record
 from tritonconv.ops.core.signature import Memo, signature_of
 
-__all__ = ["Cost", "Family", "Resolved", "Unsupported", "call_family", "family_named"]
+__all__ = ["IN_GRAPHS", "Cost", "Family", "Resolved", "Unsupported", "call_family", "family_named"]
 
 Parsed = TypeVar("Parsed")
 Tensors = Sequence[Any]
@@ -85,10 +85,15 @@ def call_family(name: str, tensors: Tensors, numbers: tuple[Any, ...], backend: 
     return _families[name](tensors, numbers, backend)
 
 
+IN_GRAPHS: list[Callable[..., Any]] = [call_family]
+"""Functions that Dynamo writes into its graph, and does not look into."""
+
+
 @constant_under_compile
 def known_to_dynamo() -> bool:
-    """Register `call_family` with Dynamo while it traces. An import does not, because that would import Dynamo."""
-    torch.compiler.allow_in_graph(call_family)
+    """Register `IN_GRAPHS` with Dynamo while it traces. An import does not, because that would import Dynamo."""
+    for function in IN_GRAPHS:
+        torch.compiler.allow_in_graph(function)
     return True
 
 
