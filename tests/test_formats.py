@@ -259,6 +259,7 @@ BODIES: dict[str, Callable[[Any, Tensor], Any]] = {
     "changed in place behind a view": lambda m, x: (lambda y: (y.view(-1), y.add_(1)))(m.b(m.block(x))),
     "a view changed in place": lambda m, x: (lambda y: (y.view(2, -1).mul_(2), y))(m.b(m.block(x))),
     "the input": lambda m, x: [x, x[:, 1:], m.block(x)],
+    "contiguous as it is": lambda m, x: m.b(m.block(x)).transpose(1, 1).contiguous(),
     "its own format": lambda m, x: m.b(m.block(x)).contiguous(memory_format=torch.channels_last),
     "numbers": lambda m, x: (lambda y: y.reshape(y.shape[0] * y.size(1), y.shape[2] * y.size(3) // 2, 2))(m.block(x)),
 }  # fmt: skip

@@ -137,13 +137,15 @@ class _Formats:
 def _insert_copies(graph: fx.Graph, found: _Formats) -> int:
     last: dict[fx.Node, fx.Node] = {}
     back: dict[fx.Node, fx.Node] = {}
+    gone: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node in found.entering:
             source = node.args[1][0]
             if source not in last:
                 last[source] = insert(graph, node, as_channels_last, (source,), source)
             node.args = (node.args[0], (last[source], *node.args[1][1:]), *node.args[2:])
-        for source in found.leaving.get(node, ()):
+        for leaving in found.leaving.get(node, ()):
+            source = gone.get(leaving, leaving)
             if source not in back:
                 back[source] = _restored(graph, node, source)
             node.replace_input_with(source, back[source])
@@ -151,7 +153,9 @@ def _insert_copies(graph: fx.Graph, found: _Formats) -> int:
             back[node] = _restored(graph, node.next, node)
             node.replace_all_uses_with(back[node], delete_user_cb=lambda user, new=back[node]: user is not new)
         elif node in found.moved and node.op == "call_method" and node.target == "contiguous":
-            replace(graph, node, node.args[0])
+            source = node.args[0]
+            gone[node] = gone.get(source, source)
+            replace(graph, node, source)
     return len(last) + len(back)
 
 
