@@ -90,6 +90,21 @@ def test_what_fuse_takes() -> None:
         tritonconv.fuse(torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(1, 1, 1))))
 
 
+def test_a_graph_that_cannot_be_rewritten_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tritonconv.graph import fuse
+
+    def settle_formats(_graph: torch.fx.Graph) -> int:
+        raise KeyError("format")
+
+    monkeypatch.setattr(fuse, "settle_formats", settle_formats)
+    model, x = build(RESNET)
+    converted = tritonconv.convert(model)
+    with pytest.warns(UserWarning, match="a graph runs without fusion: KeyError: 'format'"):
+        y, launches = run(converted, x)
+    assert_as_good(y, model, x)
+    assert launches > RESNET.launches
+
+
 # Layers as model libraries write them.
 
 

@@ -49,7 +49,7 @@ class Field:
         return sizes[0] if len(set(sizes)) == 1 else sizes
 
     def over(self, window: Iterable[float], stride: Iterable[float]) -> Field:
-        """The field behind a window of so many elements, moved by so many."""
+        """The field after a window of so many elements, moved by so many."""
         extent = tuple(e + (w - 1) * j for e, w, j in zip(self.extent, window, self.jump, strict=True))
         return Field(self.image, extent, tuple(j * s for j, s in zip(self.jump, stride, strict=True)))
 
@@ -142,7 +142,7 @@ def _axes(value: Any, nd: int) -> tuple[Any, ...]:
 
 
 def _through(kind: str, nd: int, given: dict[str, Any], field: Field, shape: tuple[int, ...], output: Tensor) -> Field:
-    """The field behind a function of this kind; `shape` is its input's."""
+    """The field after a function of this kind; `shape` is its input's."""
     if nd and len(field.image) != nd:
         # An unbatched image, or another form of the data: what comes now is the image.
         field = Field(shape[-nd:], (1,) * nd, (1,) * nd)

@@ -93,8 +93,8 @@ def twin_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
 def swap_layers(model: torch.nn.Module, backend: Backend) -> list[torch.nn.Module]:
     """Make every layer of exactly torch's class ours, and deformable convolutions of torchvision's and mmcv's making.
 
-    Parameters, hooks and names stay: the new classes add no state, so a change of `__class__` is all, and whoever shares
-    the module shares the change.
+    Parameters, hooks and names stay: the new classes add no state, so a change of `__class__` is all, and all that share
+    the module share the change.
 
     Returns:
         Layers of ours whose weights are contiguous and can be made channels-last, for `move_weights`.
@@ -120,7 +120,7 @@ def swap_layers(model: torch.nn.Module, backend: Backend) -> list[torch.nn.Modul
 
 
 def move_weights(layers: list[torch.nn.Module]) -> None:
-    """Store the weights of these layers channels-last, behind the same Parameters."""
+    """Store the weights of these layers channels-last, in the same Parameters."""
     for layer in layers:
         set_mark(layer, contiguous=True)
         layer.weight_moved = True  # type: ignore[assignment]

@@ -6,7 +6,6 @@ it cannot trace runs between two graphs. The graphs run eagerly, with autograd t
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import itertools
@@ -102,7 +101,8 @@ def _bound(family: Family[Any], numbers: Any, backend: Backend | None) -> Callab
 
 def fuse_or_warn(module: fx.GraphModule, backend: Backend | None = None) -> Fusion:
     """`fuse_graph`; a graph that cannot be rewritten is right as it is, and gives a warning."""
-    original = copy.copy(module.graph)
+    original = fx.Graph()
+    original.output(original.graph_copy(module.graph, {}))
     try:
         return fuse_graph(module, backend)
     except Exception as error:
