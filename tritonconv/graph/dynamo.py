@@ -48,7 +48,8 @@ def compiled(function: Any, backend: Callable[[fx.GraphModule, Any], Graph]) -> 
     code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{next(_numbers)}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
-    known = inspect.signature(torch._dynamo.eval_frame._optimize).parameters
+    # Later than torch 2.11.
+    known = inspect.signature(getattr(torch._dynamo.eval_frame, "_optimize", torch._dynamo.optimize)).parameters
     options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": MOST_TRACES}
     context: Any = torch._dynamo.optimize(backend, **{key: v for key, v in options.items() if key in known})
     context.callback = _Configured(context.callback)

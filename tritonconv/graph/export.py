@@ -53,6 +53,9 @@ def fuse(graph: Any, backend: Backend | None = None) -> Any:
 
 def _fuse_program(program: torch.export.ExportedProgram, backend: Backend | None) -> torch.export.ExportedProgram:
     module = copy.deepcopy(program.graph_module)
+    # A copy renames what bears the name of a builtin, which the signature knows by its old name.
+    for old, new in zip(program.graph_module.graph.nodes, module.graph.nodes, strict=True):
+        new.name = old.name
     signature = copy.deepcopy(program.graph_signature)
     before = [node.name for node in module.graph.output_node().all_input_nodes]
     # Memory that concatenations share is no tensor.
