@@ -105,6 +105,18 @@ def test_a_graph_that_cannot_be_rewritten_runs_as_it_is(monkeypatch: pytest.Monk
     assert launches > RESNET.launches
 
 
+def test_a_call_that_fails_leaves_the_next_one_fused(capfd: pytest.CaptureFixture[str]) -> None:
+    model, x = build(RESNET)
+    converted = tritonconv.convert(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels, but got 4 channels"):
+            converted(torch.randn(1, 4, 8, 8))
+        y, launches = run(converted, x)
+        assert_as_good(y, model, x)
+        assert launches == RESNET.launches
+    assert "WON'T CONVERT" not in capfd.readouterr().err
+
+
 # Layers as model libraries write them.
 
 

@@ -109,7 +109,13 @@ class FusedForward:
         program = self.program
         if program is None or program.source is not source or not program.state.holds():
             program = self._renewed(source)
-        return program.run(root, *args, **kwargs)
+        try:
+            return program.run(root, *args, **kwargs)
+        except Exception:
+            # Dynamo does not trace code again in which it met an error.
+            self.programs.clear()
+            self.program = None
+            raise
 
     def _renewed(self, source: Any) -> Program:
         """The program for the module's present state, traced anew unless this state was seen before."""

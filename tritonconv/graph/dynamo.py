@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import logging
 import os
 import types
 import warnings
@@ -65,11 +66,18 @@ class _Configured:
         self._torchdynamo_orig_backend = callback
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from torch._dynamo import config
+        from torch._dynamo import config, convert_frame
 
-        # What cannot be traced is left to torch.
-        with config.patch(suppress_errors=True):
-            return self._torchdynamo_orig_backend(*args, **kwargs)
+        # What cannot be traced runs as it is, and raises its own error. The log is for those who ask for Dynamo's.
+        log = convert_frame.log
+        level = log.level
+        if not log.isEnabledFor(logging.INFO):
+            log.setLevel(logging.ERROR)
+        try:
+            with config.patch(suppress_errors=True):
+                return self._torchdynamo_orig_backend(*args, **kwargs)
+        finally:
+            log.setLevel(level)
 
 
 def run_eagerly(module: fx.GraphModule, example_inputs: Any, *, backend: Backend | None = None) -> Graph:  # noqa: ARG001
