@@ -193,8 +193,11 @@ GRAPHS = [
     # Linear layers take a sum and an activation, but no batch norm.
     Graph("linear", lambda net, x: F.gelu(net.linear(x) + x), (("add", "gelu"),)),
     Graph("linear and batch norm", lambda net, x: net.bn(net.linear(x)), ()),
+    # A product with a gate takes what follows it, too.
+    Graph("gate", lambda net, x: torch.relu(net.conv(x) * net.valid(x).sigmoid() + x), (("sigmoid",), ("add", "relu"))),
     # What computes nothing is no obstacle.
     Graph("dropout between", lambda net, x: torch.relu(F.dropout(net.conv(x), 0.5, net.training)), (("relu",),)),
+    Graph("dropout by keywords", lambda net, x: torch.relu(F.dropout(input=net.conv(x), training=False)), (("relu",),)),
     # A batch norm may follow without an activation, and an activation without a batch norm.
     Graph("batch norm alone", lambda net, x: net.bn(net.conv(x)), (("bn",),)),
 ]

@@ -29,7 +29,15 @@ __all__ = ["fuse_chains", "fuse_pools", "synchronize"]
 
 TRAINING = {"conv": "conv_bn", "conv_transpose": "conv_transpose_bn"}
 # Families whose tensors end with a residual, and the position of the activation in their numbers.
-ACTIVATIONS = {"conv": 3, "conv_transpose": 3, "matmul": 3, "conv_bn": 3, "conv_transpose_bn": 3, "batch_norm": 1}
+ACTIVATIONS = {
+    "conv": 3,
+    "conv_transpose": 3,
+    "matmul": 3,
+    "conv_bn": 3,
+    "conv_transpose_bn": 3,
+    "batch_norm": 1,
+    "scale_channels": 1,
+}
 # The maximum of the results is the result of the maximum, to the last bit.
 NEVER_FALLING = ("relu", "relu6", "hardtanh")
 
@@ -124,7 +132,8 @@ def _activation(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory
     if position is None or spec is None or call.numbers[position] is not None:
         return None
     residual = call.tensors[-1]
-    has_norm = call.family == "batch_norm" or call.tensors[3] is not None or call.family.endswith("_bn")
+    has_norm = call.family == "batch_norm" or (call.family != "scale_channels" and call.tensors[3] is not None)
+    has_norm = has_norm or call.family.endswith("_bn")
     if residual is not None and has_norm and memory.may_change(residual, node):
         return None
     numbers = (*call.numbers[:position], spec, *call.numbers[position + 1 :])

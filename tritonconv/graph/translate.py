@@ -76,8 +76,8 @@ def translate(graph: fx.Graph, backend: Backend | None = None) -> None:
         node.replace_all_uses_with(ActivationSpec(*node.args))
         graph.erase_node(node)
     for node in list(graph.nodes):
-        if _is_nothing(node):
-            replace(graph, node, node.args[0])
+        if (same := _unchanged(node)) is not None:
+            replace(graph, node, same)
             continue
         if _takes_contiguous(node):
             # Our layers give the format of the original layer where they are called: here this is their result.
@@ -94,12 +94,16 @@ def translate(graph: fx.Graph, backend: Backend | None = None) -> None:
                 graph.erase_node(node)
 
 
-def _is_nothing(node: fx.Node) -> bool:
-    """Whether a node returns its argument: dropout in eval mode, a scalar product with one."""
-    if name_of(node) not in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"):
-        return False
-    given = bind(node, ("input", "p", "training" if not isinstance(node.target, OpOverload) else "train", "inplace"))
-    return given is not None and node.op == "call_function" and False in (given.get("training"), given.get("train"))
+DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+
+
+def _unchanged(node: fx.Node) -> fx.Node | None:
+    """The argument that a node returns as it is, or None: dropout in eval mode does so."""
+    if node.op != "call_function" or name_of(node) not in DROPOUTS:
+        return None
+    training = "train" if isinstance(node.target, OpOverload) else "training"
+    given = bind(node, ("input", "p", training, "inplace")) or {}
+    return given.get("input") if given.get(training) is False else None
 
 
 def _takes_contiguous(node: fx.Node) -> bool:
@@ -216,7 +220,7 @@ def _mean(node: fx.Node) -> Arguments:
 
 
 # Arguments of aten's operators under the names of torch.nn.functional's functions.
-RENAMED = {"self": "input", "upscale_factor": "upscale_factor", "cudnn_enabled": None}
+RENAMED = {"self": "input", "cudnn_enabled": None}
 
 
 def _aten(node: fx.Node, overload: OpOverload) -> Arguments:
