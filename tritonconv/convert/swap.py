@@ -69,8 +69,6 @@ class Mark:
     """Whether it is a layer of ours now, with a `backend` of its own."""
     previous_backend: Backend | None = None
     """The backend that the user had given to a layer that was ours already."""
-    untraceable: str = ""
-    """Why torch.fx could not trace its forward."""
 
 
 def mark_of(module: torch.nn.Module) -> Mark | None:

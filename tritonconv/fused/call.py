@@ -30,7 +30,7 @@ from tritonconv.ops.conv.call import CONVOLUTIONS, ResidualError
 from tritonconv.ops.conv.norm_call import CONV_NORMS
 from tritonconv.ops.core.activation import ActivationSpec, from_module, parse_activation
 
-__all__ = ["HOOKS", "carries_hook", "eval_call", "fused_call", "is_unchanged"]
+__all__ = ["HOOKS", "carries_hook", "eval_call", "fused_call"]
 
 BATCH_NORMS: dict[int, tuple[type[torch.nn.Module], ...]] = {
     1: (torch.nn.BatchNorm1d, BatchNorm1d, torch.nn.SyncBatchNorm, SyncBatchNorm),
@@ -175,11 +175,6 @@ def _training_call(layer: Any, norm: Any, activation: Any, input: Tensor, residu
     # For a cumulative average the weight must be known before; otherwise a batch is counted after it is normalized.
     momentum = norm.momentum if norm.momentum is not None else count_batch(norm) if norm.training else 0.0
     return family, tensors, (*numbers, momentum, group)
-
-
-def is_unchanged(member: torch.nn.Module) -> bool:
-    """Whether a call of the module is only its class's forward, without hooks."""
-    return not _is_changed(member)
 
 
 def _is_changed(member: torch.nn.Module) -> bool:

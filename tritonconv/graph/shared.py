@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
@@ -20,8 +21,7 @@ PRODUCTS = ("mul", "imul", "multiply")
 
 def fuse_products(graph: fx.Graph) -> int:
     """Write each product of images with one number for each channel as a call of `scale_channels`."""
-    count, inputs = 0, Memory(graph).inputs
-    memory = Memory(graph)
+    memory, count = Memory(graph), 0
     for node in list(graph.nodes):
         found = _product(node)
         if found is None:
@@ -29,7 +29,7 @@ def fuse_products(graph: fx.Graph) -> int:
         x, gate = found
         target = in_place_target(node)
         # What is changed in place may have other names.
-        if target is not None and (only_user(target) != node or memory.storages(target) & inputs):
+        if target is not None and (only_user(target) != node or memory.storages(target) & memory.inputs):
             continue
         call = FamilyCall("scale_channels", (x, gate, None), ((), None))
         replace(graph, node, insert_family(graph, node, call, node))
@@ -62,19 +62,27 @@ def _product(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
-def fuse_separable(graph: fx.Graph) -> int:
-    """One call for each depthwise convolution whose result a 1x1 convolution alone reads, not as its residual."""
-    memory, count = Memory(graph), 0
+def _pairs(graph: fx.Graph) -> Iterator[tuple[fx.Node, FamilyCall, FamilyCall]]:
+    """(node, the call before it, its own call) where the node alone reads the result of the call before it, as its input.
+
+    The call before it may run where the node does.
+    """
+    memory = Memory(graph)
     for node in tuple(graph.nodes):
         second = call_of(node)
         first = None if second is None else call_of(second.input)
-        if first is None or second is None or not _is_depthwise(first) or not _is_pointwise(second):
+        if first is None or second is None or only_user(second.input) != node or second.input in second.tensors[1:]:
             continue
-        before = second.input
-        backends = {first.backend, second.backend} - {None}
-        if only_user(before) != node or before in second.tensors[1:] or len(backends) > 1:
-            continue
-        if not memory.may_move(first.given(), before, node):
+        if memory.may_move(first.given(), second.input, node):
+            yield node, first, second
+
+
+def fuse_separable(graph: fx.Graph) -> int:
+    """One call for each depthwise convolution whose result a 1x1 convolution alone reads, not as its residual."""
+    count = 0
+    for node, first, second in _pairs(graph):
+        before, backends = second.input, {first.backend, second.backend} - {None}
+        if not _is_depthwise(first) or not _is_pointwise(second) or len(backends) > 1:
             continue
         after = (None, *second.tensors[1:])
         args = ((first.tensors, first.numbers), (after, second.numbers), next(iter(backends), None))
@@ -151,16 +159,12 @@ def fuse_averages(graph: fx.Graph) -> int:
 
 def fuse_excites(graph: fx.Graph) -> int:
     """One call for the two products that make the gate of a squeeze-excite block from a number for each channel."""
-    memory, count = Memory(graph), 0
-    for node in tuple(graph.nodes):
-        second = call_of(node)
-        first = None if second is None or second.family not in ("conv", "matmul") else call_of(second.input)
-        if second is None or first is None or first.family != second.family or first.backend != second.backend:
+    count = 0
+    for node, first, second in _pairs(graph):
+        before, same = second.input, (first.family, first.backend) == (second.family, second.backend)
+        if second.family not in ("conv", "matmul") or not same or second.numbers[3] is None:
             continue
-        before, acts = second.input, second.numbers[3]
-        if only_user(before) != node or acts is None or not all(_is_single(call) for call in (first, second)):
-            continue
-        if not _gates_images(node) or not memory.may_move(first.given(), before, node):
+        if not _is_single(first) or not _is_single(second) or not _gates_images(node):
             continue
         parts = ((first.tensors[1:], first.numbers), (second.tensors[1:], second.numbers))
         args = (first.family, first.input, *parts, first.backend)
@@ -195,17 +199,12 @@ def _gates_images(node: fx.Node) -> bool:
 
 def fuse_gates(graph: fx.Graph) -> int:
     """Let a 1x1 convolution take the product with a gate that it alone reads."""
-    memory, count = Memory(graph), 0
-    for node in list(graph.nodes):
-        conv = call_of(node)
-        scale = None if conv is None else call_of(conv.input)
-        if conv is None or scale is None or scale.family != "scale_channels" or not _is_pointwise(conv):
+    count = 0
+    for node, scale, conv in _pairs(graph):
+        if scale.family != "scale_channels" or not _is_pointwise(conv):
             continue
         before = conv.input
-        plain = scale.tensors[2] is None and scale.numbers[1] is None
-        if not plain or only_user(before) != node or before in conv.tensors[1:]:
-            continue
-        if not memory.may_move(scale.given(), before, node):
+        if scale.tensors[2] is not None or scale.numbers[1] is not None:
             continue
         args: Any = ((scale.input, *conv.tensors[1:]), scale.tensors[1], conv.numbers, conv.backend)
         replace(graph, node, insert(graph, node, gated, args, node, (node, before), calls=2))

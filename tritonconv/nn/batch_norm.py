@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tritonconv.ops.batch_norm.call import BATCH_NORM
-from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.backend import Backend
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
@@ -55,13 +54,11 @@ def group_of(norm: torch.nn.Module) -> str:
     return group.group_name if group.size() > 1 else ""
 
 
-def normalize(
-    norm: Any, input: Tensor, residual: Tensor | None = None, activation: ActivationSpec | None = None, group: str = ""
-) -> Tensor:
-    """activation(norm(input) + residual); `group` is the name of the process group over whose pixels it normalizes."""
+def normalize(norm: Any, input: Tensor, group: str = "") -> Tensor:
+    """norm(input); `group` is the name of the process group over whose pixels it normalizes."""
     mean, var, weight, bias, *numbers = begin_batch(norm)
-    tensors = (input, mean, var, weight, bias, residual)
-    y: Tensor = BATCH_NORM(tensors, (tuple(numbers), activation, group), norm.backend)
+    tensors = (input, mean, var, weight, bias, None)
+    y: Tensor = BATCH_NORM(tensors, (tuple(numbers), None, group), norm.backend)
     return y
 
 

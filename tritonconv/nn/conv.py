@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonconv.geometry import ConvGeometry
 from tritonconv.nn.format import as_original
 from tritonconv.ops.conv.call import CONVOLUTIONS
 from tritonconv.ops.core.backend import Backend
@@ -63,21 +62,6 @@ def _transpose(conv: Any, op: str, input: Tensor, output_size: list[int] | None)
     tensors = (input, member(conv, "weight"), member(conv, "bias"), *NO_EPILOGUE)
     y: Tensor = CONVOLUTIONS["conv_transpose"](tensors, (numbers, op, 0.0, None), conv.backend)
     return as_original(conv, input, y) if conv.weight_moved else y
-
-
-def output_shape(conv: torch.nn.modules.conv._ConvNd, input: Tensor) -> tuple[int, ...]:
-    """Size of the module's output for an input of this size; raises torch's exception if the sizes do not fit."""
-    nd = len(conv.kernel_size)
-    shape, padding = list(input.shape), conv.padding
-    if conv.padding_mode != "zeros":
-        for axis in range(1, nd + 1):
-            shape[-axis] += sum(conv._reversed_padding_repeated_twice[2 * axis - 2 : 2 * axis])
-        padding = (0,) * nd
-    output = ConvGeometry.parse(
-        shape, conv.weight.shape, nd=nd, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups,
-        transposed=conv.transposed, output_padding=conv.output_padding,
-    ).output_shape  # fmt: skip
-    return output if input.dim() == nd + 2 else output[1:]
 
 
 class Conv1d(torch.nn.Conv1d):
