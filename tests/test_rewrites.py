@@ -181,3 +181,120 @@ def test_each_function_is_replaced_by_one_with_its_results(theirs: Callable[...,
 def test_torchs_adaptive_max_pool1d_gives_a_pair() -> None:
     assert functions()[torch.adaptive_max_pool1d] is TF.adaptive_max_pool1d_with_indices
     assert functions()[F.adaptive_max_pool1d] is TF.adaptive_max_pool1d
+
+
+class Padded(nn.Module):
+    """A convolution, with its norm and activation, of an image that a function pads."""
+
+    def __init__(self, pad: Callable[[Tensor], Tensor], conv: nn.Module) -> None:
+        super().__init__()
+        self.pad, self.conv = pad, conv
+        self.norm = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[conv.weight.dim()](conv.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(self.pad(x))))
+
+
+PADDED: dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]] = {
+    "both sides": (lambda x: F.pad(x, (1, 1, 2, 2)), nn.Conv2d(4, 6, 3)),
+    "behind": (lambda x: F.pad(x, (0, 1, 0, 1)), nn.Conv2d(4, 6, 3, 2)),
+    "before the columns": (lambda x: F.pad(x, (2, 0)), nn.Conv2d(4, 6, 3, padding=(1, 0), dilation=2)),
+    "zeros of a module": (nn.ZeroPad2d((1, 2, 0, 3)), nn.Conv2d(4, 6, 3, padding=1, groups=2)),
+    "a single tap": (lambda x: F.pad(x, (0, 1, 0, 2), value=0.0), nn.Conv2d(4, 6, 1)),
+    "filters that tile the image": (lambda x: F.pad(x, (0, 1, 1, 0)), nn.Conv2d(4, 6, 2, 2, padding="valid")),
+    "depthwise": (lambda x: F.pad(x, [0, 1, 0, 1], "constant", 0), nn.Conv2d(4, 4, 3, 2, groups=4)),
+    "1-d": (nn.ConstantPad1d((3, 0), 0.0), nn.Conv1d(4, 6, 4)),
+    "3-d": (lambda x: F.pad(x, (0, 0, 1, 0, 2, 1)), nn.Conv3d(4, 6, (3, 2, 1))),
+}
+KEPT: dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]] = {
+    "other values": (lambda x: F.pad(x, (0, 1), value=1.0), nn.Conv2d(4, 6, 3)),
+    "reflected": (lambda x: F.pad(x, (1, 1, 1, 1), "reflect"), nn.Conv2d(4, 6, 3)),
+    "pixels removed": (lambda x: F.pad(x, (-1, 1)), nn.Conv2d(4, 6, 3)),
+    "channels": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)), nn.Conv2d(5, 6, 3)),
+    "a convolution that pads by name": (lambda x: F.pad(x, (0, 1)), nn.Conv2d(4, 6, 3, padding="same")),
+}
+
+
+@pytest.mark.parametrize("name", [*PADDED, *KEPT])
+def test_zeros_around_an_image_become_the_convolutions_own(name: str) -> None:
+    pad, conv = (PADDED | KEPT)[name]
+    x = torch.randn(2, 4, *(7, 6, 5)[: conv.weight.dim() - 2])
+    converted = same(Padded(pad, conv), x)
+    rows = [row.reason for row in tritonconv.explain(converted.eval(), x).layers if row.backend == "torch"]
+    with torch.no_grad(), record_launches() as launches, torch.autograd.profiler.profile() as profile:
+        converted(x)
+    assert len(launches) == 1 and not rows
+    assert any(event.name == "aten::pad" for event in profile.function_events) == (name in KEPT)
+
+
+def test_padded_values_that_others_read_stay() -> None:
+    model = Behind(lambda y, _: y, bare=True)
+    model.body = lambda y, _: model.conv(padded := F.pad(y[:, :3], (0, 1))) + padded.sum()
+    same(model, torch.randn(2, 3, 5, 6))
+
+
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (0, 0, 1, 1)])
+def test_functions_take_no_zeros_for_each_side(padding: tuple[int, ...]) -> None:
+    x, w = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3)
+    for convolution in (F.conv2d, TF.conv2d):
+        with pytest.raises(RuntimeError, match="padding"):
+            convolution(x, w, padding=padding)
+
+
+def in_place(y: Tensor, z: Tensor) -> Tensor:
+    y += z
+    return F.relu(y, inplace=True)
+
+
+def from_zero(y: Tensor, z: Tensor) -> Tensor:
+    total: Any = 0
+    for part in (y, z):
+        total = part + total
+    return F.relu(total)
+
+
+class Branches(nn.Module):
+    """Sums of branches, as in re-parametrized networks: a convolution and the norm of the input itself."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.own, self.join = (
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.BatchNorm2d(4),
+            join,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.norm(self.conv(x)), self.own(x))
+
+
+@rotate(first=[False, True], join=[in_place, from_zero])
+def test_sums_of_branches_are_two_launches(join: Callable[[Tensor, Tensor], Tensor], first: bool) -> None:
+    model = Branches((lambda a, b: join(b, a)) if first else join)
+    x = torch.randn(2, 4, 6, 6)
+    converted = same(model, x)
+    with torch.no_grad(), record_launches() as launches:
+        converted.eval()(x)
+    assert len(launches) == 2 and all(row.backend == "triton" for row in tritonconv.explain(converted, x).layers)
+
+
+def test_a_sum_into_a_value_that_others_read_is_seen_by_them() -> None:
+    def join(y: Tensor, z: Tensor) -> Tensor:
+        kept = z.view(2, -1)
+        z += y
+        return F.relu(z) + kept.view_as(z)
+
+    same(Branches(join), torch.randn(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    "body", [lambda y: torch.stack([y, y], 1).sum(1), lambda y: y.reshape(*y.shape[:2], -1).view_as(y)]
+)
+def test_stacks_and_views_of_the_same_size_copy_nothing(body: Callable[[Tensor], Tensor], batch: int) -> None:
+    model = Behind(lambda y, _: body(y), nd=1)
+    x = torch.randn(batch, 3, 8)
+    converted = same(model, x)
+    # What enters, and what leaves.
+    assert tritonconv.explain(converted.eval(), x).totals["copies"] <= 2

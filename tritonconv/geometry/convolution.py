@@ -41,7 +41,8 @@ class ConvGeometry:
     padding: Triple
     """Zeros before the first element of each axis."""
     padding_after: Triple
-    """Zeros behind the last element; differs from `padding` for "causal", and for "same" with an even filter extent."""
+    """Zeros behind the last element; differs from `padding` for "causal", "same" with an even filter extent, and where both
+    are given."""
     dilation: Triple
     groups: int
     transposed: bool
@@ -68,7 +69,8 @@ class ConvGeometry:
             input_shape: (N, C, *spatial) or (C, *spatial), `nd` spatial sizes.
             weight_shape: (K, C/groups, *filter), transposed: (C, K/groups, *filter).
             padding: zeros on both sides of each axis, or "same", "valid" or "causal" (not for transposed); "causal", which
-                torch has not, is as many zeros as the filter reaches back, before the first element of each axis.
+                torch has not, is as many zeros as the filter reaches back, before the first element of each axis. Nor has it
+                2 `nd` numbers: zeros before each axis, then zeros behind each.
             output_padding: rows added behind a transposed convolution's output.
 
         Raises:
@@ -87,6 +89,11 @@ class ConvGeometry:
             tuple(input_shape), tuple(weight_shape), nd, _hashable(stride), _hashable(padding), _hashable(dilation),
             groups, transposed, _hashable(output_padding),
         )  # fmt: skip
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether an axis has zeros on either side."""
+        return any(self.padding + self.padding_after)
 
     @property
     def filter_channels(self) -> int:
@@ -197,9 +204,10 @@ class ConvGeometry:
             return "x".join(map(str, values))
 
         first = 3 - self.nd
+        behind = "" if self.padding == self.padding_after else f" and {sizes(self.padding_after[first:])} behind"
         return (
             f"{name} {sizes(self.input_shape)} -> {sizes(self.output_shape)}, weight {sizes(self.weight_shape)}, "
-            f"stride {sizes(self.stride[first:])}, padding {sizes(self.padding[first:])}, "
+            f"stride {sizes(self.stride[first:])}, padding {sizes(self.padding[first:])}{behind}, "
             f"dilation {sizes(self.dilation[first:])}, groups {self.groups}"
             + (f", output padding {sizes(self.output_padding[first:])}" if any(self.output_padding) else "")
         )
@@ -242,6 +250,9 @@ def _expand_padding(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Zeros before and behind each axis."""
     nd = len(filter_)
+    if isinstance(padding, (tuple, list)) and len(padding) == 2 * nd and not transposed:
+        both = expand(padding, 2 * nd, "padding", op)
+        return both[:nd], both[nd:]
     if not isinstance(padding, str) or transposed:
         before = expand(padding, nd, "padding", op)
         return before, before
@@ -283,15 +294,16 @@ def _parse(
     dilations = expand(dilation, nd, "dilation", op)
     extra = expand(output_padding, nd, "output_padding", op)
     before, after = _expand_padding(padding, filter_, strides, dilations, op, transposed)
+    zeros = before if before == after else before + after
     # Dynamo joins no strings that hold symbolic sizes: one literal.
     behind = f", output_padding={list(extra)}" if transposed else ""
     arguments = (
-        f"input {list(input_shape)}, weight {list(weight_shape)}, stride={list(strides)}, padding={list(before)}, "
+        f"input {list(input_shape)}, weight {list(weight_shape)}, stride={list(strides)}, padding={list(zeros)}, "
         f"dilation={list(dilations)}, groups={groups}{behind}"
     )
     if groups < 1:
         raise RuntimeError(f"{op}: non-positive groups is not supported, got groups={groups} ({arguments})")
-    for name, values, least in (("stride", strides, 1), ("dilation", dilations, 1), ("padding", before, 0),
+    for name, values, least in (("stride", strides, 1), ("dilation", dilations, 1), ("padding", zeros, 0),
                                 ("output_padding", extra, 0)):  # fmt: skip
         if min(values) < least:
             word = "non-positive" if least else "negative"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from tritonconv.fused.shared import synchronized
-from tritonconv.graph.elementwise import activation_of, addition_of, in_place_target
+from tritonconv.graph.elementwise import activation_of, addition_of, bind, in_place_target, name_of
 from tritonconv.graph.memory import Memory
 from tritonconv.graph.nodes import (
     CONVOLUTIONS,
@@ -23,9 +23,10 @@ from tritonconv.graph.nodes import (
     same_size,
     tensor_of,
 )
+from tritonconv.ops.conv.call import PADDED
 from tritonconv.ops.core.family import call_family
 
-__all__ = ["fuse_chains", "fuse_pools", "synchronize"]
+__all__ = ["fuse_chains", "fuse_pads", "fuse_pools", "synchronize"]
 
 TRAINING = {"conv": "conv_bn", "conv_transpose": "conv_transpose_bn"}
 # Families whose tensors end with a residual, and the position of the activation in their numbers.
@@ -38,10 +39,57 @@ ACTIVATIONS = {
     "batch_norm": 1,
     "scale_channels": 1,
 }
+PADS = ("pad", "constant_pad_nd")
 # The maximum of the results is the result of the maximum, to the last bit.
 NEVER_FALLING = ("relu", "relu6", "hardtanh")
 
 Rule = Callable[[fx.Node, fx.Node, FamilyCall, Memory], FamilyCall | None]
+
+
+def fuse_pads(graph: fx.Graph) -> int:
+    """Let convolutions pad themselves where zeros around an image are read by convolutions alone; how many images."""
+    memory, count = Memory(graph), 0
+    for node in list(graph.nodes):
+        calls = {user: _padded(node, user, memory) for user in node.users} if name_of(node) in PADS else {}
+        if not calls or None in calls.values():
+            continue
+        for user, call in calls.items():
+            assert call is not None
+            replace(graph, user, insert_family(graph, user, call, user, (node, user) if len(calls) == 1 else (user,)))
+        graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _padded(node: fx.Node, user: fx.Node, memory: Memory) -> FamilyCall | None:
+    """A convolution of an image with known numbers of zeros around its pixels, and none removed."""
+    call, given = call_of(user), bind(node, ("input", "pad", "mode", "value"))
+    if (
+        call is None
+        or call.family != "conv"
+        or call.input is not node
+        or given is None
+        or list(call.given()).count(node) > 1
+    ):
+        return None
+    nd, stride, padding, *rest = call.numbers[0]
+    padding = (0,) * nd if padding == "valid" else padding
+    padding = (padding,) * nd if isinstance(padding, int) else tuple(padding) * (nd if len(padding) == 1 else 1)
+    zeros = given["pad"]
+    known = isinstance(zeros, (tuple, list)) and len(zeros) <= 2 * nd and len(padding) == nd
+    if not known or not all(type(n) is int and n >= 0 for n in (*zeros, *padding)):
+        return None
+    if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0):
+        return None
+    if not isinstance(given["input"], fx.Node) or not memory.may_move([given["input"]], node, user):
+        return None
+    # The last axis comes first.
+    pairs = [*zip(zeros[::2], zeros[1::2], strict=True), *[(0, 0)] * (nd - len(zeros) // 2)][::-1]
+    before = tuple(p + a for p, (a, _) in zip(padding, pairs, strict=True))
+    behind = tuple(p + b for p, (_, b) in zip(padding, pairs, strict=True))
+    numbers, op = (nd, stride, before if before == behind else before + behind, *rest), call.numbers[1]
+    op = op if before == behind or op.startswith(PADDED) else PADDED + op
+    return call._replace(tensors=(given["input"], *call.tensors[1:]), numbers=(numbers, op, *call.numbers[2:]))
 
 
 def fuse_chains(graph: fx.Graph) -> int:
@@ -101,17 +149,28 @@ def _norm(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) -> F
     backend = call.backend if call.backend is not None else norm.backend
     if not training:
         return FamilyCall(call.family, tensors, (numbers, op, eps, None), backend) if mean is not None else None
-    # A kernel of the library that computes statistics has no causal padding.
-    if not isinstance(momentum, (int, float, fx.Node)) or "causal" in numbers:
+    if not isinstance(momentum, (int, float, fx.Node)):
         return None
     return FamilyCall(TRAINING[call.family], tensors, (numbers, op, eps, None, momentum, group), backend)
 
 
 def _residual(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) -> FamilyCall | None:  # noqa: ARG001
-    """An addition of a tensor of the result's size and dtype, to a call that has neither residual nor activation yet."""
-    position = ACTIVATIONS.get(call.family)
-    other = addition_of(node, before)
-    if position is None or other is None or call.tensors[-1] is not None or call.numbers[position] is not None:
+    """An addition of a tensor of the result's size and dtype, to a call that has neither residual nor activation yet.
+
+    An addition into the tensor in place is one of values, if the tensor is a call's result that nobody else reads. The
+    number zero, with which sums in loops begin, adds nothing.
+    """
+    position, other = ACTIVATIONS.get(call.family), addition_of(node, before)
+    if type(other) in (int, float) and other == 0:
+        return call
+    if (
+        position is None
+        or not isinstance(other, fx.Node)
+        or call.tensors[-1] is not None
+        or call.numbers[position] is not None
+    ):
+        return None
+    if in_place_target(node) is other and (call_of(other) is None or only_user(other) is not node):
         return None
     y, z, result = tensor_of(before), tensor_of(other), tensor_of(node)
     if y is None or z is None or result is None or y.dtype != z.dtype or y.device != z.device:

@@ -105,8 +105,8 @@ def _spec(node: fx.Node, name: str, clamp: bool) -> ActivationSpec | None:
     return None if clamp and not numbers[0] <= numbers[1] else make_spec(name, tuple(numbers))
 
 
-def addition_of(node: fx.Node, value: fx.Node) -> fx.Node | None:
-    """What a node adds to `value`, or None if it is no such addition."""
+def addition_of(node: fx.Node, value: fx.Node) -> Any:
+    """What a node adds to `value`, a node or a number; None if it is no such addition."""
     function = node.op == "call_function" and (
         node.target in (operator.add, operator.iadd, torch.add)
         or (isinstance(node.target, OpOverload) and node.target.namespace == "aten" and name_of(node) in ("add", "add_"))
@@ -118,10 +118,7 @@ def addition_of(node: fx.Node, value: fx.Node) -> fx.Node | None:
         return None
     left, right = node.args
     other = right if left is value else left
-    target = in_place_target(node)
-    if not isinstance(other, fx.Node) or other is value or (target is not None and target is not value):
-        return None
-    return other
+    return None if other is value else other
 
 
 @functools.cache

@@ -152,7 +152,7 @@ def _insert_copies(graph: fx.Graph, found: _Formats) -> int:
         if node in found.fixed and _makes_features(node):
             back[node] = _restored(graph, node.next, node)
             node.replace_all_uses_with(back[node], delete_user_cb=lambda user, new=back[node]: user is not new)
-        elif node in found.moved and node.op == "call_method" and node.target == "contiguous":
+        elif node in found.moved and _gives_its_input(node):
             source = node.args[0]
             gone[node] = gone.get(source, source)
             replace(graph, node, source)
@@ -183,6 +183,16 @@ def _tells_numbers(node: fx.Node) -> bool:
     return (
         value is None and node.op != "output" and name_of(node) in ("size", "dim", "numel", "getattr", "sym_size", "ndim")
     )
+
+
+def _gives_its_input(node: fx.Node) -> bool:
+    """Whether a node changes nothing once formats are ours: a copy to contiguous memory, or a view of the same size.
+
+    A view of a single image would give its first axis another stride, which kernels would not take for channels-last.
+    """
+    x, y = tensor_of(node.args[0]) if node.args else None, tensor_of(node)
+    same = name_of(node) in ("view", "reshape") and x is not None and y is not None and same_size(x.shape, y.shape)
+    return same or (node.op == "call_method" and node.target == "contiguous")
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -232,7 +242,7 @@ def _joins_pixels(x: Tensor | None, y: Tensor | None) -> bool:
     """Whether a view costs nothing in any format: it joins all pixels of each channel, or there is one pixel an image."""
     if x is None or y is None or x.dim() < 3:
         return False
-    joins = x.dim() > 3 and y.dim() == 3 and same_size(x.shape[:2], y.shape[:2])
+    joins = y.dim() == 3 and same_size(x.shape[:2], y.shape[:2])
     return joins or same_size(x.shape[2:], (1,) * (x.dim() - 2))
 
 
@@ -245,4 +255,8 @@ def _copies(node: fx.Node) -> bool:
         x, y = tensor_of(node.args[0]), tensor_of(node)
         rows = x is not None and y is not None and y.dim() == 2 and x.dim() > 2 and same_size(x.shape[:1], y.shape[:1])
         return rows and order_of(x) == tuple(range(x.dim()))  # type: ignore[union-attr]
+    if name == "stack":
+        # Values side by side on the axis before their pixels would be a channels-last video.
+        x, dim = tensor_of(node.all_input_nodes[0]), (node.args[1:] or (node.kwargs.get("dim", 0),))[0]
+        return x is not None and isinstance(dim, int) and dim % (x.dim() + 1) < 2
     return name in COPYING and node.op == "call_function"

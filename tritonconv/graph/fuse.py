@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from tritonconv.fused.shared import averaged, convolved_into, excited, gated, pooled_into, separable
-from tritonconv.graph.chains import fuse_chains, fuse_pools, synchronize
+from tritonconv.graph.chains import fuse_chains, fuse_pads, fuse_pools, synchronize
 from tritonconv.graph.formats import settle_formats
 from tritonconv.graph.joins import fuse_joins
 from tritonconv.graph.memory import thread_in_place
@@ -52,7 +52,7 @@ def fuse_graph(module: fx.GraphModule, backend: Backend | None = None, joins: bo
     thread_in_place(graph)
     translate(graph, backend)
     fuse_products(graph)
-    for rule in (fuse_chains, fuse_pools):
+    for rule in (fuse_pads, fuse_chains, fuse_pools):
         done.links += rule(graph)
     done.copies += settle_formats(graph)
     for rule in (fuse_separable, fuse_averages, fuse_excites, fuse_gates, *((fuse_joins,) if joins else ())):

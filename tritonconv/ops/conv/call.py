@@ -26,15 +26,19 @@ from tritonconv.tuning import judge
 __all__ = [
     "CONVOLUTIONS",
     "LINEAR",
+    "PADDED",
     "ConvCall",
     "Convolution",
     "ResidualError",
     "conv_numbers",
+    "convolution_on_torch",
     "epilogue_of",
     "why_no_convolution",
 ]  # fmt: skip
 
 NO_EPILOGUE = (None,) * 6
+PADDED = "padded_"
+"""How the names of calls begin whose padding is zeros before each axis and zeros behind each."""
 
 
 class ConvCall(NamedTuple):
@@ -96,8 +100,11 @@ class Convolution(Family[ConvCall]):
     def parse(self, tensors: Any, numbers: tuple[Any, ...]) -> ConvCall:
         given, op, eps, activation = numbers
         parsed = ConvCall(conv_numbers(self.kind, given), None, eps, activation)
-        if parsed.numbers.padding == "causal" and not op.startswith("causal"):
+        padding, nd = parsed.numbers.padding, parsed.numbers.nd
+        if padding == "causal" and not op.startswith("causal"):
             raise RuntimeError(f"{op}: invalid padding string 'causal', expected 'same' or 'valid'")
+        if isinstance(padding, tuple) and len(padding) == 2 * nd and not op.startswith(PADDED):
+            expand(padding, nd, "padding", op)
         if is_traced(tensors):
             return parsed
         x, weight = tensors[:2]
@@ -181,11 +188,7 @@ class Convolution(Family[ConvCall]):
         epilogue = epilogue_of(tensors, eps, activation)
         if self.kind == "matmul":
             return epilogue.torch(torch.nn.functional.linear(x, weight, bias))
-        nd, *rest = given
-        if self.kind == "conv" and rest[1] == "causal":
-            x, rest[1] = _padded(x, weight, rest[2]), 0
-        functional: Any = getattr(torch.nn.functional, f"{self.kind}{nd}d")
-        return epilogue.torch(functional(x, weight, bias, *rest))
+        return epilogue.torch(convolution_on_torch(self.kind, x, weight, bias, given))
 
     def cost(self, tensors: Any, parsed: ConvCall) -> Cost:
         g, itemsize = parsed.geometry, tensors[0].element_size()
@@ -232,6 +235,8 @@ class Convolution(Family[ConvCall]):
                 return functional.linear, (x, weight, bias), {}
             return super().face(tensors, numbers)
         nd, *rest = given
+        if isinstance(rest[1], tuple) and len(rest[1]) == 2 * nd:
+            return super().face(tensors, numbers)
         public: Any = functional
         if all(t is None for t in (*norm, residual)) and activation is None:
             return getattr(public, f"{self.kind}{nd}d"), (x, weight, bias, *rest), {}
@@ -252,12 +257,19 @@ def why_no_convolution(x: Tensor, weight: Tensor, residual: Tensor | None) -> st
     return None
 
 
-def _padded(x: Tensor, weight: Tensor, dilation: Any) -> Tensor:
-    """The image with the zeros of causal padding, which torch has not."""
-    taps = weight.shape[2:]
-    steps = expand(dilation, len(taps), "dilation", "causal padding")
-    before = [(d * (n - 1), 0) for d, n in zip(steps, taps, strict=True)]
-    return torch.nn.functional.pad(x, [zeros for pair in reversed(before) for zeros in pair])
+def convolution_on_torch(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, numbers: tuple[Any, ...]) -> Tensor:
+    """A convolution by torch; zeros that differ before and behind an axis, which torch has not, come first."""
+    nd, *given = numbers
+    padding, taps = given[1], weight.shape[2:]
+    if kind == "conv" and padding == "causal":
+        steps = expand(given[2], nd, "dilation", "causal padding")
+        padding = (*(d * (n - 1) for d, n in zip(steps, taps, strict=True)), *(0,) * nd)
+    if kind == "conv" and isinstance(padding, (tuple, list)) and len(padding) == 2 * nd:
+        x = torch.nn.functional.pad(x, [zeros for axis in reversed(range(nd)) for zeros in padding[axis::nd]])
+        given[1] = 0
+    functional: Any = getattr(torch.nn.functional, f"{kind}{nd}d")
+    y: Tensor = functional(x, weight, bias, *given)
+    return y
 
 
 CONVOLUTIONS = {"conv": Convolution("conv"), "conv_transpose": Convolution("conv_transpose")}

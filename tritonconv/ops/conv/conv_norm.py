@@ -103,7 +103,7 @@ def on_the_way(g: ConvGeometry, dtype: torch.dtype, data: bool = True) -> bool:
     if not data:
         return True
     few = g.in_channels // g.groups <= ON_THE_WAY_CHANNELS
-    return dtype.itemsize == 2 and g.taps == 1 and not any(g.padding) and few
+    return dtype.itemsize == 2 and g.taps == 1 and not g.is_padded and few
 
 
 def backward(

@@ -114,7 +114,7 @@ def _launch(
     sn, sc, sd, sh, sw = plan.strides
     arguments |= dict(
         x_ptr=x, stride_xn=sn, stride_xd=sd, stride_xh=sh, stride_xw=sw, GROUPS=g.groups,
-        PADDED=any(g.padding + g.padding_after),
+        PADDED=g.is_padded,
     )  # fmt: skip
     if plan.kernel == "conv_fprop":
         arguments["VEC_X"] = power_of_two_divisor(sn, sd, sh, sw)

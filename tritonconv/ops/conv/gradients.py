@@ -167,7 +167,7 @@ def conv_wgrad(
         x_ptr=x, stride_xn=sn, stride_xd=sd, stride_xh=sh, stride_xw=sw, dy_ptr=dy, stride_ym=g.out_channels,
         dw_ptr=sums, db_ptr=bias_sums, M=pixels, C=c, K=filters, GROUPS=g.groups, RANGE=size, LINEAR=linear,
         DIRECT=direct, W_CHANNELS_LAST=channels_last,
-        ONE_TAP=c % blocks[1] == 0, PADDED=any(g.padding + g.padding_after), VEC_X=vec_x, VEC_K=vec_k,
+        ONE_TAP=c % blocks[1] == 0, PADDED=g.is_padded, VEC_X=vec_x, VEC_K=vec_k,
         INDEX_64=g.needs_int64, PRECISION=products, **_between(norm), **axis_constants(g),
         **pack_constants(pack, c, k), **tiles,
     )  # fmt: skip

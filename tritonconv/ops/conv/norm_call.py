@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.batch_norm.call import update_running, why_no_norm
-from tritonconv.ops.conv.call import conv_numbers, why_no_convolution
+from tritonconv.ops.conv.call import conv_numbers, convolution_on_torch, why_no_convolution
 from tritonconv.ops.conv.dense import check_convolution
 from tritonconv.ops.conv.norm_operator import conv_batch_norm
 from tritonconv.ops.conv.operator import EPILOGUE, ConvNumbers
@@ -83,10 +82,9 @@ class ConvNorm(Family[ConvNormCall]):
         return y
 
     def on_torch(self, tensors: Any, numbers: tuple[Any, ...]) -> Tensor:
-        (nd, *given), _, eps, activation, momentum, _ = numbers
+        given, _, eps, activation, momentum, _ = numbers
         x, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual = tensors
-        functional: Any = torch.nn.functional
-        y = getattr(functional, f"{self.kind}{nd}d")(x, weight, bias, *given)
+        y = convolution_on_torch(self.kind, x, weight, bias, given)
         y = batch_norm_on_torch(y, running_mean, running_var, bn_weight, bn_bias, True, momentum, eps)
         return Epilogue(residual=residual, activation=activation).torch(y)
 

@@ -70,7 +70,7 @@ class ConvPlan:
         if self.weight_channels_last:
             return power_of_two_divisor(g.in_channels // g.groups, n, d, h, w) if c == 1 else 1
         # Filter rows of a contiguous image.
-        return power_of_two_divisor(g.kernel[2], g.stride[2], n, c, d, h) if w == 1 and not any(g.padding) else 1
+        return power_of_two_divisor(g.kernel[2], g.stride[2], n, c, d, h) if w == 1 and not g.is_padded else 1
 
     @property
     def copies(self) -> int:
@@ -154,7 +154,7 @@ def _is_patches(g: ConvGeometry) -> bool:
     return (
         g.groups == 1
         and g.taps > 1
-        and not any(g.padding + g.padding_after)
+        and not g.is_padded
         and all(k == s and (d == 1 or k == 1) for k, s, d in zip(g.kernel, g.stride, g.dilation, strict=True))
     )
 
@@ -186,7 +186,7 @@ def _fold_patches(g: ConvGeometry, strides: Strides) -> tuple[ConvGeometry, Stri
 
 def row_stride(g: ConvGeometry, strides: Strides) -> int | None:
     """Elements between consecutive pixels if the convolution is a plain product over them, else None."""
-    if g.groups != 1 or g.taps != 1 or any(g.padding) or g.stride != (1, 1, 1):
+    if g.groups != 1 or g.taps != 1 or g.is_padded or g.stride != (1, 1, 1):
         return None
     row = None
     rows = 1

@@ -59,7 +59,7 @@ def _runs_gluon() -> bool:
 def can_gate(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:
     """Whether a call's kernel can multiply x by a gate on the way in: a convolution of single pixels, read in place."""
     g = geometry
-    single = g.taps == max(g.stride) == g.groups == 1 and not any(g.padding + g.padding_after)
+    single = g.taps == max(g.stride) == g.groups == 1 and not g.is_padded
     if g.transposed or not single:
         return False
     plan = plan_for(x, weight, g)

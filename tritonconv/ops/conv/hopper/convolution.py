@@ -171,7 +171,7 @@ def rows_of(
     g: ConvGeometry, source: Strides | None, target: Strides | None
 ) -> tuple[ConvGeometry, Strides | None, Strides | None]:  # fmt: skip
     """A filter of one pixel as a product of rows, where pixels of both tensors lie evenly: one axis wastes no box."""
-    if g.taps > 1 or g.stride != (1, 1, 1) or any(g.padding + g.padding_after):
+    if g.taps > 1 or g.stride != (1, 1, 1) or g.is_padded:
         return g, source, target
     pixels, pitches = (g.batch, *g.input), []
     for strides in (source, target):
