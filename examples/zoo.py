@@ -88,7 +88,7 @@ class Links(TorchFunctionMode):
     def links(self) -> int:
         return sum(readers == ["batch_norm"] for readers in self._reads.values())
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor) and id(v) in self._reads]
         computes = name not in ("__get__", "size", "dim", "contiguous", "is_floating_point")
@@ -169,8 +169,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     return (
         f"{len(outcomes)} models, {sum(o.is_right for o in outcomes)} right. Of {links} batch norms behind convolutions "
         f"{unfused} are not fused. {sum(o.copies for o in outcomes)} hidden copies on "
-        f"{sum(o.convolutions for o in outcomes)} convolutions. Slowest convert {max(o.convert_s for o in outcomes):.1f} s, "
-        f"slowest first call {max(o.first_call_s for o in outcomes):.1f} s."
+        f"{sum(o.convolutions for o in outcomes)} convolutions. Slowest convert {max(o.convert_s for o in outcomes):.1f} "
+        f"s, slowest first call {max(o.first_call_s for o in outcomes):.1f} s."
     )
 
 
@@ -185,13 +185,13 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     lines = [
         "# Models of five libraries",
         "",
-        "`python examples/zoo.py --markdown docs/zoo.md` wrote this page. Each model has random weights and two small images,",
-        "is converted, runs in eval mode, and is compared with the original in fp32.",
+        "`python examples/zoo.py --markdown docs/zoo.md` wrote this page. Each model has random weights and small inputs, is",
+        "converted, runs in eval mode, and is compared with the original in fp32. A difference is the largest of a result,",
+        "relative to its largest value. Seconds are those of one machine, on which no kernel was compiled.",
         "",
-        f"{summary(outcomes)}",
+        summary(outcomes),
         "",
-        f"{datetime.date.today()}, {versions()}, on {device}. Seconds are of this machine, for tracing and without kernels to",
-        "compile. A difference is the largest of a result, relative to its largest value.",
+        f"{datetime.date.today()}, {versions()}, on {device}.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "| " + " | ".join("---" if name in ("model", "on torch") else "--:" for name in COLUMNS) + " |",

@@ -108,6 +108,8 @@ SIZES = {
     "botnet26t_256": 256,
 }
 
+SEGMENTERS = ("Unet", "UnetPlusPlus", "DeepLabV3Plus", "FPN", "PSPNet", "Linknet", "MAnet")
+
 MODELS: dict[str, dict[str, Model]] = {
     "timm": {name: timm(name, SIZES.get(name, 64)) for name in [*TIMM, "inception_v3"]},
     "transformers": {
@@ -116,7 +118,9 @@ MODELS: dict[str, dict[str, Model]] = {
         "mobilenet_v1": transformers("MobileNetV1ForImageClassification", {}),
         "mobilenet_v2": transformers("MobileNetV2ForImageClassification", {}),
         "mobilevit": transformers("MobileViTForImageClassification", {}),
-        "convnext": transformers("ConvNextForImageClassification", dict(depths=[1, 1, 2, 1], hidden_sizes=[32, 48, 64, 96])),
+        "convnext": transformers(
+            "ConvNextForImageClassification", dict(depths=[1, 1, 2, 1], hidden_sizes=[32, 48, 64, 96])
+        ),
         "bit": transformers("BitForImageClassification", dict(depths=[1, 1, 1, 1], hidden_sizes=[128, 128, 256, 256])),
         "segformer": transformers("SegformerForSemanticSegmentation", {}),
         "poolformer": transformers("PoolFormerForImageClassification", {}),
@@ -129,7 +133,9 @@ MODELS: dict[str, dict[str, Model]] = {
         ),
         "encodec": transformers("EncodecModel", dict(num_filters=8), lambda: {"input_values": torch.randn(1, 1, 1280)}),
         "dac": transformers(
-            "DacModel", dict(encoder_hidden_size=16, decoder_hidden_size=128), lambda: {"input_values": torch.randn(1, 1, 2048)}
+            "DacModel",
+            dict(encoder_hidden_size=16, decoder_hidden_size=128),
+            lambda: {"input_values": torch.randn(1, 1, 2048)},
         ),
         "hifigan": transformers(
             "SpeechT5HifiGan", dict(upsample_initial_channel=64), lambda: {"spectrogram": torch.randn(20, 80)}
@@ -174,9 +180,13 @@ MODELS: dict[str, dict[str, Model]] = {
             lambda: {"sample": torch.randn(1, 3, 5, 32, 32)},
         ),
     },
-    "ultralytics": {name: ultralytics(name) for name in ("yolov5n", "yolov8n", "yolov8n-seg", "yolov9t", "yolov10n", "yolo11n")},
+    "ultralytics": {
+        name: ultralytics(name) for name in ("yolov5n", "yolov8n", "yolov8n-seg", "yolov9t", "yolov10n", "yolo11n")
+    },
     "segmentation_models_pytorch": {
-        kind.lower(): segmentation(kind)
-        for kind in ("Unet", "UnetPlusPlus", "DeepLabV3Plus", "FPN", "PSPNet", "Linknet", "MAnet")
-    } | {"pan": segmentation("PAN", size=256)} | {"unet_mobilenet_v2": segmentation("Unet", "mobilenet_v2"), "unet_densenet121": segmentation("Unet", "densenet121")},
+        **{kind.lower(): segmentation(kind) for kind in SEGMENTERS},
+        "pan": segmentation("PAN", size=256),
+        "unet_mobilenet_v2": segmentation("Unet", "mobilenet_v2"),
+        "unet_densenet121": segmentation("Unet", "densenet121"),
+    },
 }  # fmt: skip

@@ -69,8 +69,8 @@ class ConvGeometry:
             input_shape: (N, C, *spatial) or (C, *spatial), `nd` spatial sizes.
             weight_shape: (K, C/groups, *filter), transposed: (C, K/groups, *filter).
             padding: zeros on both sides of each axis, or "same", "valid" or "causal" (not for transposed); "causal", which
-                torch has not, is as many zeros as the filter reaches back, before the first element of each axis. Nor has it
-                2 `nd` numbers: zeros before each axis, then zeros behind each.
+                torch has not, is as many zeros as the filter reaches back, before the first element of each axis. torch
+                has no 2 `nd` numbers either: zeros before each axis, then zeros behind each.
             output_padding: rows added behind a transposed convolution's output.
 
         Raises:

@@ -96,8 +96,9 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     """act(bn(conv(x, weight) + bias) + residual) for a batched x, on Triton alone.
 
-    `padding` has a number an axis, or zeros before each axis and then behind each; `padding_name` is "same", "valid", "causal" or "" (then `padding` counts); `activation` is a name or ""; `kind` "matmul"
-    takes the TF32 switch of matrix products.
+    `padding` has a number for each axis, or zeros before each axis and then behind each; `padding_name` is "same", "valid",
+    "causal" or "" (then `padding` counts); `activation` is a name or ""; `kind` "matmul" takes the TF32 switch of matrix
+    products.
     """
     g = conv_geometry(x.shape, weight.shape, stride, padding, padding_name, dilation, groups)
     epilogue = make_epilogue((bias, running_mean, running_var, bn_weight, bn_bias, residual), eps, activation, a, b)

@@ -1,0 +1,62 @@
+"""Six models of other libraries, as `examples/zoo.py` measures them: right, fused, and with torch's strides."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# Norms and activations that torch still computes.
+GROUPED = {"GroupNorm", "SiLU"}
+LAYERS = {"ConvNextLayerNorm", "LayerNorm"}
+# (layers on torch, hidden copies at most: where images enter and leave, and where code joins channels and pixels)
+EXPECTED: dict[str, tuple[set[str], int]] = {
+    "timm/tf_efficientnet_b0": (set(), 2),
+    "timm/densenet121": (set(), 0),
+    "transformers/resnet": (set(), 0),
+    "transformers/convnext": (LAYERS, 1),
+    "diffusers/autoencoder_kl": (GROUPED, 6),
+    "segmentation_models_pytorch/unet": (set(), 0),
+}
+
+
+@pytest.fixture
+def zoo(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = importlib.import_module("zoo_models")
+    module.declare_operators()
+    yield importlib.import_module("zoo")
+    for name in ("zoo", "zoo_models"):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_models_of_other_libraries_are_right_and_fused(zoo: Any, name: str) -> None:
+    library, _, model = name.partition("/")
+    outcome = zoo.measure(name, zoo.MODELS[library][model])
+    on_torch, copies = EXPECTED[name]
+    assert outcome.is_right and not outcome.unfused and not outcome.breaks, outcome
+    assert set(outcome.on_torch) == on_torch and outcome.copies <= copies, outcome
+
+
+def test_the_table_is_a_page_and_a_wrong_model_fails(zoo: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "zoo.md"
+    assert zoo.main(["timm/lcnet_050", "--markdown", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("timm/lcnet_050\t") and "1 models, 1 right." in out and "| timm/lcnet_050 |" in page.read_text()
+    wrong = zoo.Outcome("m", 1, 1, 0, [], 0, 0, 0.1, 0.1, 0.5, True)
+    assert not wrong.is_right and "WRONG" in zoo.row_of(wrong)[-2]
+
+
+def test_links_are_norms_that_alone_read_a_convolution(zoo: Any) -> None:
+    conv, norm = torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1).eval()
+    with zoo.Links() as found:
+        y = conv(torch.ones(1, 1, 2, 2))
+        norm(y) + y
+        norm(conv(y))
+    assert (found.convolutions, found.norms, found.links) == (2, 2, 1)
