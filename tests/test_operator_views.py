@@ -52,6 +52,11 @@ CASES: dict[str, Callable[[Make], Arguments]] = {
         CONV | NORM | dict(needs=[True] * 5 + [False], input_shape=[2, 4, 6, 5], weight_shape=[6, 4, 3, 3],
                            channels_last=[True, False], transposed=False, output_padding=[], group=""),
     ),
+    "conv_activation_backward": lambda t: (
+        (t(2, 6, 6, 5), image(t), t(6, 4, 3, 3), t(2, 6, 6, 5).contiguous(), torch.eye(5)[:, 1:2].repeat(1, 6)),
+        CONV | dict(needs=[True] * 4, input_shape=[2, 4, 6, 5], weight_shape=[6, 4, 3, 3], channels_last=[True, False],
+                    transposed=False, output_padding=[], kind="conv", activation="relu", a=0.0, b=0.0),
+    ),
     "separable": lambda t: (
         (image(t), t(4, 1, 3, 3), *(None,) * 5, t(6, 4, 1, 1), *(None,) * 5, t(2, 6, 6, 5)),
         NORM | dict(stride=[1], padding=[1], padding_name="", dilation=[1], first_eps=1e-3, first_activation="relu",

@@ -184,7 +184,8 @@ def _activation(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory
     """An activation of the result of a call that has none yet.
 
     Of a batch norm, sum and activation in one the backward pass needs the residual: torch saves the sum's activation
-    instead, and lets the residual be changed in place afterwards.
+    instead, and lets the residual be changed in place afterwards. Without a norm it needs the result, which torch saves
+    for ReLU alone, and lets others be changed in place.
     """
     position = ACTIVATIONS.get(call.family)
     spec = activation_of(node, before)
@@ -194,6 +195,10 @@ def _activation(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory
     has_norm = call.family == "batch_norm" or (call.family != "scale_channels" and call.tensors[3] is not None)
     has_norm = has_norm or call.family.endswith("_bn")
     if residual is not None and has_norm and memory.may_change(residual, node):
+        return None
+    y = tensor_of(node)
+    saves_result = not has_norm and spec.name != "relu" and y is not None and y.requires_grad
+    if saves_result and memory.may_change(node, node):
         return None
     numbers = (*call.numbers[:position], spec, *call.numbers[position + 1 :])
     return call._replace(numbers=numbers)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry, expand
+from tritonconv.ops.conv.activation_gradient import shows_in_result
 from tritonconv.ops.conv.dense import check_convolution
 from tritonconv.ops.conv.norm_operator import conv_batch_norm
-from tritonconv.ops.conv.operator import CONV, CONV_TRANSPOSE, EPILOGUE, ConvNumbers, epilogue_numbers, ints
+from tritonconv.ops.conv.numbers import ConvNumbers, ints
+from tritonconv.ops.conv.operator import CONV, CONV_TRANSPOSE, EPILOGUE, epilogue_numbers
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.backend import OnTorch
 from tritonconv.ops.core.epilogue import BatchNorm, Epilogue, ResidualError
@@ -146,14 +148,16 @@ class Convolution(Family[ConvCall]):
         return y if rows is x else y.squeeze(0)
 
     def _operator(self, x: Tensor, weight: Tensor, epilogue: Epilogue, numbers: ConvNumbers) -> Tensor:
-        """For gradients what follows the convolution is torch's, but for a batch norm and its own epilogue."""
+        """For gradients a batch norm has an operator of its own. An activation whose derivative does not show in its result
+        is torch's."""
         after = None
         if gradients_wanted((x, weight, *epilogue.tensors())):
             norm = epilogue.batch_norm
             if self.kind != "matmul" and norm is not None:
                 bias, _, residual, act = epilogue
                 return conv_batch_norm(self.kind, x, weight, bias, norm, residual, act, numbers)[0]
-            after, epilogue = epilogue, Epilogue(epilogue.bias)
+            if norm is not None or not shows_in_result(epilogue.activation):
+                after, epilogue = epilogue, Epilogue(epilogue.bias)
         norm, eps = epilogue.batch_norm, 0.0 if epilogue.batch_norm is None else epilogue.batch_norm.eps
         tensors = (epilogue.bias, *((None,) * 4 if norm is None else norm[:4]), epilogue.residual)
         behind = epilogue_numbers(eps, epilogue.activation)

@@ -35,7 +35,7 @@ from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import ConvKind
 from tritonconv.ops.core.layout import as_format, empty_output
 
-__all__ = ["ON_THE_WAY_CHANNELS", "Gradients", "Needs", "backward", "forward", "on_the_way"]
+__all__ = ["ON_THE_WAY_CHANNELS", "Gradients", "Needs", "backward", "convolution_gradients", "forward", "on_the_way"]
 
 # So many input channels fit a tile or two of columns, each of which computes the gradient again.
 ON_THE_WAY_CHANNELS = 256
@@ -141,8 +141,8 @@ def backward(
         if not is_depthwise(geometry):
             # In the format that both gradients read.
             dy = as_format(dy, True)
-    gradients = _transposed if geometry.transposed else _convolution
-    dx, dw, own = gradients(dy, x, weight, geometry, channels_last, needs._replace(bias=through_bias), between)
+    wanted = needs._replace(bias=through_bias)
+    dx, dw, own = convolution_gradients(dy, x, weight, geometry, channels_last, wanted, between)
     return Gradients(
         dx, dw, own if through_bias else db, d_norm_weight if needs.norm_weight else None,
         d_norm_bias if needs.norm_bias else None, g if needs.residual else None,
@@ -152,31 +152,32 @@ def backward(
 Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def _convolution(
+def convolution_gradients(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, g: ConvGeometry, channels_last: tuple[bool, bool], needs: Needs,
-    between: NormGradient | None,
+    between: NormGradient | None, kind: ConvKind = "conv",
 ) -> Three:  # fmt: skip
     """Gradients of x, weight and bias; with something between, dy is what lies behind it."""
+    if g.transposed:
+        assert between is None
+        return _transposed(dy, x, weight, g, channels_last, needs)
     dx = dw = db = None
     if needs.x and weight is not None:
         if between is not None and (needs.weight or needs.bias):
             between = between._replace(dz=empty_output(dy, g.output_shape, True, dy.dtype))
-        dx = data_gradient(dy, weight, g, channels_last[0], "conv", between)
+        dx = data_gradient(dy, weight, g, channels_last[0], kind, between)
         if between is not None and between.dz is not None:
             dy, between = between.dz, None
     if needs.weight and x is not None:
-        dw, db = weight_gradient(dy, x, g, channels_last[1], needs.bias, "conv", between)
+        dw, db = weight_gradient(dy, x, g, channels_last[1], needs.bias, kind, between)
     elif needs.bias:
         db = bias_gradient(dy)
     return dx, dw, db
 
 
 def _transposed(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, g: ConvGeometry, channels_last: tuple[bool, bool], needs: Needs,
-    between: NormGradient | None,
-) -> Three:  # fmt: skip
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, g: ConvGeometry, channels_last: tuple[bool, bool], needs: Needs
+) -> Three:
     """The same of a transposed convolution: a convolution of dy, and that one's weight gradient with dy as its image."""
-    assert between is None
     dx = dw = None
     if needs.x and weight is not None:
         dx = convolve(dy, weight, Epilogue(), g.mirrored, "conv").y

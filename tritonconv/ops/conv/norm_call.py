@@ -12,7 +12,8 @@ from tritonconv.ops.batch_norm.call import update_running, why_no_norm
 from tritonconv.ops.conv.call import conv_numbers, convolution_on_torch, why_no_convolution
 from tritonconv.ops.conv.dense import check_convolution
 from tritonconv.ops.conv.norm_operator import conv_batch_norm
-from tritonconv.ops.conv.operator import EPILOGUE, ConvNumbers
+from tritonconv.ops.conv.numbers import ConvNumbers
+from tritonconv.ops.conv.operator import EPILOGUE
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.family import Cost, Family, Resolved, Unsupported

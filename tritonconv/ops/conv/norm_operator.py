@@ -16,7 +16,8 @@ from tritonconv.ops.batch_norm.gradient import Norm
 from tritonconv.ops.batch_norm.operator import norm_form
 from tritonconv.ops.conv.conv_norm import Needs, backward, forward
 from tritonconv.ops.conv.dense import check_convolution, output_format
-from tritonconv.ops.conv.operator import ConvNumbers, conv_geometry, conv_gradients, ints, transpose_gradients
+from tritonconv.ops.conv.numbers import ConvNumbers, conv_geometry, ints
+from tritonconv.ops.conv.operator import conv_gradients, transpose_gradients
 from tritonconv.ops.core.activation import ActivationSpec, from_numbers, to_numbers
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import ConvKind

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry
+from tritonconv.ops.conv.activation_gradient import activation_gradient, differentiable_gradient, shows_in_result
 from tritonconv.ops.conv.dense import bias_gradient, check_convolution, output_format
+from tritonconv.ops.conv.numbers import conv_geometry
 from tritonconv.ops.conv.route import convolve, data_gradient, weight_gradient
 from tritonconv.ops.core.activation import from_numbers, to_numbers
 from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
@@ -17,55 +19,13 @@ from tritonconv.ops.core.layout import empty_output, suggests_channels_last
 from tritonconv.ops.core.operator import Operator
 
 __all__ = [
-    "CONV", "CONV_DGRAD", "CONV_TRANSPOSE", "CONV_WGRAD", "EPILOGUE", "ConvNumbers", "bias_gradient", "conv_geometry",
-    "conv_gradients", "epilogue_numbers", "ints", "make_epilogue", "not_built", "transpose_gradients",
+    "CONV", "CONV_DGRAD", "CONV_TRANSPOSE", "CONV_WGRAD", "EPILOGUE", "conv_gradients", "epilogue_numbers", "make_epilogue",
+    "not_built", "transpose_gradients",
 ]  # fmt: skip
 
 # Names of an epilogue's tensors, in the order that operators take them.
 EPILOGUE = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias", "residual")
 CAST = ("x", "weight", "bias", "residual")
-
-
-class ConvNumbers(NamedTuple):
-    """What a convolution is called with beside tensors, as torch.nn.functional takes it."""
-
-    nd: int
-    stride: Any = 1
-    padding: Any = 0
-    dilation: Any = 1
-    groups: Any = 1
-    output_padding: Any = 0
-    """Of a transposed one."""
-
-    def geometry(self, x: Sequence[int], weight: Sequence[int], transposed: bool = False) -> ConvGeometry:
-        """Of these sizes; raises what torch raises."""
-        nd, stride, padding, dilation, groups, output_padding = self
-        return ConvGeometry.parse(
-            x, weight, nd=nd, stride=stride, padding=padding, dilation=dilation, groups=groups, transposed=transposed,
-            output_padding=output_padding,
-        )  # fmt: skip
-
-    def for_operators(self) -> tuple[tuple[int, ...], tuple[int, ...], str, tuple[int, ...], Any]:
-        """(stride, padding, padding_name, dilation, groups) as operators take them."""
-        named = isinstance(self.padding, str)
-        padding = () if named else ints(self.padding)
-        return ints(self.stride), padding, self.padding if named else "", ints(self.dilation), self.groups
-
-
-def ints(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def conv_geometry(
-    x_shape: Sequence[int], w_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], padding_name: str,
-    dilation: Sequence[int], groups: int, transposed: bool = False, output_padding: Sequence[int] = (),
-) -> ConvGeometry:  # fmt: skip
-    """The geometry of an operator's sizes and numbers."""
-    return ConvGeometry.parse(
-        x_shape, w_shape, nd=len(x_shape) - 2, stride=list(stride), padding=padding_name or list(padding),
-        dilation=list(dilation), groups=groups, transposed=transposed,
-        output_padding=list(output_padding) if transposed else 0,
-    )  # fmt: skip
 
 
 def make_epilogue(tensors: Sequence[Tensor | None], eps: float, activation: str, a: float, b: float) -> Epilogue:
@@ -80,11 +40,11 @@ def epilogue_numbers(eps: float, activation: Any) -> tuple[float, str, float, fl
     return eps, *to_numbers(activation)
 
 
-def not_built(op: str, what: str) -> NotImplementedError:
-    """The error of an operator that has no gradient with an epilogue."""
+def not_built(op: str) -> NotImplementedError:
+    """The error of an operator that has no gradient with its epilogue."""
     return NotImplementedError(
-        f"{op}: the gradient of {what} with batch norm, residual or activation is not built; call the convolution alone "
-        "and what follows it with torch"
+        f"{op}: the gradient with this batch norm, residual or activation is not built; call the operator alone and what "
+        "follows it with torch"
     )
 
 
@@ -113,21 +73,47 @@ def _outputs(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return empty_output(x, g.output_shape, output_format(x, weight), x.dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    x, weight = inputs[:2]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.numbers, ctx.kind = inputs[8:13], inputs[17]
-    ctx.fused = inputs[3] is not None or inputs[7] is not None or bool(inputs[14])
+    _save_epilogue(ctx, inputs, output, inputs[14:17])
+
+
+def _save_epilogue(ctx: Any, inputs: tuple[Any, ...], output: Tensor, activation: Sequence[Any]) -> None:
+    """Save what the gradient with an epilogue needs: the result, where there is an activation."""
+    x, weight = inputs[:2]
+    ctx.has_norm, ctx.activation = inputs[3] is not None, from_numbers(*activation)
     ctx.shapes, ctx.formats = (x.shape, weight.shape), (suggests_channels_last(x), suggests_channels_last(weight))
     # The data gradient needs the weight alone, the weight's gradient the input alone.
-    ctx.save_for_backward(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
+    given = x if ctx.needs[1] else None, weight if ctx.needs[0] else None
+    ctx.save_for_backward(*given, None if ctx.activation is None else output)
 
 
 def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
-    if ctx.fused:
-        raise not_built("tritonconv::conv", "a convolution")
-    x, weight = ctx.saved_tensors
-    found = conv_gradients(dy, x, weight, ctx.shapes, ctx.numbers, ctx.formats, ctx.needs, ctx.kind)
-    return [*found, *(None,) * 5]
+    def plain(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> Sequence[Tensor | None]:
+        return conv_gradients(dy, x, weight, ctx.shapes, ctx.numbers, ctx.formats, ctx.needs, ctx.kind)
+
+    return _epilogue_gradients("tritonconv::conv", ctx, dy, plain, (*ctx.numbers, False, ()), ctx.kind)
+
+
+def _epilogue_gradients(
+    op: str, ctx: Any, dy: Tensor, plain: Callable[..., Sequence[Tensor | None]], numbers: Sequence[Any], kind: str
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of a convolution's tensors, with what follows it.
+
+    Args:
+        plain: (dy, x, weight) to gradients of x, weight and bias, without anything behind the convolution.
+        numbers: (stride, padding, padding_name, dilation, groups, transposed, output_padding).
+    """
+    x, weight, y = ctx.saved_tensors
+    activation, needs = ctx.activation, (*ctx.needs[:3], ctx.needs[7])
+    if ctx.has_norm or not shows_in_result(activation):
+        raise not_built(op)
+    if activation is not None and not torch.is_grad_enabled():
+        found = activation_gradient(dy, x, weight, y, needs, ctx.shapes, ctx.formats, numbers, kind, activation)
+        return [*found[:3], *(None,) * 4, found[3]]
+    if activation is not None:
+        dy = differentiable_gradient(dy, y, activation)
+    return [*plain(dy, x, weight), *(None,) * 4, dy if needs[3] else None]
 
 
 def conv_gradients(
@@ -281,20 +267,18 @@ def _transpose_outputs(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return empty_output(x, g.output_shape, output_format(x, weight), x.dtype)
 
 
-def _transpose_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    x, weight = inputs[:2]
+def _transpose_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.numbers = inputs[8:13]
-    ctx.fused = inputs[3] is not None or inputs[7] is not None or bool(inputs[14])
-    ctx.shapes, ctx.channels_last = (x.shape, weight.shape), suggests_channels_last(weight)
-    # As of a convolution: the input's gradient needs the weight alone, the weight's gradient the input alone.
-    ctx.save_for_backward(x if ctx.needs[1] else None, weight if ctx.needs[0] else None)
+    _save_epilogue(ctx, inputs, output, inputs[14:17])
 
 
 def _transpose_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
-    if ctx.fused:
-        raise not_built("tritonconv::conv_transpose", "a transposed convolution")
-    x, weight = ctx.saved_tensors
-    return [*transpose_gradients(dy, x, weight, ctx.shapes, ctx.numbers, ctx.channels_last, ctx.needs), *(None,) * 5]
+    def plain(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> Sequence[Tensor | None]:
+        return transpose_gradients(dy, x, weight, ctx.shapes, ctx.numbers, ctx.formats[1], ctx.needs)
+
+    stride, padding, output_padding, groups, dilation = ctx.numbers
+    numbers = stride, padding, "", dilation, groups, True, output_padding
+    return _epilogue_gradients("tritonconv::conv_transpose", ctx, dy, plain, numbers, "conv_transpose")
 
 
 def transpose_gradients(

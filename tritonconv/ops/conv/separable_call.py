@@ -14,7 +14,8 @@ from torch import Tensor
 from tritonconv.geometry import ConvGeometry
 from tritonconv.ops.conv.call import conv_numbers, epilogue_of
 from tritonconv.ops.conv.dense import output_format
-from tritonconv.ops.conv.operator import conv_geometry, epilogue_numbers, make_epilogue
+from tritonconv.ops.conv.numbers import conv_geometry
+from tritonconv.ops.conv.operator import epilogue_numbers, make_epilogue
 from tritonconv.ops.conv.separable import is_faster, one_by_one, pointwise_geometry, separable
 from tritonconv.ops.core.backend import (
     Backend,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tritonconv.geometry import DeformGeometry
 from tritonconv.ops.conv.dense import bias_gradient
-from tritonconv.ops.conv.operator import epilogue_numbers, ints, make_epilogue, not_built
+from tritonconv.ops.conv.numbers import ints
+from tritonconv.ops.conv.operator import epilogue_numbers, make_epilogue, not_built
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.backend import Backend
 from tritonconv.ops.core.epilogue import BatchNorm, Epilogue
@@ -66,7 +67,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 
 def _backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     if ctx.fused:
-        raise not_built("tritonconv::deform_conv2d", "a deformable convolution")
+        raise not_built("tritonconv::deform_conv2d")
     need = ctx.needs
     needs = (need[0], need[1], need[2], need[7], need[8])
     x, weight, _, offset, mask = ctx.saved_tensors
