@@ -15,6 +15,7 @@ from tritonconv.graph.elementwise import activation_of, addition_of, in_place_ta
 from tritonconv.graph.memory import Memory
 from tritonconv.graph.nodes import (
     CONVOLUTIONS,
+    GROUP_NORMS,
     FamilyCall,
     call_of,
     insert_family,
@@ -37,6 +38,7 @@ ACTIVATIONS = {
     "conv_transpose_bn": 3,
     "batch_norm": 1,
     "scale_channels": 1,
+    **dict.fromkeys(GROUP_NORMS, 1),
 }
 # The maximum of the results is the result of the maximum, to the last bit.
 NEVER_FALLING = ("relu", "relu6", "hardtanh")
@@ -124,7 +126,7 @@ def _residual(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) 
 def _activation(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) -> FamilyCall | None:
     """An activation of the result of a call that has none yet.
 
-    Of a batch norm, sum and activation in one the backward pass needs the residual: torch saves the sum's activation
+    Of a norm, sum and activation in one the backward pass needs the residual: torch saves the sum's activation
     instead, and lets the residual be changed in place afterwards.
     """
     position = ACTIVATIONS.get(call.family)
@@ -132,7 +134,9 @@ def _activation(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory
     if position is None or spec is None or call.numbers[position] is not None:
         return None
     residual = call.tensors[-1]
-    has_norm = call.family == "batch_norm" or (call.family != "scale_channels" and call.tensors[3] is not None)
+    has_norm = call.family in ("batch_norm", *GROUP_NORMS) or (
+        call.family != "scale_channels" and call.tensors[3] is not None
+    )
     has_norm = has_norm or call.family.endswith("_bn")
     if residual is not None and has_norm and memory.may_change(residual, node):
         return None

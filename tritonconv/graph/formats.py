@@ -24,7 +24,7 @@ __all__ = ["as_channels_last", "settle_formats", "with_strides"]
 
 FEATURES = {*CONVOLUTIONS, "conv_bn", "conv_transpose_bn"}
 # Families whose results do not depend on the format of what they read, and have none.
-ROWS = {"matmul"}
+ROWS = {"matmul", "layer_norm"}
 # Functions whose results have the format of their arguments, and values that do not depend on it.
 KEEPING = {
     "cat", "concat", "concatenate", "dropout", "dropout1d", "dropout2d", "dropout3d", "pad", "constant_pad_nd",

@@ -39,14 +39,19 @@ __all__ = ["translate"]
 
 F = torch.nn.functional
 NAMES = (
-    "linear", "batch_norm", "interpolate", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "linear", "batch_norm", "group_norm", "instance_norm", "layer_norm",
+    "interpolate", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
     *(f"{kind}{nd}d" for kind in ("conv", "conv_transpose") for nd in (1, 2, 3)),
     *(f"{kind}_pool{nd}d" for kind in ("max", "avg", "lp", "adaptive_avg", "adaptive_max") for nd in (1, 2, 3)),
     *(f"max_unpool{nd}d" for nd in (1, 2, 3)),
     *(f"{kind}_pool{nd}d_with_indices" for kind in ("max", "adaptive_max") for nd in (1, 2, 3)),
 )  # fmt: skip
-# torch.adaptive_max_pool1d returns indices too; torch.batch_norm has its arguments in another order.
-OTHER = {torch.adaptive_max_pool1d: functional.adaptive_max_pool1d_with_indices, torch.batch_norm: None}
+# torch.adaptive_max_pool1d returns indices too; two norms have their arguments in another order.
+OTHER = {
+    torch.adaptive_max_pool1d: functional.adaptive_max_pool1d_with_indices,
+    torch.batch_norm: None,
+    torch.instance_norm: None,
+}
 RESULT = object()
 """Stands for the result of an intercepted call."""
 
@@ -220,7 +225,7 @@ def _mean(node: fx.Node) -> Arguments:
 
 
 # Arguments of aten's operators under the names of torch.nn.functional's functions.
-RENAMED = {"self": "input", "cudnn_enabled": None}
+RENAMED = {"self": "input", "cudnn_enabled": None, "cudnn_enable": None}
 
 
 def _aten(node: fx.Node, overload: OpOverload) -> Arguments:
