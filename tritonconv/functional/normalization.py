@@ -95,7 +95,7 @@ def instance_norm(
         scale, shift, residual, activation: as for `group_norm`; scale and shift need `use_input_stats`.
 
     Returns:
-        A tensor of the input's size and dtype; channels-last if the input is, else contiguous as torch's.
+        A contiguous tensor of the input's size and dtype, as torch's is also for channels-last inputs.
 
     Raises:
         ValueError: a single pixel an image, scale or shift with running statistics, an unknown activation.
@@ -105,7 +105,7 @@ def instance_norm(
     [[[0.0, 1.0]]]
     """
     tensors = (input, running_mean, running_var, weight, bias, scale, shift, residual)
-    y: Tensor = INSTANCE_NORM(tensors, ((use_input_stats, momentum, eps), parse_activation(activation)))
+    y: Tensor = INSTANCE_NORM(tensors, ((use_input_stats, momentum, eps), parse_activation(activation), False))
     return y
 
 

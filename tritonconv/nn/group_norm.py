@@ -36,7 +36,7 @@ def normalize(norm: torch.nn.modules.instancenorm._InstanceNorm, input: Tensor) 
     tensors = (input, norm.running_mean, norm.running_var, norm.weight, norm.bias, *ALONE)
     momentum = 0.0 if norm.momentum is None else norm.momentum
     numbers = (norm.training or not norm.track_running_stats, momentum, norm.eps)
-    y: Tensor = INSTANCE_NORM(tensors, (numbers, None), norm.backend)  # type: ignore[arg-type]
+    y: Tensor = INSTANCE_NORM(tensors, (numbers, None, False), norm.backend)  # type: ignore[arg-type]
     return y
 
 

@@ -17,7 +17,7 @@ from tritonconv.ops.core.epilogue import ResidualError, check_device, check_dtyp
 from tritonconv.ops.core.family import Cost, Family, Unsupported
 from tritonconv.ops.group_norm.launch import fits, reads
 from tritonconv.ops.group_norm.operator import GROUP_NORM, UPDATE_INSTANCE_STATS
-from tritonconv.ops.group_norm.torch_form import followed, layer_norm_of_channels
+from tritonconv.ops.group_norm.torch_form import followed, group_norm_on_torch, layer_norm_of_channels
 
 __all__ = ["GROUP_NORM_FAMILY", "INSTANCE_NORM", "LAYER_NORM", "LAYER_NORM_CHANNELS"]
 
@@ -32,6 +32,8 @@ class NormCall(NamedTuple):
     momentum: float = 0.0
     batch: bool = True
     """Whether it normalizes by the input's own statistics."""
+    keeps: bool = True
+    """Whether the result of a channels-last input is channels-last."""
 
 
 class Following(Family[NormCall]):
@@ -133,14 +135,19 @@ class GroupNorm(Following):
 
     def norm(self, tensors: Sequence[Any], numbers: tuple[Any, ...]) -> Tensor:
         (x, weight, bias), (groups, eps) = tensors, numbers
-        return torch.nn.functional.group_norm(x, groups, weight, bias, eps)
+        # Torch says what is wrong with an argument that is not a tensor.
+        function = group_norm_on_torch if isinstance(x, Tensor) else torch.nn.functional.group_norm
+        return function(x, groups, weight, bias, eps)
 
     def arguments(self, tensors: Any, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
         return (tensors[0], numbers[0], *tensors[1:3], numbers[1])
 
 
 class InstanceNorm(Following):
-    """torch.nn.functional.instance_norm; torch's numbers are (use_input_stats, momentum, eps)."""
+    """torch.nn.functional.instance_norm; a call's numbers are ((use_input_stats, momentum, eps), activation, keeps).
+
+    Torch's result is contiguous always; with `keeps` ours is channels-last if the input is.
+    """
 
     tensors = ("input", "running_mean", "running_var", "weight", "bias", "scale", "shift", "residual")
     casts = ()
@@ -150,7 +157,7 @@ class InstanceNorm(Following):
         return None
 
     def parse(self, tensors: Any, numbers: tuple[Any, ...]) -> NormCall | Unsupported:
-        (batch, momentum, eps), activation = numbers
+        (batch, momentum, eps), activation, keeps = numbers
         x, *vectors, scale, shift, _ = tensors
         if not _is_number(momentum) or not _is_number(eps) or x.dim() < 2 or x.numel() == 0:
             return Unsupported()
@@ -163,22 +170,24 @@ class InstanceNorm(Following):
         if not batch and (scale is not None or shift is not None):
             raise ValueError("instance_norm: scale and shift need use_input_stats=True")
         self.check(tensors, numbers)
-        return NormCall(x.shape[1], eps, activation, momentum, bool(batch))
+        return NormCall(x.shape[1], eps, activation, momentum, bool(batch), keeps)
 
     def run(self, tensors: Any, parsed: NormCall) -> Tensor:
         x, mean, var, weight, bias, scale, shift, residual = tensors
         numbers = to_numbers(parsed.activation)
         if not parsed.batch:
             y: Tensor = BATCH_NORM_EVAL(x, mean, var, weight, bias, residual, parsed.eps, *numbers)
-            return y
+            return y if parsed.keeps else y.contiguous()
         rows = [None if t is None else t.view(x.shape[:2]) for t in (scale, shift)]
         y, statistics = GROUP_NORM(x, weight, bias, *rows, residual, parsed.groups, parsed.eps, *numbers)
         if mean is not None:
             UPDATE_INSTANCE_STATS(statistics, mean, var, float(parsed.momentum), math.prod(x.shape[2:]))
-        return y
+        return y if parsed.keeps else y.contiguous()
 
     def norm(self, tensors: Sequence[Any], numbers: tuple[Any, ...]) -> Tensor:
-        return torch.nn.functional.instance_norm(*tensors, *numbers)
+        x, mean, var, weight, bias = tensors
+        batch, momentum, eps = numbers
+        return torch.nn.functional.instance_norm(x, mean, var, weight, bias, batch, momentum, eps)
 
     def arguments(self, tensors: Any, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*tensors[:5], *numbers)

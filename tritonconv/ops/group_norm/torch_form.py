@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.backend import needs_gradients
 from tritonconv.ops.core.epilogue import Epilogue
 
-__all__ = ["by_image", "followed", "layer_norm_of_channels", "normalized"]
+__all__ = ["by_image", "followed", "group_norm_on_torch", "layer_norm_of_channels", "normalized"]
 
 F = torch.nn.functional
 
@@ -17,6 +20,18 @@ def normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: in
     """The norm of x (N, C, *spatial) over groups of channels, or (`groups` 0) over the channels of each pixel."""
     if groups == 0:
         return layer_norm_of_channels(x, weight, bias, eps)
+    return group_norm_on_torch(x, groups, weight, bias, eps)
+
+
+def group_norm_on_torch(x: Tensor, groups: Any, weight: Any, bias: Any, eps: Any) -> Tensor:
+    """torch.nn.functional.group_norm, whose backward pass on CPUs (torch 2.13) fails for two kinds of calls.
+
+    It crashes for a channels-last input that needs no gradient, and raises an error for a bias without a weight.
+    """
+    if x.device.type == "cpu" and not x.requires_grad and needs_gradients((weight, bias)):
+        x = x.detach().requires_grad_()
+    if weight is None and isinstance(bias, Tensor):
+        weight = torch.ones_like(bias)
     return F.group_norm(x, groups, weight, bias, eps)
 
 
