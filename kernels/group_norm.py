@@ -127,7 +127,9 @@ def places(
 
 
 @triton.jit
-def load_affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, offs_c, mask_c, C, dtype: tl.constexpr):
+def load_affine(
+    weight_ptr, bias_ptr, scale_ptr, stride_scale, shift_ptr, stride_shift, image, offs_c, mask_c, dtype: tl.constexpr
+):  # fmt: skip
     """(factor, addend) of some channels of an image: v = x * factor + addend for normalized x."""
     factor = tl.full(offs_c.shape, 1.0, dtype)
     addend = tl.zeros(offs_c.shape, dtype)
@@ -136,11 +138,11 @@ def load_affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, offs_c, mask_
     if bias_ptr is not None:
         addend = load_channels(bias_ptr, offs_c, mask_c, dtype)
     if scale_ptr is not None:
-        more = 1.0 + load_channels(scale_ptr + image * C, offs_c, mask_c, dtype)
+        more = 1.0 + load_channels(scale_ptr + image * stride_scale, offs_c, mask_c, dtype)
         factor = factor * more
         addend = addend * more
     if shift_ptr is not None:
-        addend = addend + load_channels(shift_ptr + image * C, offs_c, mask_c, dtype)
+        addend = addend + load_channels(shift_ptr + image * stride_shift, offs_c, mask_c, dtype)
     return factor, addend
 
 
@@ -170,7 +172,7 @@ def finish(
 def group_norm_kernel(
     x_ptr, residual_ptr, y_ptr,  # (N, C, *spatial), dense in the same format; the residual may be None
     weight_ptr, bias_ptr,  # [C] or None
-    scale_ptr, shift_ptr,  # [N, C] or None
+    scale_ptr, stride_scale, shift_ptr, stride_shift,  # [N, C] or None, and where their rows begin
     statistics_ptr,  # [3, STATISTICS]
     # sizes; SHARE is one element's of its group
     PIXELS, C, SIZE, STEP, STATISTICS, SHARE: tl.float64,
@@ -208,7 +210,9 @@ def group_norm_kernel(
     tl.store(statistics_ptr + VAR * STATISTICS + at, var, mask=kept)
 
     image = image_of(block, PIXELS, INDEX_64, BLOCK_P)
-    factor, addend = load_affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, offs_c, mask_c, C, wide)
+    factor, addend = load_affine(
+        weight_ptr, bias_ptr, scale_ptr, stride_scale, shift_ptr, stride_shift, image, offs_c, mask_c, wide
+    )  # fmt: skip
     factor = tl.expand_dims(factor, axis) * (1.0 / tl.sqrt(var + EPS))
     finish(x, y_ptr, residual_ptr, offsets, mask, factor, tl.expand_dims(addend, axis), ACT, ACT_A, ACT_B)
 
@@ -323,7 +327,7 @@ def group_norm_combine_kernel(
 def group_norm_normalize_kernel(
     x_ptr, residual_ptr, y_ptr,  # (N, C, *spatial), dense in the same format; the residual may be None
     weight_ptr, bias_ptr,  # [C] or None
-    scale_ptr, shift_ptr,  # [N, C] or None
+    scale_ptr, stride_scale, shift_ptr, stride_shift,  # [N, C] or None, and where their rows begin
     statistics_ptr,  # [3, STATISTICS]
     # sizes
     PIXELS, C, SIZE, STATISTICS,
@@ -343,7 +347,9 @@ def group_norm_normalize_kernel(
     image = image_of(block, PIXELS, INDEX_64, BLOCK_P)
     at = image * (C // SIZE) + offs_c // SIZE
     mean, rest, inverse = load_statistics(statistics_ptr, at, mask_c, STATISTICS, EPS, x.dtype)
-    factor, addend = load_affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, offs_c, mask_c, C, x.dtype)
+    factor, addend = load_affine(
+        weight_ptr, bias_ptr, scale_ptr, stride_scale, shift_ptr, stride_shift, image, offs_c, mask_c, x.dtype
+    )  # fmt: skip
     x = (x - tl.expand_dims(mean, axis)) - tl.expand_dims(rest, axis)
     factor = tl.expand_dims(factor * inverse, axis)
     finish(x, y_ptr, residual_ptr, offsets, mask, factor, tl.expand_dims(addend, axis), ACT, ACT_A, ACT_B)

@@ -95,7 +95,7 @@ def group_norm_backward_kernel(
     dy_ptr, x_ptr, dx_ptr,  # (N, C, *spatial), dense in the same format; dx may be None
     residual_ptr, g_ptr,  # likewise, both may be None
     weight_ptr, bias_ptr,  # [C] or None
-    scale_ptr, shift_ptr,  # [N, C] or None
+    scale_ptr, stride_scale, shift_ptr, stride_shift,  # [N, C] or None, and where their rows begin
     statistics_ptr,  # [3, STATISTICS]
     sums_ptr,  # [N, SLOTS, 2, C], or None
     # sizes; RANGE is how many blocks a slot has, SLOTS how many slots a run, SHARE one element's of its group
@@ -115,7 +115,9 @@ def group_norm_backward_kernel(
     start = slot // SLOTS * blocks
     first = start + slot % SLOTS * RANGE
     image = image_of(start, PIXELS, INDEX_64, BLOCK_P)
-    factor, addend = load_affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, offs_c, mask_c, C, wide)
+    factor, addend = load_affine(
+        weight_ptr, bias_ptr, scale_ptr, stride_scale, shift_ptr, stride_shift, image, offs_c, mask_c, wide
+    )  # fmt: skip
     factor = tl.expand_dims(factor, axis)
     addend = tl.expand_dims(addend, axis)
     if PER_PIXEL:
@@ -146,7 +148,7 @@ def group_norm_backward_kernel(
 def group_norm_reduce_kernel(
     dy_ptr, x_ptr, residual_ptr, g_ptr,  # (N, C, *spatial), dense in the same format; the last two may be None
     weight_ptr, bias_ptr,  # [C] or None
-    scale_ptr, shift_ptr,  # [N, C] or None
+    scale_ptr, stride_scale, shift_ptr, stride_shift,  # [N, C] or None, and where their rows begin
     statistics_ptr,  # [3, STATISTICS]
     sums_ptr,  # [N, SLOTS, 2, C]
     # sizes; RANGE is how many blocks a slot has, SLOTS how many slots an image
@@ -170,7 +172,9 @@ def group_norm_reduce_kernel(
     image = image_of(start, PIXELS, INDEX_64, BLOCK_P)
     at = image * (C // SIZE) + offs_c // SIZE
     mean, rest, inverse = load_statistics(statistics_ptr, at, mask_c, STATISTICS, EPS, wide)
-    factor, addend = load_affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, offs_c, mask_c, C, wide)
+    factor, addend = load_affine(
+        weight_ptr, bias_ptr, scale_ptr, stride_scale, shift_ptr, stride_shift, image, offs_c, mask_c, wide
+    )  # fmt: skip
     # v of the values without their mean, so that a loop's step has one multiplication less.
     factor = tl.expand_dims(factor * inverse, axis)
     addend = tl.expand_dims(addend, axis)
@@ -194,7 +198,7 @@ def group_norm_reduce_kernel(
 def group_norm_means_kernel(
     sums_ptr,  # [N, SLOTS, 2, C]
     weight_ptr,  # [C] or None
-    scale_ptr,  # [N, C] or None
+    scale_ptr, stride_scale,  # [N, C] or None, and where its rows begin
     means_ptr,  # [2, N * groups]
     # sizes; SHARE is one element's of its group
     SLOTS, IMAGES, C, SIZE, STEP, SHARE: tl.float64,
@@ -214,7 +218,7 @@ def group_norm_means_kernel(
         ptrs = sums_ptr + (2 * (image * SLOTS + offs_s)[:, None] * C + offs_c[None, :])
         sum_g += tl.load(ptrs, mask=mask, other=0.0)
         sum_gn += tl.load(ptrs + C, mask=mask, other=0.0)
-    factor, _ = load_affine(weight_ptr, None, scale_ptr, None, image, offs_c, mask_c, C, wide)
+    factor, _ = load_affine(weight_ptr, None, scale_ptr, stride_scale, None, 0, image, offs_c, mask_c, wide)
     share = tl.full((), SHARE, wide)
     at = means_ptr + image * (C // SIZE) + offs_c // SIZE
     kept = mask_c & (offs_c % SIZE == 0)
@@ -228,7 +232,7 @@ def group_norm_means_kernel(
 def group_norm_input_gradient_kernel(
     dy_ptr, x_ptr, dx_ptr,  # (N, C, *spatial), dense in the same format
     weight_ptr, bias_ptr,  # [C] or None
-    scale_ptr, shift_ptr,  # [N, C] or None
+    scale_ptr, stride_scale, shift_ptr, stride_shift,  # [N, C] or None, and where their rows begin
     statistics_ptr, means_ptr,  # [3, STATISTICS], [2, STATISTICS]
     # sizes
     PIXELS, C, SIZE, STATISTICS,
@@ -248,7 +252,9 @@ def group_norm_input_gradient_kernel(
     image = image_of(block, PIXELS, INDEX_64, BLOCK_P)
     at = image * (C // SIZE) + offs_c // SIZE
     mean, rest, inverse = load_statistics(statistics_ptr, at, mask_c, STATISTICS, EPS, wide)
-    factor, addend = load_affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, image, offs_c, mask_c, C, wide)
+    factor, addend = load_affine(
+        weight_ptr, bias_ptr, scale_ptr, stride_scale, shift_ptr, stride_shift, image, offs_c, mask_c, wide
+    )  # fmt: skip
     level = tl.expand_dims(load_channels(means_ptr, at, mask_c, wide) * inverse, axis)
     slope = tl.expand_dims(load_channels(means_ptr + STATISTICS, at, mask_c, wide) * inverse * inverse, axis)
     factor = tl.expand_dims(factor * inverse, axis)
@@ -270,7 +276,7 @@ def store_narrow(ptr, values, offs, mask):
 def group_norm_parameters_kernel(
     sums_ptr,  # [IMAGES, SLOTS, 2, C]
     weight_ptr, bias_ptr,  # [C] or None
-    scale_ptr,  # [IMAGES, C] or None
+    scale_ptr, stride_scale,  # [IMAGES, C] or None, and where its rows begin
     dweight_ptr, dbias_ptr,  # [C] or None
     dscale_ptr, dshift_ptr,  # [IMAGES, C] or None
     # sizes; without scale and shift all slots may belong to one image
@@ -280,7 +286,7 @@ def group_norm_parameters_kernel(
     wide: tl.constexpr = sums_ptr.dtype.element_ty
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    weight, bias = load_affine(weight_ptr, bias_ptr, None, None, 0, offs_c, mask_c, C, wide)
+    weight, bias = load_affine(weight_ptr, bias_ptr, None, 0, None, 0, 0, offs_c, mask_c, wide)
     dweight = tl.zeros((BLOCK_C,), wide)
     dbias = tl.zeros((BLOCK_C,), wide)
     for image in tl.range(0, IMAGES):
@@ -299,7 +305,7 @@ def group_norm_parameters_kernel(
         if dscale_ptr is not None:
             store_narrow(dscale_ptr + image * C, weight * gn + bias * g, offs_c, mask_c)
         if scale_ptr is not None:
-            more = 1.0 + load_channels(scale_ptr + image * C, offs_c, mask_c, wide)
+            more = 1.0 + load_channels(scale_ptr + image * stride_scale, offs_c, mask_c, wide)
             g = g * more
             gn = gn * more
         dweight += gn

@@ -14,7 +14,10 @@ from torch._ops import OpOverload
 
 from tritonconv.ops.core.activation import ActivationSpec, make_spec, table
 
-__all__ = ["activation_of", "addition_of", "asks_in_place", "bind", "in_place_target", "is_pointwise", "name_of"]
+__all__ = [
+    "activation_of", "addition_of", "asks_in_place", "bind", "in_place_target", "is_pointwise", "name_of",
+    "one_more_than",
+]  # fmt: skip
 
 F = torch.nn.functional
 METHODS = {"relu": ("relu",), "sigmoid": ("sigmoid",), "tanh": ("tanh",), "clamp": ("hardtanh",), "clip": ("hardtanh",)}
@@ -105,8 +108,8 @@ def _spec(node: fx.Node, name: str, clamp: bool) -> ActivationSpec | None:
     return None if clamp and not numbers[0] <= numbers[1] else make_spec(name, tuple(numbers))
 
 
-def addition_of(node: fx.Node, value: fx.Node) -> fx.Node | None:
-    """What a node adds to `value`, or None if it is no such addition."""
+def _added(node: fx.Node, value: fx.Node) -> Any:
+    """What a node adds to `value`: a tensor or a number; None if it is no such addition."""
     function = node.op == "call_function" and (
         node.target in (operator.add, operator.iadd, torch.add)
         or (isinstance(node.target, OpOverload) and node.target.namespace == "aten" and name_of(node) in ("add", "add_"))
@@ -117,11 +120,24 @@ def addition_of(node: fx.Node, value: fx.Node) -> fx.Node | None:
     if len(node.args) != 2 or node.kwargs.keys() - {"alpha"} or isinstance(alpha, fx.Node) or alpha != 1:
         return None
     left, right = node.args
-    other = right if left is value else left
-    target = in_place_target(node)
-    if not isinstance(other, fx.Node) or other is value or (target is not None and target is not value):
+    return None if left is right else right if left is value else left
+
+
+def addition_of(node: fx.Node, value: fx.Node) -> fx.Node | None:
+    """The tensor that a node adds to `value`, or None if it is no such addition."""
+    other, target = _added(node, value), in_place_target(node)
+    if not isinstance(other, fx.Node) or (target is not None and target is not value):
         return None
     return other
+
+
+def one_more_than(node: fx.Node) -> fx.Node | None:
+    """The tensor that has one added to it in a tensor of its own, or None if the node does something else."""
+    value = node.all_input_nodes[0] if len(node.all_input_nodes) == 1 else None
+    if value is None or in_place_target(node) is not None:
+        return None
+    one = _added(node, value)
+    return value if isinstance(one, (int, float)) and one == 1 else None
 
 
 @functools.cache

@@ -43,9 +43,15 @@ class Affine(NamedTuple):
     shift: Tensor | None
     """(N, C)"""
 
-    def arguments(self) -> dict[str, Tensor | None]:
-        """As kernels read them, side by side."""
-        return {f"{name}_ptr": None if t is None else t.contiguous() for name, t in self._asdict().items()}
+    def arguments(self, *names: str) -> dict[str, Any]:
+        """The kernels' arguments, all of them or these: channels side by side, rows anywhere."""
+        found: dict[str, Any] = {}
+        for name, t in self._asdict().items():
+            dense = t if t is None or t.stride(-1) == 1 else t.contiguous()
+            found[f"{name}_ptr"] = dense
+            if name in ("scale", "shift"):
+                found[f"stride_{name}"] = None if dense is None else dense.stride(0)
+        return {name: found[name] for name in names or found}
 
 
 class GroupView(NamedTuple):
@@ -266,10 +272,9 @@ def _twice(
     if dx is None:
         return g, sums
     means, (step, tile) = _new(x, 2, view.whole), join_tile(view.channels, view.size, slots, view.device)
-    vectors = affine.arguments()
     joined = dict(
-        sums_ptr=sums, weight_ptr=vectors["weight_ptr"], scale_ptr=vectors["scale_ptr"], means_ptr=means, SLOTS=slots,
-        IMAGES=view.images, C=view.channels, SIZE=view.size, STEP=step, SHARE=1 / view.members, **tile,
+        sums_ptr=sums, means_ptr=means, SLOTS=slots, IMAGES=view.images, C=view.channels, SIZE=view.size, STEP=step,
+        SHARE=1 / view.members, **affine.arguments("weight_ptr", "scale_ptr", "stride_scale"), **tile,
     )  # fmt: skip
     programs = view.images * math.ceil(view.channels / step)
     launch(Launch(group_norm_means_kernel, programs, joined, None, None), x.device)
@@ -293,10 +298,9 @@ def _parameters(sums: Tensor, affine: Affine, needs: Needs) -> tuple[Tensor | No
         empty_output(sums, tuple(t.shape), False, t.dtype) if need and t is not None else None
         for t, need in zip(affine, needs[1:5], strict=True)
     ]
-    vectors = affine.arguments()
     config = norm_join_config(slots, channels, device_of(sums.device))
     arguments = dict(
-        sums_ptr=sums, weight_ptr=vectors["weight_ptr"], bias_ptr=vectors["bias_ptr"], scale_ptr=vectors["scale_ptr"],
+        **affine.arguments("weight_ptr", "bias_ptr", "scale_ptr", "stride_scale"), sums_ptr=sums,
         dweight_ptr=found[0], dbias_ptr=found[1], dscale_ptr=found[2], dshift_ptr=found[3], IMAGES=images, SLOTS=slots,
         C=channels, **config.kwargs,
     )  # fmt: skip
