@@ -397,6 +397,7 @@ def test_instance_norm_moves_statistics_in_place_once(device: str) -> None:
         (lambda m, x: m.group_norm(x[0, :, 0, 0], 2), "at least 2 dimensions"),
         (lambda m, x: m.group_norm(x, 2, torch.ones(3)), "weight"),
         (lambda m, x: m.group_norm(x, 2, eps="a"), "eps"),
+        (lambda m, x: m.group_norm(x[:1, :, :1, :1], 6), "more than 1 value per channel"),
         (lambda m, _: m.group_norm(None, 2), None),
         (lambda m, x: m.instance_norm(x[:, :, :1, :1]), "more than 1 spatial"),
         (lambda m, x: m.instance_norm(x, use_input_stats=False), "running_mean"),

@@ -128,7 +128,8 @@ class GroupNorm(Following):
         integer = isinstance(groups, int) and not isinstance(groups, bool)
         if not integer or groups < 1 or not _is_number(eps) or x.dim() < 2 or x.shape[1] % groups or x.numel() == 0:
             return Unsupported()
-        if not _are_vectors(x, x.shape[1], vectors):
+        # Torch raises for groups of one element in all.
+        if not _are_vectors(x, x.shape[1], vectors) or x.numel() == groups:
             return Unsupported()
         self.check(tensors, numbers)
         return NormCall(groups, eps, activation)
