@@ -275,8 +275,8 @@ def group_norm_combine_kernel(
     statistics_ptr,  # [3, N * groups]
     # sizes; LENGTH is how many pixels a slot has, SHARE one channel's of its group
     LENGTH, SLOTS, IMAGES, PIXELS, C, SIZE, STEP, SHARE: tl.float64,
-    # flags
-    CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
+    # flags; VEC is of rows of channels
+    CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, INDEX_64: tl.constexpr,
     # tiles
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
@@ -284,7 +284,8 @@ def group_norm_combine_kernel(
     wide: tl.constexpr = statistics_ptr.dtype.element_ty
     tiles = tl.cdiv(C, STEP)
     image = tl.program_id(0) // tiles
-    offs_c, mask_c, group = channels_of(tl.program_id(0) % tiles, C, SIZE, STEP, False, 1, BLOCK_C)
+    C = C // VEC * VEC
+    offs_c, mask_c, group = channels_of(tl.program_id(0) % tiles, C, SIZE, STEP, True, VEC, BLOCK_C)
     count = tl.zeros((BLOCK_S,), wide)
     mean = tl.zeros((BLOCK_S, BLOCK_C), wide)
     squares = tl.zeros((BLOCK_S, BLOCK_C), wide)

@@ -17,14 +17,20 @@ writes dx. group_norm_parameters_kernel adds all sums in a fixed order.
 import triton
 import triton.language as tl
 
+from . import group_norm
 from .batch_norm import locate, zeros
 from .epilogue import load_channels
-from .group_norm import channels_of, configs, image_of, load_affine, load_statistics, over_groups, places, summed
+from .group_norm import channels_of, image_of, load_affine, load_statistics, over_groups, places, summed
 
 __all__ = [
     "configs", "group_norm_backward_kernel", "group_norm_input_gradient_kernel", "group_norm_means_kernel",
     "group_norm_parameters_kernel", "group_norm_reduce_kernel",
 ]  # fmt: skip
+
+
+def configs() -> list[triton.Config]:
+    """Every candidate, as in group_norm: a program holds two tensors."""
+    return [config for config in group_norm.configs() if config.kwargs.get("ELEMENTS", 0) <= 16384]
 
 
 @triton.jit
@@ -200,8 +206,8 @@ def group_norm_means_kernel(
     weight_ptr,  # [C] or None
     scale_ptr, stride_scale,  # [N, C] or None, and where its rows begin
     means_ptr,  # [2, N * groups]
-    # sizes; SHARE is one element's of its group
-    SLOTS, IMAGES, C, SIZE, STEP, SHARE: tl.float64,
+    # sizes; SHARE is one element's of its group, VEC is of rows of channels
+    SLOTS, IMAGES, C, SIZE, STEP, SHARE: tl.float64, VEC: tl.constexpr,
     # tiles
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +215,8 @@ def group_norm_means_kernel(
     wide: tl.constexpr = means_ptr.dtype.element_ty
     tiles = tl.cdiv(C, STEP)
     image = tl.program_id(0) // tiles
-    offs_c, mask_c, group = channels_of(tl.program_id(0) % tiles, C, SIZE, STEP, False, 1, BLOCK_C)
+    C = C // VEC * VEC
+    offs_c, mask_c, group = channels_of(tl.program_id(0) % tiles, C, SIZE, STEP, True, VEC, BLOCK_C)
     sum_g = tl.zeros((BLOCK_S, BLOCK_C), wide)
     sum_gn = tl.zeros((BLOCK_S, BLOCK_C), wide)
     for first in tl.range(0, SLOTS, BLOCK_S):
@@ -280,10 +287,11 @@ def group_norm_parameters_kernel(
     dweight_ptr, dbias_ptr,  # [C] or None
     dscale_ptr, dshift_ptr,  # [IMAGES, C] or None
     # sizes; without scale and shift all slots may belong to one image
-    IMAGES, SLOTS, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    IMAGES, SLOTS, C, VEC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters; a program owns BLOCK_C channels."""
     wide: tl.constexpr = sums_ptr.dtype.element_ty
+    C = C // VEC * VEC
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     weight, bias = load_affine(weight_ptr, bias_ptr, None, 0, None, 0, 0, offs_c, mask_c, wide)

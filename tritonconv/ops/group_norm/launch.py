@@ -96,11 +96,15 @@ class GroupView(NamedTuple):
         held = 1 + backward + residual
         return group_tile(*rule, held, self.per_pixel and backward, self.device, forced_config("ELEMENTS"))
 
-    def config(self, walks: bool) -> Any:
-        """The triton.Config of the others: the forced one, or the chosen one."""
+    def config(self, walks: bool, exponentials: bool = False) -> Any:
+        """The triton.Config of the others: the forced one, or the chosen one.
+
+        Args:
+            exponentials: whether an activation may need so many registers in fp64 that a thread has half of the elements.
+        """
         rule = (self.pixels, self.channels, self.channels_last, self.device)
         config = forced_config("BLOCK_P") or batch_norm_config(*rule, walks)
-        return eight_warps(config) if self.itemsize > 4 else config
+        return eight_warps(config) if exponentials and self.itemsize > 4 else config
 
     def sizes(self, step: int | None = None) -> dict[str, Any]:
         """The kernels' arguments that say where a tile lies; `step`: channels from a tile to the next."""
@@ -165,7 +169,7 @@ def normalize(
         launch(Launch(group_norm_kernel, programs, arguments, None, tile.config), x.device)
         return y, statistics
     _statistics(x, view, statistics)
-    config = view.config(walks=False)
+    config = view.config(walks=False, exponentials=True)
     arguments.update(view.sizes(), **config.kwargs)
     launch(Launch(group_norm_normalize_kernel, _tiles(view, config), arguments, None, config), x.device)
     return y, statistics
@@ -188,7 +192,7 @@ def _statistics(x: Tensor, view: GroupView, statistics: Tensor) -> None:
     sizes = view.sizes()
     joined = dict(
         moments_ptr=moments, x_ptr=x, statistics_ptr=statistics, LENGTH=size * config.kwargs["BLOCK_P"], SLOTS=slots,
-        IMAGES=view.images, STEP=step, SHARE=1 / view.size, **tile,
+        IMAGES=view.images, STEP=step, SHARE=1 / view.size, VEC=power_of_two_divisor(view.channels, step), **tile,
         **{name: sizes[name] for name in ("PIXELS", "C", "SIZE", "CHANNELS_LAST", "INDEX_64")},
     )  # fmt: skip
     programs = view.images * math.ceil(view.channels / step)
@@ -257,7 +261,7 @@ def _twice(
         group_norm_reduce_kernel,
     )
 
-    config = view.config(walks=True)
+    config = view.config(walks=True, exponentials=True)
     blocks, tiles = view.blocks(config.kwargs["BLOCK_P"]), math.ceil(view.channels / config.kwargs["BLOCK_C"])
     slots, size = view.slots(blocks, tiles, LEAST_BLOCKS)
     g, sums = _like(x) if write else None, _new(x, view.images, slots, 2, view.channels)
@@ -274,11 +278,12 @@ def _twice(
     means, (step, tile) = _new(x, 2, view.whole), join_tile(view.channels, view.size, slots, view.device)
     joined = dict(
         sums_ptr=sums, means_ptr=means, SLOTS=slots, IMAGES=view.images, C=view.channels, SIZE=view.size, STEP=step,
-        SHARE=1 / view.members, **affine.arguments("weight_ptr", "scale_ptr", "stride_scale"), **tile,
+        SHARE=1 / view.members, VEC=power_of_two_divisor(view.channels, step), **tile,
+        **affine.arguments("weight_ptr", "scale_ptr", "stride_scale"),
     )  # fmt: skip
     programs = view.images * math.ceil(view.channels / step)
     launch(Launch(group_norm_means_kernel, programs, joined, None, None), x.device)
-    config = view.config(walks=False)
+    config = view.config(walks=False, exponentials=True)
     arguments = dict(
         shared, dy_ptr=_as(dy, view) if g is None else g, dx_ptr=dx, means_ptr=means,
         **gradient_constants(activation if g is None else None), **config.kwargs,
@@ -302,7 +307,7 @@ def _parameters(sums: Tensor, affine: Affine, needs: Needs) -> tuple[Tensor | No
     arguments = dict(
         **affine.arguments("weight_ptr", "bias_ptr", "scale_ptr", "stride_scale"), sums_ptr=sums,
         dweight_ptr=found[0], dbias_ptr=found[1], dscale_ptr=found[2], dshift_ptr=found[3], IMAGES=images, SLOTS=slots,
-        C=channels, **config.kwargs,
+        C=channels, VEC=power_of_two_divisor(channels), **config.kwargs,
     )  # fmt: skip
     programs = math.ceil(channels / config.kwargs["BLOCK_C"])
     launch(Launch(group_norm_parameters_kernel, programs, arguments, None, config), sums.device)

@@ -85,7 +85,7 @@ def group_tile(
         per_pixel: whether a group is all channels of a pixel.
         held: how many tensors a program holds.
         walks: whether it goes over many tiles, and keeps two sums of each element's place.
-        forced: a config to take.
+        forced: a config to take if it suits.
     """
     from tritonconv.kernels.group_norm import whole
 
@@ -97,7 +97,7 @@ def group_tile(
     if per_pixel and not channels_last:
         # Sectors of 32 bytes at least, where pixels lie side by side.
         least = max(least, min(PIXEL, least * min(block_p, 32 // itemsize)))
-    config = forced or _whole_config(least, EACH >> wide >> walks)
+    config = _whole_config(least, EACH >> wide >> walks, forced)
     if device.arch == INTERPRETER.arch and forced is None:
         # One large tile: the interpreter's time goes per operation, hardly per element.
         config = whole(1 << 17, 4)
@@ -108,14 +108,16 @@ def group_tile(
     return Tile(config, block_p, power(count * size, 1 << 30), count * size, _compared(count, size))
 
 
-def _whole_config(least: int, each: int) -> Any:
-    """The smallest candidate for so many elements, with at most `each` a thread if there is one."""
+def _whole_config(least: int, each: int, forced: Any) -> Any:
+    """The forced candidate, or the smallest one, for so many elements: with at most `each` a thread if there is one."""
     from tritonconv.kernels.group_norm import configs
 
     large = [c for c in configs() if c.kwargs.get("ELEMENTS", 0) >= least]
-    enough = [c for c in large if c.kwargs["ELEMENTS"] <= 32 * c.num_warps * each]
-    full = [c for c in enough if c.kwargs["ELEMENTS"] >= 128 * each]
-    return (full or enough or large)[0]
+    suiting = [c for c in large if c.kwargs["ELEMENTS"] <= 32 * c.num_warps * each] or large[:1]
+    if forced is not None and any(c.kwargs == forced.kwargs and c.num_warps == forced.num_warps for c in suiting):
+        return forced
+    # Small groups share a program, so that it has four full warps.
+    return next((c for c in suiting if c.kwargs["ELEMENTS"] >= 128 * each), suiting[0])
 
 
 @functools.cache
