@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n 2 --dist worksteal
 TESTS := --durations=15 --doctest-modules tests tritonconv tritonconv_cli.py
-KERNEL_TESTS := $(addsuffix .py,$(addprefix tests/test_,compat conv gradients grouped transposed batch_norm training \
+KERNEL_TESTS := $(addsuffix .py,$(addprefix tests/test_,compat conv gradients grouped transposed batch_norm group_norm training \
 	operators codegen host tune bench depthwise bands separable causal pooling unpool adaptive global_pool stochastic resample \
 	shuffle squeeze_excite targets deform deform_rules))
 # The oldest and the newest Triton that pyproject.toml admits.

@@ -72,6 +72,13 @@ CASES: dict[str, Callable[[Make], Arguments]] = {
         (t(2, 4, 6, 5), image(t), t(4), t(4).abs() + 1, torch.full((1,), 60.0), t(4), t(4), None),
         NORM | dict(group="", needs_x=True, needs_weight=True, needs_bias=True, needs_residual=False),
     ),
+    "group_norm": lambda t: ((image(t), t(4), t(4), t(2, 4), t(2, 4), t(2, 4, 6, 5)), NORM | dict(groups=2)),
+    "group_norm_backward": lambda t: (
+        (t(2, 4, 6, 5), image(t), t(4), t(4), t(2, 4), t(2, 4), t(2, 4, 6, 5), torch.rand(3, 4)),
+        NORM | dict(groups=2, activation="silu", needs_x=True, needs_weight=True, needs_bias=True, needs_scale=True,
+                    needs_shift=True, needs_residual=True),
+    ),
+    "update_instance_stats": lambda t: ((torch.rand(3, 8), t(4), t(4), 0.1, 30), {}),
     "update_running_stats": lambda t: ((torch.rand(4), torch.rand(4), torch.full((1,), 9.0), t(4), t(4), 0.1), {}),
     "pool": lambda t: ((image(t), *WINDOW), MORE | dict(indices="flat", activation="", a=0.0, b=0.0)),
     "pool_backward": lambda t: ((t(2, 4, 3, 2), places(2, 4, 3, 2), None, None, [2, 4, 6, 5], *WINDOW),
@@ -100,7 +107,7 @@ CASES: dict[str, Callable[[Make], Arguments]] = {
     "causal_conv1d_update": lambda t: ((t(2, 4, 1), t(2, 4, 2), t(4, 3), t(4)), dict(activation="", a=0.0, b=0.0)),
 }  # fmt: skip
 # What an operator writes may not be expanded: torch itself refuses that.
-WRITES = ("update_running_stats", "causal_conv1d_update")
+WRITES = ("update_running_stats", "update_instance_stats", "causal_conv1d_update")
 
 
 def arguments(name: str, layout: str) -> Arguments:
@@ -142,7 +149,7 @@ CHANNELS_LAST_RESULTS = [
     ("adaptive_avg_pool2d", (2,)), ("adaptive_avg_pool2d", (1,)), ("adaptive_max_pool2d_with_indices", (3,)),
     ("max_pool2d", (2,)), ("max_pool2d_with_indices", (2,)), ("avg_pool2d", (2,)), ("interpolate", (4, None, "nearest")),
     ("interpolate", (4, None, "bilinear")), ("interpolate", (4, None, "area")), ("adaptive_avg_pool1d", (2,)),
-    ("batch_norm", (None, None, None, None, True)),
+    ("batch_norm", (None, None, None, None, True)), ("group_norm", (2,)), ("instance_norm", ()),
 ]  # fmt: skip
 
 

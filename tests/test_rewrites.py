@@ -163,6 +163,12 @@ def arguments_for(name: str) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         return (x,), (2,)
     if name == "batch_norm":
         return (x, torch.rand(4), torch.rand(4) + 1), ()
+    if name == "group_norm":
+        return (x,), (2,)
+    if name == "layer_norm":
+        return (x,), ((4,),)
+    if name == "instance_norm":
+        return (x,), ()
     if name == "interpolate":
         return (x,), (None, 2)
     raise AssertionError(f"no arguments for {name}")

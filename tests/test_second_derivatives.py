@@ -49,6 +49,12 @@ CALLS = [Call(*row) for row in [
         x, w, None, None, None, g, b, training=True, activation="tanh"), [(3, 2, 3, 3), (4, 2, 2, 2), (4,), (4,)]),
     ("batch norm, training", lambda x, w, b: TF.batch_norm(x, None, None, w, b, True), [(3, 4, 2, 2), (4,), (4,)]),
     ("batch norm", lambda x, w, b: TF.batch_norm(x, ZEROS, ONES, w, b), [(2, 4, 2, 2), (4,), (4,)]),
+    ("group norm", lambda x, w, b, *more: TF.group_norm(
+        x, 2, w, b, **dict(zip(("scale", "shift", "residual"), more, strict=True)), activation="tanh"),
+     [(2, 4, 2, 2), (4,), (4,), (2, 4), (2, 4), (2, 4, 2, 2)]),
+    ("instance norm", lambda x, w: TF.instance_norm(x, weight=w), [(2, 4, 2, 3), (4,)]),
+    ("layer norm", lambda x, w, b: TF.layer_norm(x, (5,), w, b), [(2, 3, 5), (5,), (5,)]),
+    ("layer norm over channels", lambda x, w: TF.layer_norm_channels(x, w), [(2, 4, 2, 3), (4,)]),
     ("max pool", lambda x: TF.max_pool2d(x, 3, 2, 1, 1, True), [(1, 2, 5, 6)]),
     ("dilated max pool with indices", lambda x: TF.max_pool2d(x, 2, 1, 0, 2, return_indices=True)[0], [(1, 2, 5, 4)]),
     ("3-d max pool", lambda x: TF.max_pool3d(x, 2), [(1, 1, 4, 4, 4)]),

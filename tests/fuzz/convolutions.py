@@ -1,4 +1,4 @@
-"""Draws of convolutions, of what is fused with them, of linear layers and of batch norm."""
+"""Draws of convolutions, of what is fused with them, and of linear layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .call import Call
 from .draw import Draw
 from .views import Input
 
-__all__ = ["OPERATORS"]
+__all__ = ["OPERATORS", "activated", "activation_of"]
 
 F = torch.nn.functional
 # With a continuous derivative: where it jumps, a rounded sum may fall on the other side.
@@ -135,25 +135,6 @@ def linear(d: Draw) -> Call:
     return Call(TF.linear, F.linear, inputs)
 
 
-def batch_norm(d: Draw) -> Call:
-    nd, c = d.one((0, 1, 2, 2, 3)), d.channels()
-    training = d.chance(0.5)
-    spatial = d.spatial(nd, 6) if nd else ()
-    shape = (d.one((5, 8) if training else (1, 2, 3, 0)), c, *spatial)
-    wide = torch.float32 if d.half and d.chance(0.6) else d.dtype
-    tracked, affine = not training or d.chance(0.7), d.chance(0.7)
-
-    def vector(values: str, there: bool, written: bool = False) -> Input | None:
-        return d.input((c,), dtype=wide, values=values, written=written, differentiable=not written) if there else None
-
-    inputs = dict(
-        input=d.input(shape), running_mean=vector("normal", tracked, True), running_var=vector("positive", tracked, True),
-        weight=vector("normal", affine), bias=vector("normal", affine),
-    )  # fmt: skip
-    arguments = dict(training=training, momentum=d.one((0.1, 0.3, 1.0)), eps=d.one((1e-5, 1e-3)))
-    return Call(TF.batch_norm, F.batch_norm, inputs, arguments, nd, slack=4.0)
-
-
 def deform(d: Draw) -> Call:
     groups = d.one((1, 1, 2))
     parts = d.one((1, 1, 2))
@@ -233,6 +214,5 @@ OPERATORS = {
     **{f"conv_transpose{nd}d": partial(convolution, nd=nd, transposed=True) for nd in (1, 2, 3)},
     **{f"conv{nd}d_bn_act": partial(fused, nd=nd, transposed=False) for nd in (1, 2, 3)},
     **{f"conv_transpose{nd}d_bn_act": partial(fused, nd=nd, transposed=True) for nd in (1, 2, 3)},
-    "linear": linear, "batch_norm": batch_norm, "deform_conv2d": deform, "causal_conv1d": causal,
-    "causal_conv1d_update": causal_update,
+    "linear": linear, "deform_conv2d": deform, "causal_conv1d": causal, "causal_conv1d_update": causal_update,
 }  # fmt: skip

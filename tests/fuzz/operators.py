@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from . import convolutions, images
+from . import convolutions, images, norms
 from .call import Call, WrongError, check
 from .draw import Draw
 from .views import DTYPES, Input
 
 __all__ = ["NAMES", "OPERATORS", "run"]
 
-OPERATORS = convolutions.OPERATORS | images.OPERATORS
+OPERATORS = convolutions.OPERATORS | norms.OPERATORS | images.OPERATORS
 NAMES = tuple(OPERATORS)
 # Of calls whose errors are torch's.
 SPOILED = 0.06

@@ -57,7 +57,12 @@ def block(b: Builder, v: str) -> None:
 
 def norm(b: Builder, v: str) -> None:
     t = b.values[v]
-    b.emit(f"{b.module(f'BatchNorm{min(3, max(1, _nd(t)))}d({t.shape[1]})')}({v})")
+    c, nd = t.shape[1], min(3, max(1, _nd(t)))
+    codes = [f"BatchNorm{nd}d({c})"] * 3 + [f"GroupNorm({b.one(*(g for g in (1, 2, 3, 4) if c % g == 0))}, {c})"]
+    if t.dim() == nd + 2:
+        codes.append(f"InstanceNorm{nd}d({c}, affine={b.chance(0.5)}, track_running_stats={b.chance(0.5)})")
+    codes.append(f"LayerNorm({t.shape[-1]})")
+    b.emit(f"{b.module(b.one(*codes))}({v})")
 
 
 def activation(b: Builder, v: str) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 from torch import fx
 
 from tritonconv.fused.shared import synchronized
-from tritonconv.graph.elementwise import activation_of, addition_of, bind, in_place_target, name_of
+from tritonconv.graph.elementwise import activation_of, addition_of, bind, in_place_target, name_of, one_more_than
 from tritonconv.graph.memory import Memory
 from tritonconv.graph.nodes import (
     CONVOLUTIONS,
+    GROUP_NORMS,
     FamilyCall,
     call_of,
     insert_family,
@@ -38,6 +39,7 @@ ACTIVATIONS = {
     "conv_transpose_bn": 3,
     "batch_norm": 1,
     "scale_channels": 1,
+    **dict.fromkeys(GROUP_NORMS, 1),
 }
 PADS = ("pad", "constant_pad_nd")
 # The maximum of the results is the result of the maximum, to the last bit.
@@ -95,7 +97,7 @@ def _padded(node: fx.Node, user: fx.Node, memory: Memory) -> FamilyCall | None:
 def fuse_chains(graph: fx.Graph) -> int:
     """Write chains of layers as one call each; how many links there were."""
     memory, order, count = Memory(graph), {node: i for i, node in enumerate(graph.nodes)}, 0
-    for rule in (_norm, _residual, _activation):
+    for rule in (_norm, _scale, _shift, _residual, _activation):
         for node in list(graph.nodes):
             # Where two chains meet in one addition, the later one takes it: the value of the other is there by then.
             for before in sorted(node.all_input_nodes, key=order.__getitem__, reverse=True):
@@ -154,6 +156,42 @@ def _norm(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) -> F
     return FamilyCall(TRAINING[call.family], tensors, (numbers, op, eps, None, momentum, group), backend)
 
 
+def _scale(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) -> FamilyCall | None:
+    """A product of a norm's result with 1 + scale, of an image's channels (`graph.shared.fuse_products`)."""
+    product = call_of(node)
+    if product is None or product.family != "scale_channels" or product.input is not before or not _may_be_scaled(call):
+        return None
+    gate = product.tensors[1]
+    scale = None if gate is None else one_more_than(gate)
+    if gate is None or scale is None or call.tensors[-3] is not None or not memory.may_move([scale], gate, node):
+        return None
+    given, result = tensor_of(scale), tensor_of(node)
+    if given is None or result is None or given.dtype != result.dtype or tuple(given.shape) != tuple(tensor_of(gate).shape):  # type: ignore[union-attr]
+        return None
+    return call._replace(tensors=(*call.tensors[:-3], scale, *call.tensors[-2:]))
+
+
+def _shift(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) -> FamilyCall | None:  # noqa: ARG001
+    """An addition of a number for each channel of an image to a norm's result, perhaps scaled."""
+    shift = addition_of(node, before)
+    y, given, result = tensor_of(before), tensor_of(shift), tensor_of(node)
+    if shift is None or y is None or given is None or result is None or not _may_be_scaled(call):
+        return None
+    ones = (1,) * (y.dim() - 2)
+    fits = same_size(given.shape, (*y.shape[:2], *ones)) and not same_size(y.shape[2:], ones)
+    if not fits or given.dtype != y.dtype or result.dtype != y.dtype or given.device != y.device:
+        return None
+    return call._replace(tensors=(*call.tensors[:-2], shift, None))
+
+
+def _may_be_scaled(call: FamilyCall) -> bool:
+    """Whether a call is a norm over channels on axis 1, by the input's own statistics, that nothing but a scale follows."""
+    if call.family not in GROUP_NORMS or call.family == "layer_norm" or call.numbers[1] is not None:
+        return False
+    own = call.family != "instance_norm" or call.numbers[0][0] is True
+    return own and call.tensors[-2] is None and call.tensors[-1] is None
+
+
 def _residual(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) -> FamilyCall | None:  # noqa: ARG001
     """An addition of a tensor of the result's size and dtype, to a call that has neither residual nor activation yet.
 
@@ -183,22 +221,24 @@ def _residual(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) 
 def _activation(node: fx.Node, before: fx.Node, call: FamilyCall, memory: Memory) -> FamilyCall | None:
     """An activation of the result of a call that has none yet.
 
-    Of a batch norm, sum and activation in one the backward pass needs the residual: torch saves the sum's activation
-    instead, and lets the residual be changed in place afterwards. Without a norm it needs the result, which torch saves
-    for ReLU alone, and lets others be changed in place.
+    Of a norm, sum and activation in one the backward pass needs the residual: torch saves the sum's activation instead,
+    and lets the residual be changed in place afterwards. Without a norm it needs the result, which torch saves for ReLU
+    alone, and lets others be changed in place.
     """
     position = ACTIVATIONS.get(call.family)
     spec = activation_of(node, before)
     if position is None or spec is None or call.numbers[position] is not None:
         return None
     residual = call.tensors[-1]
-    has_norm = call.family == "batch_norm" or (call.family != "scale_channels" and call.tensors[3] is not None)
+    has_norm = call.family in ("batch_norm", *GROUP_NORMS) or (
+        call.family != "scale_channels" and call.tensors[3] is not None
+    )
     has_norm = has_norm or call.family.endswith("_bn")
     if residual is not None and has_norm and memory.may_change(residual, node):
         return None
     y = tensor_of(node)
-    saves_result = not has_norm and spec.name != "relu" and y is not None and y.requires_grad
-    if saves_result and memory.may_change(node, node):
+    saves = call.family in (*CONVOLUTIONS, "matmul") and not has_norm and spec.name != "relu"
+    if saves and y is not None and y.requires_grad and memory.may_change(node, node):
         return None
     numbers = (*call.numbers[:position], spec, *call.numbers[position + 1 :])
     return call._replace(numbers=numbers)

@@ -14,7 +14,10 @@ from torch._ops import OpOverload
 
 from tritonconv.ops.core.activation import ActivationSpec, make_spec, table
 
-__all__ = ["activation_of", "addition_of", "asks_in_place", "bind", "in_place_target", "is_pointwise", "name_of"]
+__all__ = [
+    "activation_of", "addition_of", "asks_in_place", "bind", "in_place_target", "is_pointwise", "name_of",
+    "one_more_than",
+]  # fmt: skip
 
 F = torch.nn.functional
 METHODS = {"relu": ("relu",), "sigmoid": ("sigmoid",), "tanh": ("tanh",), "clamp": ("hardtanh",), "clip": ("hardtanh",)}
@@ -119,6 +122,15 @@ def addition_of(node: fx.Node, value: fx.Node) -> Any:
     left, right = node.args
     other = right if left is value else left
     return None if other is value else other
+
+
+def one_more_than(node: fx.Node) -> fx.Node | None:
+    """The tensor that has one added to it in a tensor of its own, or None if the node does something else."""
+    value = node.all_input_nodes[0] if len(node.all_input_nodes) == 1 else None
+    if value is None or in_place_target(node) is not None:
+        return None
+    one = addition_of(node, value)
+    return value if isinstance(one, (int, float)) and one == 1 else None
 
 
 @functools.cache

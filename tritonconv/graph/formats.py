@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from tritonconv.graph.elementwise import is_pointwise, name_of
 from tritonconv.graph.memory import Memory
 from tritonconv.graph.nodes import CONVOLUTIONS, call_of, insert, order_of, replace, same_size, tensor_of
+from tritonconv.ops.core.family import call_family
 from tritonconv.ops.core.layout import same_elements, suggests_channels_last
 from tritonconv.ops.core.observe import notify_copy
 from tritonconv.ops.core.operator import is_traced
@@ -24,7 +25,7 @@ __all__ = ["as_channels_last", "settle_formats", "with_strides"]
 
 FEATURES = {*CONVOLUTIONS, "conv_bn", "conv_transpose_bn"}
 # Families whose results do not depend on the format of what they read, and have none.
-ROWS = {"matmul"}
+ROWS = {"matmul", "layer_norm"}
 # Functions whose results have the format of their arguments, and values that do not depend on it.
 KEEPING = {
     "cat", "concat", "concatenate", "dropout", "dropout1d", "dropout2d", "dropout3d", "pad", "constant_pad_nd",
@@ -76,6 +77,7 @@ def _copied(value: Tensor, order: tuple[int, ...]) -> Tensor:
 
 def settle_formats(graph: fx.Graph) -> int:
     """Make the graph's layers channels-last, and give every value that leaves them torch's strides; how many copies."""
+    _keep_formats(graph)
     memory = Memory(graph)
     fixed: set[fx.Node] = set()
     while True:
@@ -111,7 +113,7 @@ class _Formats:
             return
         sources = [n for n in node.all_input_nodes if n in self.moved]
         if _makes_features(node):
-            if not sources and not _has_last_weight(node):
+            if not sources and _wants_last(node):
                 self.entering.add(node)
             if node not in self.fixed:
                 self.moved[node] = node
@@ -163,18 +165,29 @@ def _restored(graph: fx.Graph, before: fx.Node, value: fx.Node) -> fx.Node:
     return insert(graph, before, with_strides, (value, order_of(tensor_of(value))), value)
 
 
+def _keep_formats(graph: fx.Graph) -> None:
+    """Let instance norms keep the format of what they read, where torch's give contiguous results."""
+    for node in graph.find_nodes(op="call_function", target=call_family):
+        call = call_of(node)
+        if call is not None and call.family == "instance_norm":
+            node.args = tuple(call._replace(numbers=(*call.numbers[:2], True)))
+
+
 def _makes_features(node: fx.Node) -> bool:
-    """Whether a node is a convolution of a batch whose result torch has contiguous."""
+    """Whether a node is a convolution or an instance norm of a batch, whose result torch has contiguous."""
     call, y = call_of(node), tensor_of(node)
-    if call is None or call.family not in FEATURES or y is None or y.dim() != call.numbers[0][0] + 2:
+    if call is None or y is None or call.family not in (*FEATURES, "instance_norm"):
+        return False
+    if call.family in FEATURES and y.dim() != call.numbers[0][0] + 2:
         return False
     return order_of(y) == tuple(range(y.dim()))
 
 
-def _has_last_weight(node: fx.Node) -> bool:
+def _wants_last(node: fx.Node) -> bool:
+    """Whether a convolution's input becomes channels-last for it: its weight is not so already."""
     call = call_of(node)
-    weight = None if call is None else tensor_of(call.tensors[1])
-    return weight is not None and suggests_channels_last(weight)
+    weight = None if call is None or call.family not in FEATURES else tensor_of(call.tensors[1])
+    return weight is not None and not suggests_channels_last(weight)
 
 
 def _tells_numbers(node: fx.Node) -> bool:

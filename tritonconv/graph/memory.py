@@ -15,7 +15,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils import _pytree as pytree
 
 from tritonconv.graph.elementwise import activation_of, asks_in_place, bind, in_place_target, name_of
-from tritonconv.graph.nodes import CONVOLUTIONS, call_of, example, tensor_of
+from tritonconv.graph.nodes import CONVOLUTIONS, GROUP_NORMS, call_of, example, tensor_of
 
 __all__ = ["Memory", "between", "is_writing", "thread_in_place"]
 
@@ -27,7 +27,7 @@ NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias")
 # Packages whose functions write into arguments only if their names tell it.
 KNOWN = ("torch", "_operator", "math", "tritonconv", "builtins", "einops")
 # What torch saves the arguments of for a backward pass.
-SAVING = {*CONVOLUTIONS, "matmul", "conv_bn", "conv_transpose_bn", "batch_norm", "max_pool"}
+SAVING = {*CONVOLUTIONS, "matmul", "conv_bn", "conv_transpose_bn", "batch_norm", *GROUP_NORMS, "max_pool"}
 
 
 def storages_of(value: Any) -> Storages:
@@ -129,7 +129,7 @@ def _written(node: fx.Node) -> Iterable[Any]:
 
 def _written_by(family: str, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> tuple[Any, ...]:
     """Tensors that a family's call writes into."""
-    if family == "batch_norm":
+    if family in ("batch_norm", "instance_norm"):
         return tensors[1:3] if numbers[0][0] else ()
     if family.endswith("conv_bn") or family == "conv_transpose_bn":
         return tensors[3:5]

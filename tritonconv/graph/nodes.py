@@ -15,11 +15,12 @@ from tritonconv.ops.core.backend import Backend
 from tritonconv.ops.core.family import call_family, family_named
 
 __all__ = [
-    "CONVOLUTIONS", "FamilyCall", "Member", "call_of", "example", "groups_of", "insert", "insert_family", "members_of",
-    "nodes_in", "only_user", "order_of", "replace", "same_size", "tensor_of",
+    "CONVOLUTIONS", "GROUP_NORMS", "FamilyCall", "Member", "call_of", "example", "groups_of", "insert", "insert_family",
+    "members_of", "nodes_in", "only_user", "order_of", "replace", "same_size", "tensor_of",
 ]  # fmt: skip
 
 CONVOLUTIONS = ("conv", "conv_transpose")
+GROUP_NORMS = ("group_norm", "instance_norm", "layer_norm", "layer_norm_channels")
 
 
 class FamilyCall(NamedTuple):

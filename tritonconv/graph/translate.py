@@ -39,14 +39,19 @@ __all__ = ["translate"]
 
 F = torch.nn.functional
 NAMES = (
-    "linear", "batch_norm", "interpolate", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "linear", "batch_norm", "group_norm", "instance_norm", "layer_norm",
+    "interpolate", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
     *(f"{kind}{nd}d" for kind in ("conv", "conv_transpose") for nd in (1, 2, 3)),
     *(f"{kind}_pool{nd}d" for kind in ("max", "avg", "lp", "adaptive_avg", "adaptive_max") for nd in (1, 2, 3)),
     *(f"max_unpool{nd}d" for nd in (1, 2, 3)),
     *(f"{kind}_pool{nd}d_with_indices" for kind in ("max", "adaptive_max") for nd in (1, 2, 3)),
 )  # fmt: skip
-# torch.adaptive_max_pool1d returns indices too; torch.batch_norm has its arguments in another order.
-OTHER = {torch.adaptive_max_pool1d: functional.adaptive_max_pool1d_with_indices, torch.batch_norm: None}
+# torch.adaptive_max_pool1d returns indices too; two norms have their arguments in another order.
+OTHER = {
+    torch.adaptive_max_pool1d: functional.adaptive_max_pool1d_with_indices,
+    torch.batch_norm: None,
+    torch.instance_norm: None,
+}
 RESULT = object()
 """Stands for the result of an intercepted call."""
 
@@ -86,8 +91,8 @@ def translate(graph: fx.Graph, backend: Backend | None = None) -> None:
             replace(graph, node, source)
             continue
         found, end = _own(node) or _call(node), node
-        if found is None and name_of(node) == "_native_batch_norm_legit_no_training":
-            found, end = _eval_norm(node)
+        if found is None and name_of(node) in NATIVE_NORMS:
+            found, end = _native_norm(node)
         if found is not None:
             replace(graph, end, insert_family(graph, end, found._replace(backend=backend), end, (node,)))
             if end is not node:
@@ -118,7 +123,7 @@ def _takes_contiguous(node: fx.Node) -> bool:
 
 
 def _own(node: fx.Node) -> FamilyCall | None:
-    """The call of a family that one of our operators was traced from: of a convolution or of a batch norm in eval mode."""
+    """The call of a family that one of our operators was traced from: of a convolution or of a norm in eval mode."""
     if not isinstance(node.target, OpOverload) or node.target.namespace != "tritonconv" or node.kwargs:
         return None
     name, args = name_of(node), node.args
@@ -220,7 +225,7 @@ def _mean(node: fx.Node) -> Arguments:
 
 
 # Arguments of aten's operators under the names of torch.nn.functional's functions.
-RENAMED = {"self": "input", "cudnn_enabled": None}
+RENAMED = {"self": "input", "cudnn_enabled": None, "cudnn_enable": None}
 
 
 def _aten(node: fx.Node, overload: OpOverload) -> Arguments:
@@ -262,14 +267,26 @@ def _convolution(given: dict[str, Any]) -> Arguments:
     return getattr(functional, f"{kind}{nd}d"), (), named
 
 
-def _eval_norm(node: fx.Node) -> tuple[FamilyCall | None, fx.Node]:
-    """A batch norm in eval mode of core aten, whose first result alone is read: its call, and that result."""
+NATIVE_NORMS = ("_native_batch_norm_legit_no_training", "native_group_norm", "native_layer_norm")
+
+
+def _native_norm(node: fx.Node) -> tuple[FamilyCall | None, fx.Node]:
+    """A norm of core aten, whose first result alone is read: its call, and that result."""
     end = only_user(node)
-    if end is None or end.target is not operator.getitem or end.args[1] != 0 or len(node.args) != 7:
+    if end is None or end.target is not operator.getitem or end.args[1] != 0 or node.kwargs:
         return None, node
-    x, weight, bias, mean, var, _, eps = node.args
-    tensors: Any = (x, mean, var, weight, bias, None)
-    return FamilyCall("batch_norm", tensors, ((False, 0.0, eps), None, "")), end
+    name, args = name_of(node), node.args
+    call: FamilyCall | None = None
+    if name == "_native_batch_norm_legit_no_training" and len(args) == 7:
+        x, weight, bias, mean, var, _, eps = args
+        call = FamilyCall("batch_norm", (x, mean, var, weight, bias, None), ((False, 0.0, eps), None, ""))  # type: ignore[arg-type]
+    elif name == "native_group_norm" and len(args) == 8:
+        x, weight, bias, _, _, _, groups, eps = args
+        call = FamilyCall("group_norm", (x, weight, bias, None, None, None), ((groups, eps), None))  # type: ignore[arg-type]
+    elif name == "native_layer_norm" and len(args) == 5 and len(args[1]) == 1:  # type: ignore[arg-type]
+        x, shape, weight, bias, eps = args
+        call = FamilyCall("layer_norm", (x, weight, bias, None, None, None), ((tuple(shape), eps), None))  # type: ignore[arg-type]
+    return call, end
 
 
 MODES = {name.replace("-", "_"): name for name in ("nearest", "nearest-exact", "linear", "bilinear", "trilinear")}

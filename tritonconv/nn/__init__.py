@@ -8,6 +8,7 @@ from tritonconv.nn.batch_norm import *
 from tritonconv.nn.causal import *
 from tritonconv.nn.conv import *
 from tritonconv.nn.deform import *
+from tritonconv.nn.group_norm import *
 from tritonconv.nn.linear import *
 from tritonconv.nn.pooling import *
 from tritonconv.nn.resampling import *

@@ -9,7 +9,7 @@ __all__ = ["as_dict", "config_name", "name_of"]
 # Of a config's numbers, in the order that its name has them.
 NAMES = (
     "BLOCK_O", "BLOCK_M", "BLOCK_N", "BLOCK_K", "PATCH_P", "PATCH_Q", "BLOCK_P", "BLOCK_S", "BLOCK_C", "WALK", "BACK",
-    "PATCH", "BYTES",
+    "PATCH", "BYTES", "ELEMENTS",
 )  # fmt: skip
 
 

@@ -105,11 +105,13 @@ def _is_valid(x: Tensor, parameters: list[Any], training: Any, momentum: Any, ep
     return all(tuple(t.shape) == (x.shape[1],) and t.device == x.device for t in parameters if t is not None)
 
 
-def why_no_norm(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> str | None:
-    """Why there is no kernel for a batch norm of `x`, or of a convolution of it, beside what holds for all families."""
-    dtypes = {t.dtype for t in (running_mean, running_var, weight, bias) if t is not None}
+def why_no_norm(x: Tensor, *parameters: Tensor | None) -> str | None:
+    """Why there is no kernel for a norm of `x`, or of a convolution of it, beside what holds for all families.
+
+    Args:
+        parameters: running statistics, weight and bias.
+    """
+    dtypes = {t.dtype for t in parameters if t is not None}
     if len(dtypes) > 1:
         return f"parameters of {' and '.join(sorted(map(str, dtypes)))} together have no kernel"
     half = x.dtype in (torch.float16, torch.bfloat16)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import needs_int64, power_of_two_divisor
-from tritonconv.ops.core.activation import ActivationSpec, table
-from tritonconv.ops.core.launch import Launch, activation_constants, device_of, forced_config, launch
+from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.launch import Launch, activation_constants, device_of, forced_config, gradient_constants, launch
 from tritonconv.ops.core.layout import as_format, empty_output, is_dense, keeps_channels_last, pitch_of, wide
 from tritonconv.tuning import Device
 from tritonconv.tuning.rules.normalization import batch_norm_config, norm_join_config
@@ -211,7 +211,7 @@ def reduce_gradients(
     arguments = dict(
         dy_ptr=_as(dy, view), z_ptr=z, residual_ptr=None if activation is None else _as(residual, view), g_ptr=g,
         **_vectors(mean, var, weight, bias), sums_ptr=parts, RANGE=size,
-        BLOCKS=view.blocks(config), EPS=float(eps), STAGES=config.num_stages, **_gradient_constants(activation),
+        BLOCKS=view.blocks(config), EPS=float(eps), STAGES=config.num_stages, **gradient_constants(activation),
         **view.sizes(config),
     )  # fmt: skip
     launch(Launch(batch_norm_reduce_kernel, slots * view.tiles(config), arguments, None, config), z.device)
@@ -270,7 +270,7 @@ def input_gradient(
     config = view.config(walks=False)
     arguments = dict(
         dy_ptr=_as(dy, view), z_ptr=z, dz_ptr=dz, table_ptr=table, SLOPED=batch_statistics,
-        **_gradient_constants(activation), **view.sizes(config),
+        **gradient_constants(activation), **view.sizes(config),
     )  # fmt: skip
     programs = view.blocks(config) * view.tiles(config)
     launch(Launch(batch_norm_input_gradient_kernel, programs, arguments, None, config), z.device)
@@ -281,12 +281,6 @@ def _vectors(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | No
     """A batch norm's vectors as kernels read them, side by side; users may give views of any strides."""
     named = dict(mean_ptr=mean, var_ptr=var, weight_ptr=weight, bias_ptr=bias)
     return {name: None if t is None else t.contiguous() for name, t in named.items()}
-
-
-def _gradient_constants(activation: ActivationSpec | None) -> dict[str, Any]:
-    if activation is None:
-        return dict(ACT_GRADIENT=None, ACT_A=0.0, ACT_B=0.0)
-    return dict(ACT_GRADIENT=table()[activation.name].gradient, ACT_A=activation.a, ACT_B=activation.b)
 
 
 def _over_slots(kernel: Any, like: Tensor, slots: int, columns: int, arguments: dict[str, Any]) -> None:

@@ -163,6 +163,10 @@ class Family(abc.ABC, Generic[Parsed]):
             decision = Decision("triton", recording.kernel, recording.copies)
         return Call(self.op(numbers), decision, cost.geometry, cost.macs, cost.bytes, x.dtype, x.device, None, "")
 
+    def autocast(self, x: Tensor) -> torch.dtype | None:
+        """The dtype to which autocast casts the tensors of `casts`; None if it casts nothing."""
+        return autocast_dtype(x) if self.casts else None
+
     def is_collective(self, parsed: Parsed) -> bool:  # noqa: ARG002
         """Whether the call waits for other processes, so that it cannot be recorded."""
         return False
@@ -214,7 +218,7 @@ class Family(abc.ABC, Generic[Parsed]):
             if overriding:
                 function, arguments, named = self.face(tensors, numbers)
                 return handle_torch_function(function, overriding, *arguments, **named)
-        dtype = autocast_dtype(tensors[0]) if self.casts else None
+        dtype = self.autocast(tensors[0])
         cast = self._cast(tensors, dtype)
         given = tuple(t for t in cast if t is not None)
         reason = why_no_views(given)
@@ -257,7 +261,7 @@ class Family(abc.ABC, Generic[Parsed]):
 
     def refuses(self, tensors: Tensors, numbers: tuple[Any, ...], backend: Backend | None) -> bool:
         """Whether torch would run a call; gives a warning if the reason requires one."""
-        cast = self._cast(tensors, autocast_dtype(tensors[0]) if self.casts else None)
+        cast = self._cast(tensors, self.autocast(tensors[0]))
         parsed = self.parse(cast, numbers)
         if isinstance(parsed, Unsupported):
             return True

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonconv.geometry import ConvGeometry, PoolGeometry
-from tritonconv.ops.core.activation import ActivationSpec
+from tritonconv.ops.core.activation import ActivationSpec, table
 from tritonconv.ops.core.backend import capability, capture, interpreting
 from tritonconv.tuning import INTERPRETER, Device, Problem, choose, like
 
@@ -33,6 +33,7 @@ __all__ = [
     "device_of",
     "forced",
     "forced_config",
+    "gradient_constants",
     "is_recording",
     "launch",
     "note",
@@ -295,3 +296,10 @@ def activation_constants(act: ActivationSpec | None) -> dict[str, Any]:
 
     function = activations.identity if act is None else activations.ACTIVATIONS[act.name].device
     return dict(ACT=function, ACT_A=act.a if act else 0.0, ACT_B=act.b if act else 0.0)
+
+
+def gradient_constants(act: ActivationSpec | None) -> dict[str, Any]:
+    """The kernel arguments of an activation's gradient; None: no activation."""
+    if act is None:
+        return dict(ACT_GRADIENT=None, ACT_A=0.0, ACT_B=0.0)
+    return dict(ACT_GRADIENT=table()[act.name].gradient, ACT_A=act.a, ACT_B=act.b)

@@ -1,0 +1,1 @@
+"""Group norm, instance norm and layer norm over channels."""
