@@ -185,9 +185,9 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     lines = [
         "# Models of five libraries",
         "",
-        "`python examples/zoo.py --markdown docs/zoo.md` wrote this page. Each model has random weights and small inputs, is",
-        "converted, runs in eval mode, and is compared with the original in fp32. A difference is the largest of a result,",
-        "relative to its largest value. Seconds are those of one machine, on which no kernel was compiled.",
+        "`python examples/zoo.py --markdown docs/zoo.md` wrote this page. Each model has random weights and small inputs.",
+        "It is converted, runs in eval mode, and is compared with the original in fp32. Differences are relative to the",
+        "largest value of a result. Seconds are those of one machine, on which no kernel was compiled.",
         "",
         summary(outcomes),
         "",
