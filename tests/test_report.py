@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import hopper, traffic, traffic_direct, traffic_pools
+from benchmarks import hopper, traffic, traffic_blocks, traffic_direct, traffic_pools
 from benchmarks.markdown import number, table
 from benchmarks.plots import write_plots
 from benchmarks.records import Record, bound_of, by_family, is_timed, latest, mean_of, outcome_of, read, rows_of
@@ -301,6 +301,19 @@ def test_the_committed_page_is_current() -> None:
 
 def test_the_bytes_of_training_are_current() -> None:
     assert traffic.page() in traffic.PAGE.read_text(), "run python -m benchmarks.traffic"
+
+
+@pytest.mark.parametrize("name", traffic_blocks.BLOCKS)
+def test_the_bytes_of_blocks_are_current_and_at_most_those_of_eager_torch(name: str) -> None:
+    (row,) = (line for line in traffic_blocks.PAGE.read_text().split("\n") if line.startswith(f"| {name} |"))
+    kept = [int(cell) for cell in row.strip("| ").split(" | ")[1:]]
+    counts = [
+        round(count(name, training) / 1e6)
+        for training in (False, True)
+        for count in (traffic_blocks.ours, traffic_blocks.eager)
+    ]
+    assert [kept[i] for i in (0, 2, 3, 5)] == counts, "run python -m benchmarks.traffic_blocks"
+    assert counts[0] <= counts[1] and counts[2] <= counts[3]
 
 
 def test_the_predictions_for_hopper_are_current() -> None:
