@@ -66,10 +66,10 @@ class _Configured:
         self._torchdynamo_orig_backend = callback
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from torch._dynamo import config, convert_frame
+        from torch._dynamo import config
 
         # What cannot be traced runs as it is, and raises its own error. The log is for those who ask for Dynamo's.
-        log = convert_frame.log
+        log = logging.getLogger("torch._dynamo")
         level = log.level
         if not log.isEnabledFor(logging.INFO):
             log.setLevel(logging.ERROR)
