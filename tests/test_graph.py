@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -451,3 +452,24 @@ def test_modes_in_the_middle_of_a_forward_are_kept_apart() -> None:
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
     ours[0].sum().backward()
     assert converted.a.weight.grad is None and converted.b.weight.grad is not None
+
+
+def test_a_trace_that_fails_leaves_operators_whole() -> None:
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(y)
+
+    model = Breaks().train()
+    converted, x = tritonconv.convert(model), torch.randn(2, 4)
+    # Dynamo's own warning on a value between two graphs becomes an error, which is not the model's.
+    with warnings.catch_warnings(), record_launches() as launches:
+        warnings.simplefilter("error")
+        y = converted(x)
+    assert len(launches) == 2
+    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ import os
 import types
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ _numbers = itertools.count()
 MOST_TRACES = 64
 """Traces of one model's code that are kept: for modes, dtypes, numbers of axes."""
 
+OPERATORS = str(Path(__file__).parent.parent / "ops") + os.sep
 MEASURE = "profile_guard_manager"
 Graph = Callable[..., Any]
 
@@ -66,9 +68,15 @@ class _Configured:
         # The name by which Dynamo looks through wrappers.
         self._torchdynamo_orig_backend = callback
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
         from torch._dynamo import config, guards
+        from torch._dynamo.types import ConvertFrameReturn
 
+        if frame.f_code.co_filename.startswith(OPERATORS):
+            # What calls it could not be traced. Dynamo would go on with each function that it calls, launchers among them.
+            skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+            return ConvertFrameReturn(skip, apply_to_code=False)
         # What cannot be traced runs as it is, and raises its own error. The log is for those who ask for Dynamo's.
         log = logging.getLogger("torch._dynamo")
         level = log.level
@@ -80,7 +88,7 @@ class _Configured:
             setattr(guards, MEASURE, lambda *_: 0.0)
         try:
             with config.patch(suppress_errors=True):
-                return self._torchdynamo_orig_backend(*args, **kwargs)
+                return self._torchdynamo_orig_backend(frame, *args, **kwargs)
         finally:
             log.setLevel(level)
             if measure is not None:
