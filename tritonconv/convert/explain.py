@@ -93,11 +93,12 @@ class _Tracing:
         self.owner: Any = None
 
     def trace(self, module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:  # noqa: ARG002
-        from tritonconv.graph.dynamo import fuse_or_warn
+        from tritonconv.graph.dynamo import fuse_or_warn, keep_checkpoints
 
         reason = getattr(module, "compile_subgraph_reason", None)
         if self.fuses:
             self.add("graph", chains=fuse_or_warn(module, self.backend).chains)
+        keep_checkpoints(module)
         if reason is not None and reason.graph_break:
             where = traceback.StackSummary.from_list(reason.user_stack)[-1] if reason.user_stack else None
             at = (

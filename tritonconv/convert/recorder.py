@@ -15,6 +15,7 @@ from tritonconv.convert.roofline import roofline_us
 from tritonconv.convert.swap import TWINS
 from tritonconv.fused.call import carries_hook
 from tritonconv.fused.shared import gated
+from tritonconv.graph.dynamo import checkpointed
 from tritonconv.graph.formats import as_channels_last, with_strides
 from tritonconv.graph.memory import is_writing
 from tritonconv.graph.nodes import Member, groups_of, members_of
@@ -249,7 +250,11 @@ class Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op not in ("call_function", "call_method"):
-            return super().run_node(n)
+            found = super().run_node(n)
+            if n.op != "get_attr" or not all(user.target is checkpointed for user in n.users):
+                return found
+            # Regions of a graph are run node by node too.
+            return lambda *args: Interpreter(found, self.watcher).run(*args)
         args = self.fetch_args_kwargs_from_env(n)
         self.watcher.enter(n, args)
         result = super().run_node(n)
