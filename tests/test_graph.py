@@ -24,6 +24,7 @@ from torch.nn.utils import parametrizations
 
 import tritonconv
 from tritonconv.graph.fuse import fuse_graph
+from tritonconv.graph.nodes import call_of
 from tritonconv.ops.core.launch import record_launches
 
 RESNET = named(CASES, "resnet")
@@ -454,22 +455,44 @@ def test_modes_in_the_middle_of_a_forward_are_kept_apart() -> None:
     assert converted.a.weight.grad is None and converted.b.weight.grad is not None
 
 
-def test_a_trace_that_fails_leaves_operators_whole() -> None:
-    class Breaks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+class Breaks(nn.Module):
+    """Two graphs."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.first(x)
-            torch._dynamo.graph_break()
-            return self.second(y)
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
 
-    model = Breaks().train()
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(y)
+
+
+def test_a_trace_that_fails_leaves_operators_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tritonconv.graph import dynamo
+
+    traced = []
+
+    def fail(module: torch.fx.GraphModule, _: Any = None) -> None:
+        traced.append(module)
+        if any(call_of(node) for node in module.graph.nodes):
+            raise NotImplementedError
+
+    monkeypatch.setattr(dynamo, "fuse_or_warn", fail)
+    model = Breaks()
     converted, x = tritonconv.convert(model), torch.randn(2, 4)
-    # Dynamo's own warning on a value between two graphs becomes an error, which is not the model's.
-    with warnings.catch_warnings(), record_launches() as launches:
-        warnings.simplefilter("error")
+    with record_launches() as launches:
         y = converted(x)
     assert len(launches) == 2
     torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+    # Nothing that only an operator or a launcher computes.
+    assert all(any(call_of(node) for node in module.graph.nodes) for module in traced)
+
+
+def test_warnings_of_dynamos_are_none_of_the_models(traces: list[Any]) -> None:
+    converted = tritonconv.convert(Breaks().train())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        converted(torch.randn(2, 4)), converted(torch.randn(2, 4))
+    # The value between the two needs a gradient, and Dynamo asks for its `grad`.
+    assert len(traces) == 2

@@ -123,7 +123,10 @@ class Traces:
         if self._watcher is not None:
             self._watcher.enter_frame(frame)
         try:
-            with config.patch(suppress_errors=True):
+            with config.patch(suppress_errors=True), warnings.catch_warnings():
+                # Made errors, they would end the trace. One is of code without a module.
+                warnings.filterwarnings("ignore", module=r"torch\._dynamo\.")
+                warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
                 result = self._torchdynamo_orig_backend(frame, *args, **kwargs)
         finally:
             log.setLevel(level)
