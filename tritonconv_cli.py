@@ -73,20 +73,22 @@ def demo(picture: Path, epochs: int) -> None:
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is a GPU.")
 @click.option("--train", is_flag=True, help="In training mode: batch norms use the batch's statistics.")
+@click.option("--gradients", is_flag=True, help="Run a backward pass too, and tell who computed which gradients.")
 @click.option("--no-fuse", is_flag=True, help="Convert each layer on its own.")
 @click.option("--no-convert", is_flag=True, help="Report the model as it is.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the report into this picture too.")
 def explain(
-    model: str, sizes: tuple[str, ...], dtype: str, device: str | None, train: bool, no_fuse: bool, no_convert: bool,
-    as_json: bool, plot: Path | None,
+    model: str, sizes: tuple[str, ...], dtype: str, device: str | None, train: bool, gradients: bool, no_fuse: bool,
+    no_convert: bool, as_json: bool, plot: Path | None,
 ) -> None:  # fmt: skip
     """Convert a model and tell of each layer where it runs, why, and what it costs at the least.
 
     NAME is a torch.nn.Module, or something that returns one when called without arguments. A dotted module will do for
     the file: package.module:NAME.
 
-    Where there is no GPU the decisions are those of the interpreter, which takes the same kernels; no kernel is launched.
+    Where there is no GPU the decisions are those of the interpreter, which takes the same kernels; no kernel is launched,
+    unless gradients are asked for.
     """
     shapes = [parse_shape(text) for text in sizes]
     if plot is not None:
@@ -108,7 +110,11 @@ def explain(
     except Exception as error:
         given = ", ".join(str(shape) for shape in shapes)
         raise click.ClickException(f"{model} does not take inputs of {given} in {dtype}: {describe(error)}") from error
-    report = tritonconv.explain(module if no_convert else tritonconv.convert(module, fuse=not no_fuse), *inputs)
+    module = module if no_convert else tritonconv.convert(module, fuse=not no_fuse)
+    try:
+        report = tritonconv.explain(module, *inputs, training=gradients)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:

@@ -99,9 +99,12 @@ def test_explain_without_fusion_and_without_conversion() -> None:
 
 @pytest.mark.usefixtures("folder")
 def test_explain_in_training_mode_says_so() -> None:
-    result = invoke("explain", "user_model.py:make_model", "--input", "2,3,8,8", "--json", "--train")
-    rows = {row["name"]: row for row in json.loads(result.stdout)["layers"]}
+    result = invoke("explain", "user_model.py:make_model", "--input", "2,3,8,8", "--json", "--train", "--gradients")
+    report = json.loads(result.stdout)
+    rows = {row["name"]: row for row in report["layers"]}
     assert rows["0"]["fused"] == ["1", "2"] and "in training" in rows["0"]["reason"]
+    gradients = {row["name"]: row for row in report["gradients"]}
+    assert gradients["0"]["fused"] == ["1", "2"] and "conv_wgrad" in gradients["0"]["reason"] and report["saved"] > 0
 
 
 def test_explain_looks_for_matplotlib_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import tritonconv
@@ -49,8 +51,8 @@ def batch(step: int, images: int) -> Tensor:
 def state(net: nn.Module) -> Values:
     """Gradients, parameters and buffers, whoever wraps the model."""
     net = getattr(net, "module", net)
-    gradients = {f"{name}.grad": p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-    return gradients | {name: t.clone() for name, t in net.state_dict().items()}
+    found = {f"{name}.grad": p.grad for name, p in net.named_parameters() if p.grad is not None} | net.state_dict()
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in found.items()}
 
 
 def assert_same(found: Values, expected: Values) -> None:
@@ -70,6 +72,25 @@ class Case:
     synced: bool = False
     """Whether batch norms see the whole batch: then one process with all of it does the same."""
     accumulate: bool = False
+    original: Callable[[nn.Module], nn.Module] = DistributedDataParallel
+    """How torch's model is wrapped."""
+
+
+def sharded(net: nn.Module) -> nn.Module:
+    """Each process keeps a part of each parameter, and gathers those of a block for the block's call."""
+    mesh = distributed.init_device_mesh("cpu", (2,))
+    for block in [m for m in net if isinstance(m, Residual)]:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def sharded_then_converted(net: nn.Module) -> nn.Module:
+    return tritonconv.convert(sharded(net), inplace=True)
+
+
+def converted_then_sharded(net: nn.Module) -> nn.Module:
+    # It takes contiguous parameters alone.
+    return sharded(tritonconv.convert(net, memory_format=torch.contiguous_format))
 
 
 def synced_then_converted(net: nn.Module) -> nn.Module:
@@ -83,6 +104,8 @@ CASES = [
     Case("synced and accumulated", (2, 2), synced_then_converted, synced=True, accumulate=True),
     # It takes part in the sums all the same.
     Case("one without images", (3, 0), synced_then_converted, synced=True),
+    Case("sharded, then converted", (3, 2), sharded_then_converted, original=sharded),
+    Case("converted, then sharded", (3, 2), converted_then_sharded, original=sharded),
 ]
 
 
@@ -128,12 +151,14 @@ def process(rank: int, folder: str) -> None:
         with warnings.catch_warnings():
             # Gradients have the strides that their buckets expect.
             warnings.simplefilter("error")
-            wrapped = DistributedDataParallel(net)
+            # A linear layer's result is a view, as torch's is for some inputs.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+            wrapped = net if isinstance(net, FSDPModule) else DistributedDataParallel(net)
             with record_launches() as launches:
                 found = train(wrapped, case, rank)
         fused = launches.count("batch_norm_reduce_kernel") and "batch_norm_statistics_kernel" not in launches
         assert fused or not case.parts[rank], (case, sorted(set(launches)))
-        original = None if case.synced else train(DistributedDataParallel(model()), case, rank)
+        original = None if case.synced else train(case.original(model()), case, rank)
         results.append((found, original))
     results.append(frozen_and_hooked(rank))
     torch.save(results, f"{folder}/{rank}.pt")

@@ -284,13 +284,6 @@ def test_dropout_in_training_has_a_row() -> None:
     assert [row.name for row in report.layers] == ["conv", "act", "drop", "fc"]
 
 
-def test_a_graph_break_has_its_place() -> None:
-    model, x = build(named(CASES, "untraceable"))
-    fusion = tritonconv.explain(tritonconv.convert(model), x).to_dict()["fusion"]
-    (place,) = [entry["reason"] for entry in fusion if entry["how"] == "graph break"]
-    assert "models.py:" in place and "in forward" in place
-
-
 class Decoder(nn.Module):
     """Decodes a step with a short causal convolution: as a function, or by a layer of ours."""
 

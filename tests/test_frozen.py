@@ -1,4 +1,4 @@
-"""What a traced forward reads of its modules is seen when it changes; what nobody can compare makes it untraced."""
+"""State that a forward reads may change between two calls, and its side effects happen at each call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import enum
 import functools
 import logging
 import os
+import warnings
 from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from fractions import Fraction
@@ -143,10 +144,10 @@ INCOMPARABLE: dict[str, tuple[Any, Callable[[Any, Tensor], Tensor], Callable[[An
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", INCOMPARABLE)
-def test_any_object_may_be_read_and_changed(name: str) -> None:
+@rotate(training=[False, True], name=INCOMPARABLE)
+def test_any_object_may_be_read_and_changed(name: str, training: bool) -> None:
     held, read, change = INCOMPARABLE[name]
-    original, x = Reads(read, copy.deepcopy(held)).eval(), torch.randn(1, 3, 5, 5)
+    original, x = Reads(read, copy.deepcopy(held)).train(training), torch.randn(1, 3, 5, 5)
     converted = tritonconv.convert(original)
     torch.testing.assert_close(converted(x), original(x), rtol=1e-4, atol=1e-5)
     change(original)
@@ -181,37 +182,53 @@ UNSEEN: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[pytest.Monkey
 }
 
 
-@pytest.mark.parametrize("name", UNSEEN)
-def test_what_lies_outside_of_the_modules_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@rotate(training=[True, False], name=UNSEEN)
+def test_what_lies_outside_of_the_modules_is_seen(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     read, change = UNSEEN[name]
-    original, x = Reads(read, None).eval(), torch.randn(1, 3, 5, 5)
+    original, x = Reads(read, None).train(training), torch.randn(1, 3, 5, 5)
     converted = tritonconv.convert(original)
     converted(x)
     change(monkeypatch)
     torch.testing.assert_close(converted(x), original(x), rtol=1e-4, atol=1e-5)
 
 
-def counting(_: Any, y: Tensor) -> Tensor:
-    CALLS.append(1)
+def appending(_: Any, y: Tensor) -> Tensor:
+    CALLS.append(len(y))
     return y
 
 
-def printing(_: Any, y: Tensor) -> Tensor:
-    print("called")
+def counting(m: Any, y: Tensor) -> Tensor:
+    m.held += 1
+    return y * m.held
+
+
+def printing(m: Any, y: Tensor) -> Tensor:
+    print("called", m.held)
     return y
 
 
-def test_a_forward_that_appends_to_a_global_list_goes_on_doing_so() -> None:
-    converted = tritonconv.convert(Reads(counting, None).eval())
-    CALLS.clear()
-    for _ in range(3):
-        converted(torch.randn(1, 3, 5, 5))
-    assert len(CALLS) == 3
+def warning(m: Any, y: Tensor) -> Tensor:
+    warnings.warn(f"called with {m.held}", stacklevel=1)
+    return y
 
 
-def test_a_forward_that_prints_goes_on_doing_so(capsys: pytest.CaptureFixture[str]) -> None:
-    converted = tritonconv.convert(Reads(printing, None).eval())
-    capsys.readouterr()
-    for _ in range(3):
-        converted(torch.randn(1, 3, 5, 5))
-    assert capsys.readouterr().out.count("called") == 3
+def setting(m: Any, y: Tensor) -> Tensor:
+    m.features = y
+    return y
+
+
+@rotate(training=[False, True], effect=[appending, counting, printing, warning, setting])
+def test_side_effects_happen_at_each_call(
+    effect: Callable[[Any, Tensor], Tensor], training: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = Reads(effect, 0).train(training)
+    converted = tritonconv.convert(original)
+    images, seen = [torch.randn(i, 3, 5, 5) for i in (1, 2, 3)], []
+    for model in (original, converted):
+        CALLS.clear()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            values = [v for x in images for v in (model(x), getattr(model, "features", None))]
+        seen.append((list(CALLS), model.held, capsys.readouterr().out, [str(w.message) for w in warned], values))
+    assert seen[1][:-1] == seen[0][:-1]
+    torch.testing.assert_close(seen[1][-1], seen[0][-1], rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from torch.nn.utils import parametrizations
 
 import tritonconv
 from tritonconv.graph.fuse import fuse_graph
+from tritonconv.graph.nodes import call_of
 from tritonconv.ops.core.launch import record_launches
 
 RESNET = named(CASES, "resnet")
@@ -288,23 +290,26 @@ def test_optional_arguments_have_graphs_of_their_own() -> None:
 
 @pytest.fixture
 def traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Graphs that were fused."""
+    """What became of each graph that was fused."""
     from tritonconv.graph import dynamo
 
     found: list[Any] = []
-    monkeypatch.setattr(
-        dynamo, "fuse_graph", lambda module, backend=None: (found.append(module), fuse_graph(module, backend))
-    )
+
+    def noted(module: torch.fx.GraphModule, backend: Any = None) -> Any:
+        found.append(fuse_graph(module, backend))
+        return found[-1]
+
+    monkeypatch.setattr(dynamo, "fuse_graph", noted)
     return found
 
 
 def test_many_sequentials_have_limits_of_their_own(traces: list[Any]) -> None:
-    x = torch.randn(1, 4, 4, 4)
-    models = [tritonconv.convert(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), backend="torch") for _ in range(60)]
+    x = torch.randn(1, 2, 2, 2)
+    models = [tritonconv.convert(nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU()), backend="torch") for _ in range(300)]
     with torch.no_grad():
         for model in models * 2:
             model(x)
-    assert len(traces) == len(models)
+    assert [graph.chains for graph in traces] == [1] * 300
 
 
 def test_twenty_sizes_take_at_most_three_traces(traces: list[Any]) -> None:
@@ -448,3 +453,46 @@ def test_modes_in_the_middle_of_a_forward_are_kept_apart() -> None:
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
     ours[0].sum().backward()
     assert converted.a.weight.grad is None and converted.b.weight.grad is not None
+
+
+class Breaks(nn.Module):
+    """Two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(y)
+
+
+def test_a_trace_that_fails_leaves_operators_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tritonconv.graph import dynamo
+
+    traced = []
+
+    def fail(module: torch.fx.GraphModule, _: Any = None) -> None:
+        traced.append(module)
+        if any(call_of(node) for node in module.graph.nodes):
+            raise NotImplementedError
+
+    monkeypatch.setattr(dynamo, "fuse_or_warn", fail)
+    model = Breaks()
+    converted, x = tritonconv.convert(model), torch.randn(2, 4)
+    with record_launches() as launches:
+        y = converted(x)
+    assert len(launches) == 2
+    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+    # Nothing that only an operator or a launcher computes.
+    assert all(any(call_of(node) for node in module.graph.nodes) for module in traced)
+
+
+def test_warnings_of_dynamos_are_none_of_the_models(traces: list[Any]) -> None:
+    converted = tritonconv.convert(Breaks().train())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        converted(torch.randn(2, 4)), converted(torch.randn(2, 4))
+    # The value between the two needs a gradient, and Dynamo asks for its `grad`.
+    assert len(traces) == 2

@@ -41,20 +41,20 @@ _trace = torch._C._get_tracing_state
 
 class _Tracing(threading.local):
     def __init__(self) -> None:
-        self.backend: Callable[..., Any] | None = None
+        self.compile: Callable[..., Any] | None = None
 
 
 _tracing = _Tracing()
 
 
 @contextmanager
-def tracing_with(backend: Callable[..., Any]) -> Iterator[None]:
-    """Let this thread's fused forwards be traced anew, with another backend of Dynamo's: that of `explain`."""
-    outer, _tracing.backend = _tracing.backend, backend
+def tracing_with(compile: Callable[..., Any]) -> Iterator[None]:
+    """Let this thread's fused forwards be traced anew, as `explain` wants it: `compile` gets their functions."""
+    outer, _tracing.compile = _tracing.compile, compile
     try:
         yield
     finally:
-        _tracing.backend = outer
+        _tracing.compile = outer
 
 
 class Program(NamedTuple):
@@ -104,8 +104,8 @@ class FusedForward:
             return type(root).forward(root, *args, **kwargs)
         whole = self.unrolled is None or len(root) != self.length  # type: ignore[arg-type]
         source = type(root).forward if whole else self.unrolled
-        if _tracing.backend is not None:
-            return self._traced(source, _tracing.backend)(root, *args, **kwargs)
+        if _tracing.compile is not None:
+            return _traced(source, _tracing.compile)(root, *args, **kwargs)
         program = self.program
         if program is None or program.source is not source or not program.state.holds():
             program = self._renewed(source)
@@ -119,7 +119,7 @@ class FusedForward:
 
     def _renewed(self, source: Any) -> Program:
         """The program for the module's present state, traced anew unless this state was seen before."""
-        from tritonconv.graph.dynamo import run_eagerly
+        from tritonconv.graph.dynamo import compiled, run_eagerly
 
         state = State(self.root)
         with _renewing:
@@ -127,15 +127,11 @@ class FusedForward:
             if known is None:
                 if len(self.programs) >= MOST_PROGRAMS:
                     self.programs.pop(next(iter(self.programs)))
-                run = self._traced(source, functools.partial(run_eagerly, backend=self.backend))
+                backend = functools.partial(run_eagerly, backend=self.backend)
+                run = _traced(source, lambda function: compiled(function, backend))
                 known = self.programs[source, state.key] = Program(run, source, state)
             known = self.program = known._replace(state=state)
             return known
-
-    def _traced(self, source: Any, backend: Callable[..., Any]) -> Any:
-        from tritonconv.graph.dynamo import compiled, is_disabled
-
-        return source if is_disabled() or not isinstance(source, types.FunctionType) else compiled(source, backend)
 
     def replicate(self) -> torch.nn.Module:
         """The module's replica for DataParallel, whose forward is its own."""
@@ -167,6 +163,12 @@ class FusedForward:
         self.program = None
 
 
+def _traced(source: Any, compile: Callable[..., Any]) -> Any:
+    from tritonconv.graph.dynamo import is_disabled
+
+    return source if is_disabled() or not isinstance(source, types.FunctionType) else compile(source)
+
+
 def is_watched() -> bool:
     """Whether a tracer, transform, mode or global hook sees what runs on this thread."""
     return (
@@ -185,6 +187,7 @@ def unrolled(length: int) -> types.FunctionType:
     scope: dict[str, Any] = {}
     exec(compile("\n".join(lines), "<tritonconv: the forward of a Sequential>", "exec"), scope)
     function: types.FunctionType = scope["forward"]
+    function.__qualname__ = "Sequential.forward"
     return function
 
 

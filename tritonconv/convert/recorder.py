@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -15,15 +15,67 @@ from tritonconv.convert.roofline import roofline_us
 from tritonconv.convert.swap import TWINS
 from tritonconv.fused.call import carries_hook
 from tritonconv.fused.shared import gated
+from tritonconv.graph.dynamo import checkpointed
 from tritonconv.graph.formats import as_channels_last, with_strides
 from tritonconv.graph.memory import is_writing
 from tritonconv.graph.nodes import Member, groups_of, members_of
+from tritonconv.nn.format import contiguous
 from tritonconv.ops.core.family import call_family
 from tritonconv.ops.core.observe import Call, observe, shared
 
-__all__ = ["Recorder"]
+__all__ = ["COPIES", "Interpreter", "Names", "Recorder", "computes"]
 
 OURS = ("tritonconv.nn", "tritonconv.fused")
+COPIES = (as_channels_last, with_strides, contiguous)
+
+
+class Names:
+    """Names of the rows of one report.
+
+    Args:
+        model: whose modules give them.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._root = model
+        self._modules = {
+            str(id(module)): (name, module)
+            for name, module in model.named_modules() if "parametrizations." not in name
+        }  # fmt: skip
+        self._seen: dict[str, int] = {}
+        self.owner = ""
+        """The key of the module whose forward a graph is."""
+
+    def layer(self, member: Member) -> tuple[str, str, torch.nn.Module] | None:
+        """(key of the call, name, module) of the layer in whose forward a node ran: the innermost that is one."""
+        for key in reversed((self.owner, *member.modules)):
+            found = self._modules.get(key.partition("@")[0])
+            if found is not None and self._is_layer(found[1]):
+                return key, *found
+        return None
+
+    def _is_layer(self, module: torch.nn.Module) -> bool:
+        if isinstance(module, torch.nn.MultiheadAttention):
+            return True
+        children = [name for name, _ in module.named_children() if name != "parametrizations"]
+        # A model without layers is its functional calls.
+        home = type(module).__module__
+        own = module is self._root and not home.startswith(("torch.nn", *OURS))
+        return (not children or home.startswith(OURS)) and not own
+
+    def named(self, member: Member, op: str) -> tuple[str, str]:
+        """Name and kind of the row of a call that a node made."""
+        found = self.layer(member)
+        return (self.numbered(op), op) if found is None else (found[1], type(found[2]).__name__)
+
+    def label(self, member: Member) -> str:
+        """A member as the rows of others name it."""
+        found = self.layer(member)
+        return {"iadd": "add", "imul": "mul"}.get(member.name, member.name.rstrip("_")) if found is None else found[1]
+
+    def numbered(self, op: str) -> str:
+        count = self._seen[op] = self._seen.get(op, -1) + 1
+        return f"{op}_{count}" if count else op
 
 
 class Recorder:
@@ -35,15 +87,10 @@ class Recorder:
     """
 
     def __init__(self, model: torch.nn.Module, converted: bool) -> None:
-        self._root, self._converted = model, converted
-        self._names = {
-            str(id(module)): (name, module)
-            for name, module in model.named_modules() if "parametrizations." not in name
-        }  # fmt: skip
+        self._names, self._converted = Names(model), converted
         self._rows: list[Row] = []
         self._layers: dict[str, Row] = {}
         """Rows of layers that torch runs, by the key of their call."""
-        self._seen: dict[str, int] = {}
         self._counted: set[int] = set()
         self._node: fx.Node | None = None
         self._calls = self._early_copies = 0
@@ -61,16 +108,17 @@ class Recorder:
         with observe(self._on_call, self._on_copy), self._watcher:
             yield
 
-    def run(self, module: fx.GraphModule, args: Sequence[Any]) -> Any:
-        """The results of a graph, with rows of its nodes."""
+    def run(self, module: fx.GraphModule, args: Sequence[Any], owner: Any = None) -> Any:
+        """The results of a graph, with rows of its nodes; `owner`: the module whose forward was traced."""
+        self._names.owner = str(id(owner))
         with self.recording():
-            return _Interpreter(module, self).run(*args)
+            return Interpreter(module, self).run(*args)
 
     def finished(self) -> list[Row]:
         """All rows."""
         return self._rows
 
-    def enter(self, node: fx.Node) -> None:
+    def enter(self, node: fx.Node, args: Any) -> None:  # noqa: ARG002
         self._node, self._calls, self._row = node, 0, None
 
     def leave(self, node: fx.Node, args: Any, result: Any) -> None:
@@ -82,14 +130,14 @@ class Recorder:
             if self._row.receptive_field is None and outputs:
                 self._row.receptive_field = self._field(outputs[0])
             return
-        found = self._layer(members_of(node)[0])
-        # Copies are counted by themselves.
-        copies = node.target in (as_channels_last, with_strides)
+        found = self._names.layer(members_of(node)[0])
+        # They are counted by themselves.
+        copies = node.target in COPIES
         # A batch norm's counter is no result.
         counts = bool(outputs) and not (outputs[0].is_floating_point() or outputs[0].is_complex())
         # What a layer of ours does around its calls is theirs.
         own = found is not None and type(found[2]).__module__.startswith(OURS) and bool(list(found[2].children()))
-        if found is None or own or copies or counts or not outputs or not _computes(node, tensors_in(args), outputs):
+        if found is None or own or copies or counts or not outputs or not computes(node, tensors_in(args), outputs):
             return
         key, name, layer = found
         row = self._layers.get(key)
@@ -117,13 +165,13 @@ class Recorder:
             [m for g in groups for m in g] if whole else list(groups[self._calls]) if self._calls < len(groups) else []
         )
         self._calls += 1
-        row = Row(*(self._named(members[0], call.op) if members else (self._numbered(call.op), call.op)))
+        row = Row(*(self._names.named(members[0], call.op) if members else (self._names.numbered(call.op), call.op)))
         row.backend, row.reason = call.decision.backend, call.decision.reason
         row.copies, self._early_copies = call.decision.copies + self._early_copies, 0
         row.macs, row.bytes = call.macs, call.bytes
         kind = "matmul" if call.op == "linear" else "conv"
         row.roofline_us = roofline_us(row.macs, row.bytes, call.dtype, kind)  # type: ignore[arg-type]
-        labels = [self._label(member) for member in members]
+        labels = [self._names.label(member) for member in members]
         row.fused = [label for before, label in zip([row.name, *labels[1:]], labels[1:], strict=False) if label != before]
         if row.fused:
             row.reason += ", fused"
@@ -145,9 +193,9 @@ class Recorder:
         if row is not None:
             row.receptive_field = field.size if field is not None else None
             return
-        found = self._layer(members_of(self._node)[0]) if self._node is not None else None
+        found = self._names.layer(members_of(self._node)[0]) if self._node is not None else None
         tensors = [t for t in (product.input, product.weight, product.bias, product.output) if t is not None]
-        row = Row(self._numbered(product.op), product.op, reason="not converted")
+        row = Row(self._names.numbered(product.op), product.op, reason="not converted")
         if found is not None:
             key, name, layer = found
             row = Row(name, type(layer).__name__, reason=self._why_torch(layer))
@@ -163,39 +211,8 @@ class Recorder:
         row.params += self._count([t for t in tensors if isinstance(t, torch.nn.Parameter)])
         self._rows.append(row)
 
-    def _layer(self, member: Member) -> tuple[str, str, torch.nn.Module] | None:
-        """(key of the call, name, module) of the layer in whose forward a node ran: the innermost that is one."""
-        for key in reversed(member.modules):
-            found = self._names.get(key.partition("@")[0])
-            if found is not None and self._is_layer(found[1]):
-                return key, *found
-        return None
-
-    def _is_layer(self, module: torch.nn.Module) -> bool:
-        if isinstance(module, torch.nn.MultiheadAttention):
-            return True
-        children = [name for name, _ in module.named_children() if name != "parametrizations"]
-        # A model without layers is its functional calls.
-        home = type(module).__module__
-        own = module is self._root and not home.startswith(("torch.nn", *OURS))
-        return (not children or home.startswith(OURS)) and not own
-
-    def _named(self, member: Member, op: str) -> tuple[str, str]:
-        """Name and kind of the row of a call that a node made."""
-        found = self._layer(member)
-        return (self._numbered(op), op) if found is None else (found[1], type(found[2]).__name__)
-
-    def _label(self, member: Member) -> str:
-        """A member as the rows of others name it."""
-        found = self._layer(member)
-        return {"iadd": "add", "imul": "mul"}.get(member.name, member.name.rstrip("_")) if found is None else found[1]
-
-    def _numbered(self, op: str) -> str:
-        count = self._seen[op] = self._seen.get(op, -1) + 1
-        return f"{op}_{count}" if count else op
-
     def _is_hooked(self, member: Member) -> bool:
-        found = self._layer(member)
+        found = self._names.layer(member)
         return found is not None and carries_hook(found[2])
 
     def _count(self, parameters: Sequence[Tensor]) -> int:
@@ -214,18 +231,34 @@ class Recorder:
         return f"{type(layer).__name__} has no kernel of its own"
 
 
-class _Interpreter(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, recorder: Recorder) -> None:
+class Watcher(Protocol):
+    """Who is told of each call of an interpreted graph."""
+
+    def enter(self, node: fx.Node, args: Any) -> None:
+        """A node is going to run, with these arguments."""
+
+    def leave(self, node: fx.Node, args: Any, result: Any) -> None:
+        """A node has run: what it gave."""
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph node by node."""
+
+    def __init__(self, module: fx.GraphModule, watcher: Watcher) -> None:
         super().__init__(module)
-        self.recorder = recorder
+        self.watcher = watcher
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op not in ("call_function", "call_method"):
-            return super().run_node(n)
-        self.recorder.enter(n)
+            found = super().run_node(n)
+            if n.op != "get_attr" or not all(user.target is checkpointed for user in n.users):
+                return found
+            # Regions of a graph are run node by node too.
+            return lambda *args: Interpreter(found, self.watcher).run(*args)
         args = self.fetch_args_kwargs_from_env(n)
+        self.watcher.enter(n, args)
         result = super().run_node(n)
-        self.recorder.leave(n, args, result)
+        self.watcher.leave(n, args, result)
         return result
 
 
@@ -233,7 +266,7 @@ def _size(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _computes(node: fx.Node, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+def computes(node: fx.Node, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
     """Whether a node is more than a view of what it is given."""
     if node.target is call_family or is_writing(node):
         return True

@@ -9,7 +9,7 @@ from typing import Any
 
 from tritonconv.convert.roofline import ASSUMPTION
 
-__all__ = ["Report", "Row"]
+__all__ = ["Gradient", "Report", "Row"]
 
 
 @dataclass
@@ -38,6 +38,23 @@ class Row:
     """Microseconds that the arithmetic or the traffic takes at least."""
 
 
+@dataclass
+class Gradient:
+    """The backward pass of one call."""
+
+    name: str
+    """As in the row of the call."""
+    kind: str
+    fused: list[str] = field(default_factory=list)
+    backend: str = "torch"
+    reason: str = ""
+    """The kernels that ran, in order, or the nodes of torch's autograd."""
+    of: list[str] = field(default_factory=list)
+    """What it gave gradients for: "input", or names of parameters."""
+    saved: int = 0
+    """Bytes that its forward pass saved for it, which nothing before had saved."""
+
+
 @dataclass(frozen=True)
 class Report:
     """The table that `tritonconv.explain` gives; print it, or read it with `to_dict`."""
@@ -45,8 +62,12 @@ class Report:
     model: str
     layers: list[Row]
     fusion: list[dict[str, Any]]
-    """For every graph, and every place where the trace stopped: `root`, `how` (graph, graph break, not traced), `chains`,
-    `reason`."""
+    """For every graph, every place where the trace stopped, and what calls before this one found: `root`, `how` (graph,
+    graph break, not traced, traces), `chains`, `reason`."""
+    gradients: list[Gradient] = field(default_factory=list)
+    """The calls that compute gradients, in the order of the backward pass."""
+    saved: int = 0
+    """Bytes that a forward pass saves for the backward pass, besides parameters and buffers."""
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -62,12 +83,14 @@ class Report:
         return counts | sums
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in plain types: "model", "layers" (a dict for every row), "totals" and "fusion"."""
+        """All in plain types: "model", "layers" and "gradients" (a dict for every row), "totals", "fusion", "saved"."""
         return {
             "model": self.model,
             "layers": [asdict(row) for row in self.layers],
             "totals": self.totals,
             "fusion": [dict(entry) for entry in self.fusion],
+            "gradients": [asdict(row) for row in self.gradients],
+            "saved": self.saved,
         }
 
     def __str__(self) -> str:
@@ -95,9 +118,24 @@ class Report:
         text = io.StringIO()
         console = Console(file=text, width=200, color_system=None)
         console.print(table)
+        if self.gradients:
+            console.print(self._gradient_table())
         for line in self._fusion_lines():
             console.print(Text(line))
         return text.getvalue().rstrip("\n")
+
+    def _gradient_table(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="Gradients, in the order of the backward pass", show_footer=True)
+        for title in ("layer", "fused with", "backend", "what ran", "gradients of"):
+            table.add_column(title, Text("total" if title == "layer" else ""))
+        table.add_column("bytes saved", Text(_count(self.saved)), justify="right")
+        for row in self.gradients:
+            fields = (row.name, " + ".join(row.fused), row.backend, row.reason, ", ".join(row.of), _count(row.saved))
+            table.add_row(*(Text(value) for value in fields))
+        return table
 
     def _fusion_lines(self) -> list[str]:
         lines = []
@@ -105,6 +143,8 @@ class Report:
             where = entry["root"] or "the model"
             if entry["how"] == "graph":
                 lines.append(f"{where}: a graph with {entry['chains']} fused chains")
+            elif entry["how"] == "traces":
+                lines.append(f"{where}: {entry['reason']}")
             else:
                 lines.append(f"{where}: {entry['how']}, {entry['reason']}")
         return lines or ["nothing is fused"]

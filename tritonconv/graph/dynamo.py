@@ -14,7 +14,8 @@ import os
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -24,12 +25,17 @@ from tritonconv.graph.nodes import call_of, nodes_in
 from tritonconv.ops.core.backend import Backend, constant_under_compile
 from tritonconv.ops.core.family import Family, call_family, family_named
 
-__all__ = ["MOST_TRACES", "compiled", "fuse_in_other_graphs", "is_disabled", "run_eagerly"]
+__all__ = [
+    "MOST_TRACES", "Traces", "compiled", "fuse_in_other_graphs", "is_disabled", "keep_checkpoints", "run_eagerly",
+    "traces_of",
+]  # fmt: skip
 
 _numbers = itertools.count()
 MOST_TRACES = 64
 """Traces of one model's code that are kept: for modes, dtypes, numbers of axes."""
 
+OPERATORS = str(Path(__file__).parent.parent / "ops") + os.sep
+MEASURE = "profile_guard_manager"
 Graph = Callable[..., Any]
 
 
@@ -38,11 +44,16 @@ def is_disabled() -> bool:
     return os.environ.get("TORCHDYNAMO_DISABLE", "") == "1"
 
 
-def compiled(function: Any, backend: Callable[[fx.GraphModule, Any], Graph]) -> Callable[..., Any]:
+def compiled(
+    function: Any, backend: Callable[[fx.GraphModule, Any], Graph], watcher: FrameWatcher | None = None
+) -> Callable[..., Any]:
     """A function of Python's traced by Dynamo, with a backend, and with traces and limits of its own.
 
     Traces are kept with a function's code, and its file, line and name decide which sizes are symbols. A copy with a name
     of its own makes two models of one class independent.
+
+    Args:
+        watcher: is told of frames that are traced, and of those that are not.
     """
     import torch._dynamo
 
@@ -53,31 +64,89 @@ def compiled(function: Any, backend: Callable[[fx.GraphModule, Any], Graph]) -> 
     known = inspect.signature(getattr(torch._dynamo.eval_frame, "_optimize", torch._dynamo.optimize)).parameters
     options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": MOST_TRACES}
     context: Any = torch._dynamo.optimize(backend, **{key: v for key, v in options.items() if key in known})
-    context.callback = _Configured(context.callback)
+    context.callback = Traces(context.callback, code, function.__qualname__, watcher)
     traced: Callable[..., Any] = context(own)
+    traced.traces = context.callback  # type: ignore[attr-defined]
     return traced
 
 
-class _Configured:
-    """What Dynamo calls for a frame that it has not seen, in a configuration of ours."""
+class FrameWatcher(Protocol):
+    """Who is told of what Dynamo does with frames."""
 
-    def __init__(self, callback: Callable[..., Any]) -> None:
+    def enter_frame(self, frame: types.FrameType) -> None:
+        """A frame may be traced now."""
+
+    def skip_frame(self, frame: types.FrameType, reason: str) -> None:
+        """It was not, and runs as it is."""
+
+
+class Traces:
+    """What Dynamo calls for code that it has not seen with such values, in a configuration of ours.
+
+    Args:
+        callback: Dynamo's own.
+        code: of the function that is compiled.
+        name: of that function.
+        watcher: as for `compiled`.
+    """
+
+    count = 0
+    """Traces of the function."""
+    is_full = False
+    """Whether there are as many as are kept, so that further ones were refused."""
+
+    def __init__(
+        self, callback: Callable[..., Any], code: types.CodeType, name: str, watcher: FrameWatcher | None
+    ) -> None:  # fmt: skip
         # The name by which Dynamo looks through wrappers.
         self._torchdynamo_orig_backend = callback
+        self._code, self._name, self._watcher = code, name, watcher
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from torch._dynamo import config, convert_frame
+    def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
+        from torch._dynamo import config, guards
+        from torch._dynamo.types import ConvertFrameReturn
 
+        if frame.f_code.co_filename.startswith(OPERATORS):
+            # What calls it could not be traced. Dynamo would go on with each function that it calls, launchers among them.
+            skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+            return ConvertFrameReturn(skip, apply_to_code=False)
         # What cannot be traced runs as it is, and raises its own error. The log is for those who ask for Dynamo's.
-        log = convert_frame.log
+        log = logging.getLogger("torch._dynamo")
         level = log.level
         if not log.isEnabledFor(logging.INFO):
             log.setLevel(logging.ERROR)
+        # For the log alone, it measures each trace's guards once, after writing all over the processor's cache.
+        measure = getattr(guards, MEASURE, None)
+        if measure is not None:
+            setattr(guards, MEASURE, lambda *_: 0.0)
+        if self._watcher is not None:
+            self._watcher.enter_frame(frame)
         try:
-            with config.patch(suppress_errors=True):
-                return self._torchdynamo_orig_backend(*args, **kwargs)
+            with config.patch(suppress_errors=True), warnings.catch_warnings():
+                # Made errors, they would end the trace. One is of code without a module.
+                warnings.filterwarnings("ignore", module=r"torch\._dynamo\.")
+                warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+                result = self._torchdynamo_orig_backend(frame, *args, **kwargs)
         finally:
             log.setLevel(level)
+            if measure is not None:
+                setattr(guards, MEASURE, measure)
+        if result.guarded_code is not None:
+            self.count += frame.f_code is self._code
+        elif result.frame_exec_strategy.cur_action == _FrameAction.RUN_ONLY and not self.is_full:
+            self.is_full = True
+            text = f"{self._name} has {self.count} traces; for calls that need more, its layers run on their own"
+            warnings.warn(f"tritonconv: {text} (tritonconv.explain tells more)", stacklevel=2)
+        elif self._watcher is not None:
+            # Later than torch 2.11.
+            self._watcher.skip_frame(frame, getattr(result, "skip_reason", None) or "")
+        return result
+
+
+def traces_of(function: Callable[..., Any]) -> Traces | None:
+    """The traces of what `compiled` gave."""
+    return getattr(function, "traces", None)
 
 
 def run_eagerly(module: fx.GraphModule, example_inputs: Any, *, backend: Backend | None = None) -> Graph:  # noqa: ARG001
@@ -87,7 +156,7 @@ def run_eagerly(module: fx.GraphModule, example_inputs: Any, *, backend: Backend
         backend: of the functions of torch in the graph.
     """
     fuse_or_warn(module, backend)
-    _keep_checkpoints(module)
+    keep_checkpoints(module)
     _bind_numbers(module)
     return module.forward
 
@@ -120,7 +189,7 @@ def fuse_or_warn(module: fx.GraphModule, backend: Backend | None = None) -> Fusi
         return Fusion()
 
 
-def _keep_checkpoints(module: fx.GraphModule) -> None:
+def keep_checkpoints(module: fx.GraphModule) -> None:
     """Run checkpointed regions by torch.utils.checkpoint: the operator in the graph needs AOTAutograd for its promises."""
     operators = torch.ops.higher_order
     found = [n for n in module.graph.nodes if n.target is getattr(operators, "tag_activation_checkpoint", operators)]
@@ -130,7 +199,7 @@ def _keep_checkpoints(module: fx.GraphModule) -> None:
         module.recompile()
     for child in module.children():
         if isinstance(child, fx.GraphModule):
-            _keep_checkpoints(child)
+            keep_checkpoints(child)
 
 
 def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

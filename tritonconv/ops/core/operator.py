@@ -207,6 +207,8 @@ def _eager_function(operator: Operator) -> type[torch.autograd.Function]:
             return (None, *operator.gradients(ctx, gradients))
 
     Eager.__name__ = Eager.__qualname__ = operator.name
+    # As autograd's graph shows it.
+    Eager._backward_cls.__name__ = f"{operator.name}_backward"
     return Eager
 
 
