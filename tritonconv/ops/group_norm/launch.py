@@ -22,6 +22,7 @@ from tritonconv.tuning.rules.normalization import (
     eight_warps,
     group_tile,
     join_tile,
+    most_channels,
     norm_join_config,
 )
 
@@ -127,8 +128,7 @@ class GroupView(NamedTuple):
 
 def fits(channels: int, x: Tensor, groups: int) -> bool:
     """Whether there are kernels for a norm of a tensor like x: the channels of a pixel must fit in a tile."""
-    rule = (1, channels, channels, True, True, x.element_size(), 1, False, device_of(x.device))
-    return groups > 0 or group_tile(*rule) is not None
+    return groups > 0 or channels <= most_channels(x.element_size())
 
 
 def reads(channels: int, x: Tensor, groups: int) -> int:

@@ -11,7 +11,16 @@ from tritonconv.geometry.powers import WASTE
 from tritonconv.tuning.devices import INTERPRETER, Device
 from tritonconv.tuning.rules.blocks import slot_block
 
-__all__ = ["Tile", "batch_norm_config", "eight_warps", "excite_block", "group_tile", "join_tile", "norm_join_config"]
+__all__ = [
+    "Tile",
+    "batch_norm_config",
+    "eight_warps",
+    "excite_block",
+    "group_tile",
+    "join_tile",
+    "most_channels",
+    "norm_join_config",
+]
 
 # Elements of a tile of whole groups that fit into registers, for each tensor that a program holds, and fp64's.
 HELD, WIDE = 1 << 15, 1 << 12
@@ -92,7 +101,7 @@ def group_tile(
     wide = itemsize > 4
     block_p, block_c = power(pixels, 1 << 30), power(size, 1 << 30)
     least = block_c if per_pixel else block_p * block_c
-    if least > (PIXEL >> wide if per_pixel else min(HELD >> (held - 1), WIDE if wide else HELD)):
+    if least > (most_channels(itemsize) if per_pixel else min(HELD >> (held - 1), WIDE if wide else HELD)):
         return None
     if per_pixel and not channels_last:
         # Sectors of 32 bytes at least, where pixels lie side by side.
@@ -106,6 +115,11 @@ def group_tile(
         return Tile(config, min(block_p, elements // block_c), block_c, channels, 1)
     count = _groups_of_tile(channels // size, size, elements // block_p, elements, channels_last, itemsize)
     return Tile(config, block_p, power(count * size, 1 << 30), count * size, _compared(count, size))
+
+
+def most_channels(itemsize: int) -> int:
+    """How many channels a group of all channels of a pixel may have."""
+    return PIXEL >> (itemsize > 4)
 
 
 def _whole_config(least: int, each: int, forced: Any) -> Any:
