@@ -171,7 +171,7 @@ class GroupNorm(Operation):
                 seen(function, "fused", 8, 640, (16, 16), 32, configs=2, fused=True),
                 seen(function, "residual", 8, 640, (16, 16), 32, configs=1, residual=True),
                 seen(function, "contiguous", *unet, configs=1, channels_last=False),
-                seen(function, "fp32", *unet, configs=1, dtype="fp32"),
+                seen(function, "fp32", 8, 640, (16, 16), 32, configs=1, dtype="fp32"),
                 seen(function, "fp64", 8, 640, (8, 16), 32, configs=1, dtype="fp64"),
                 seen(function, "of pixels fp64", *convnext, configs=1, dtype="fp64"),
                 # Planes of 49 pixels, by single elements.

@@ -101,7 +101,11 @@ def group_tile(
     wide = itemsize > 4
     block_p, block_c = power(pixels, 1 << 30), power(size, 1 << 30)
     least = block_c if per_pixel else block_p * block_c
-    if least > (most_channels(itemsize) if per_pixel else min(HELD >> (held - 1), WIDE if wide else HELD)):
+    most = most_channels(itemsize) if per_pixel else WIDE if wide else HELD >> (held - 1)
+    if device.arch in ("sm_80", "sm_86", "sm_89") and itemsize == 4 and held > 1 and not per_pixel:
+        # Registers are handed out differently there, and a few bytes would spill.
+        most //= 2
+    if least > most:
         return None
     if per_pixel and not channels_last:
         # Sectors of 32 bytes at least, where pixels lie side by side.
