@@ -76,6 +76,8 @@ class Tile(NamedTuple):
     """Channels that it owns."""
     groups: int
     """A power of two that is not below how many groups it has; 0: each channel is one."""
+    candidates: tuple[Any, ...]
+    """The configs that suit."""
 
     def constants(self) -> dict[str, int]:
         return dict(STEP=self.step, BLOCK_P=self.pixels, BLOCK_C=self.channels, BLOCK_G=self.groups)
@@ -110,15 +112,20 @@ def group_tile(
     if per_pixel and not channels_last:
         # Sectors of 32 bytes at least, where pixels lie side by side.
         least = max(least, min(PIXEL, least * min(block_p, 32 // itemsize)))
-    config = _whole_config(least, EACH >> wide >> walks, forced)
+    suiting = _whole_configs(least, EACH >> wide >> walks)
+    if forced is not None and forced in suiting:
+        config = forced
+    else:
+        # Small groups share a program, so that it has four full warps.
+        config = next((c for c in suiting if c.kwargs["ELEMENTS"] >= 128 * (EACH >> wide >> walks)), suiting[0])
     if device.arch == INTERPRETER.arch and forced is None:
         # One large tile: the interpreter's time goes per operation, hardly per element.
         config = whole(1 << 17, 4)
     elements = max(least, config.kwargs["ELEMENTS"])
     if per_pixel:
-        return Tile(config, min(block_p, elements // block_c), block_c, channels, 1)
+        return Tile(config, min(block_p, elements // block_c), block_c, channels, 1, suiting)
     count = _groups_of_tile(channels // size, size, elements // block_p, elements, channels_last, itemsize)
-    return Tile(config, block_p, power(count * size, 1 << 30), count * size, _compared(count, size))
+    return Tile(config, block_p, power(count * size, 1 << 30), count * size, _compared(count, size), suiting)
 
 
 def most_channels(itemsize: int) -> int:
@@ -126,16 +133,13 @@ def most_channels(itemsize: int) -> int:
     return PIXEL >> (itemsize > 4)
 
 
-def _whole_config(least: int, each: int, forced: Any) -> Any:
-    """The forced candidate, or the smallest one, for so many elements: with at most `each` a thread if there is one."""
+@functools.cache
+def _whole_configs(least: int, each: int) -> tuple[Any, ...]:
+    """The candidates for so many elements or more: those with at most `each` a thread, or the smallest one."""
     from tritonconv.kernels.group_norm import configs
 
     large = [c for c in configs() if c.kwargs.get("ELEMENTS", 0) >= least]
-    suiting = [c for c in large if c.kwargs["ELEMENTS"] <= 32 * c.num_warps * each] or large[:1]
-    if forced is not None and any(c.kwargs == forced.kwargs and c.num_warps == forced.num_warps for c in suiting):
-        return forced
-    # Small groups share a program, so that it has four full warps.
-    return next((c for c in suiting if c.kwargs["ELEMENTS"] >= 128 * each), suiting[0])
+    return tuple(c for c in large if c.kwargs["ELEMENTS"] <= 32 * c.num_warps * each) or (large[0],)
 
 
 @functools.cache
