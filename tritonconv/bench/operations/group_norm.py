@@ -180,7 +180,9 @@ class GroupNorm(Operation):
             ]
         for function in ("statistics", "normalize", "reduce", "input_gradient"):
             found += [
+                # But for tiles of 4 channels, which are for images of 3.
                 seen(function, "", *large, configs=3),
+                seen(function, "of 3 odd", 8, 3, (512, 512), 3),
                 seen(function, "fused", *large, configs=1, fused=True),
                 seen(function, "contiguous", *large, configs=1, channels_last=False),
                 seen(function, "3-d", *volume, (128, 128, 128), 32, configs=1),
