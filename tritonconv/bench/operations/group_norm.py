@@ -169,7 +169,7 @@ class GroupNorm(Operation):
                 seen(function, "of pixels", *convnext),
                 seen(function, "of pixels contiguous", *convnext, channels_last=False),
                 seen(function, "of wide pixels", 64, 768, (14, 14), 0, configs=1),
-                seen(function, "fused", 8, 1024, (16, 16), 32, configs=2, fused=True),
+                seen(function, "fused", 8, 512, (16, 16), 32, configs=2, fused=True),
                 seen(function, "residual", 8, 1024, (16, 16), 32, configs=1, residual=True),
                 seen(function, "contiguous", *unet, configs=1, channels_last=False),
                 seen(function, "fp32", 8, 1024, (16, 16), 32, configs=1, dtype="fp32"),
