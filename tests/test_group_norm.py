@@ -440,6 +440,12 @@ def test_mixed_vectors_have_no_kernel(device: str) -> None:
         TF.group_norm(x, 2, torch.ones(6, device=device).double())
     with pytest.raises(RuntimeError, match="20000 channels"):
         TF.layer_norm_channels(torch.randn(1, 20000, 1, device=device))
+    with pytest.raises(RuntimeError, match="too many"):
+        torch.ops.tritonconv.group_norm(
+            torch.randn(1, 20000, 1, device=device), *(None,) * 5, 0, 1e-5, "", 0.0, 0.0
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match="expected scale of size"):
+        torch.ops.tritonconv.group_norm(x, None, None, torch.ones(6, device=device), None, None, 2, 1e-5, "", 0.0, 0.0)
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 4, 3), (2, 6, 0, 3)])
