@@ -67,12 +67,18 @@ def tile_gradient(
     """Store dx of a tile of whole groups; g and g * n, or (not PER_PIXEL) their sums over pixels."""
     axis: tl.constexpr = 0 if CHANNELS_LAST else 1
     wide: tl.constexpr = statistics_ptr.dtype.element_ty
-    offsets, mask, _ = locate(block, offs_c, PIXELS, C, CHANNELS_LAST, VEC, INDEX_64, BLOCK_P)
+    offsets, mask, inside = locate(block, offs_c, PIXELS, C, CHANNELS_LAST, VEC, INDEX_64, BLOCK_P)
     mask = mask & tl.expand_dims(mask_c, axis)
     at = places(block, offs_c, PIXELS, C, SIZE, axis, PER_PIXEL, INDEX_64, BLOCK_P)
-    mean, rest, inverse = load_statistics(statistics_ptr, at, at < STATISTICS, STATISTICS, EPS, wide)
+    # Beside the tile's groups there are zeros; beside a group's elements dy is 0.
+    if PER_PIXEL:
+        known = tl.expand_dims(inside, 1 - axis)
+    else:
+        known = tl.expand_dims(mask_c, axis)
+    mean, rest, inverse = load_statistics(statistics_ptr, at, known, STATISTICS, EPS, wide)
+    inverse = tl.where(known, inverse, 0.0)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(wide)
-    normalized = tl.where(mask, ((x - mean) - rest) * inverse, 0.0)
+    normalized = ((x - mean) - rest) * inverse
     g = load_gradient(
         normalized, dy_ptr, residual_ptr, g_ptr, offsets, mask, factor, addend, ACT_GRADIENT, ACT_A, ACT_B
     )  # fmt: skip
@@ -85,13 +91,15 @@ def tile_gradient(
     if dx_ptr is not None:
         share = tl.full((), SHARE, wide)
         if PER_PIXEL:
-            level = summed(g * factor, group, axis, PER_PIXEL, BLOCK_G) * share
-            slope = summed(gn * factor, group, axis, PER_PIXEL, BLOCK_G) * share
+            g = g * factor
+            level = summed(g, group, axis, PER_PIXEL, BLOCK_G) * share
+            slope = summed(g * normalized, group, axis, PER_PIXEL, BLOCK_G) * share
+            dx = (g - level - normalized * slope) * inverse
         else:
             # The factor is the same for all pixels.
             level = tl.expand_dims(over_groups(tl.sum(factor, axis) * sum_g, group, BLOCK_G) * share, axis)
             slope = tl.expand_dims(over_groups(tl.sum(factor, axis) * sum_gn, group, BLOCK_G) * share, axis)
-        dx = (g * factor - level - normalized * slope) * inverse
+            dx = g * (factor * inverse) - level * inverse - normalized * (slope * inverse)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     return sum_g, sum_gn
 

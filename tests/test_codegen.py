@@ -90,14 +90,14 @@ def test_hopper_s_kernels_keep_their_promises_under_three_versions_of_triton() -
 
 
 def test_the_table_has_every_config_of_the_kernels_without_products() -> None:
-    from tritonconv.kernels import batch_norm, causal_conv1d, depthwise, depthwise_wgrad, group_norm
+    from tritonconv.kernels import batch_norm, causal_conv1d, depthwise, depthwise_wgrad, group_norm, group_norm_backward
 
     from tritonconv import kernels as folder
     from tritonconv.tuning.configs import name_of
 
     rows = json.loads(TABLE.read_text())
     kernels = dict(batch_norm=batch_norm, batch_norm_backward=batch_norm, depthwise=depthwise)
-    kernels |= dict(group_norm=group_norm, group_norm_backward=group_norm)
+    kernels |= dict(group_norm=group_norm, group_norm_backward=group_norm_backward)
     kernels |= dict(depthwise_wgrad=depthwise_wgrad, causal_conv1d=causal_conv1d)
     kernels |= {name: importlib.import_module(f"{folder.__name__}.{name}") for name in POOLING}
     for kernel, module in kernels.items():

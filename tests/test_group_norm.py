@@ -12,6 +12,7 @@ import torch
 from calls import patched
 from matrix import cover, every, named, rotate
 from reference import assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tritonconv.kernels import group_norm as kernels
 from tritonconv.kernels.activations import ACTIVATIONS
 
@@ -439,6 +440,12 @@ def test_mixed_vectors_have_no_kernel(device: str) -> None:
         TF.group_norm(x, 2, torch.ones(6, device=device).double())
     with pytest.raises(RuntimeError, match="20000 channels"):
         TF.layer_norm_channels(torch.randn(1, 20000, 1, device=device))
+    with pytest.raises(RuntimeError, match="too many"):
+        torch.ops.tritonconv.group_norm(
+            torch.randn(1, 20000, 1, device=device), *(None,) * 5, 0, 1e-5, "", 0.0, 0.0
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match="expected scale of size"):
+        torch.ops.tritonconv.group_norm(x, None, None, torch.ones(6, device=device), None, None, 2, 1e-5, "", 0.0, 0.0)
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 4, 3), (2, 6, 0, 3)])
@@ -458,3 +465,22 @@ def test_gradcheck(device: str) -> None:
         layer = Layer.random(Case("", (2, 4, 3, 2), groups), torch.float64, True, device=device)
         leaves = [t.requires_grad_() for t in (layer.x, layer.weight, layer.bias, layer.scale, layer.shift, layer.residual)]
         assert torch.autograd.gradcheck(lambda *t, g=groups: ours(g, "silu", *t), leaves, fast_mode=True)
+
+
+def test_autocast_makes_results_fp32_where_torchs_does() -> None:
+    calls: list[Callable[[Any, Any], Any]] = [
+        lambda m, x: m.group_norm(x, 2), lambda m, x: m.layer_norm(x, (6,)), lambda m, x: m.instance_norm(x),
+    ]  # fmt: skip
+    # Fake tensors stand for those of a GPU, on which torch.autocast insists.
+    for name in ("cuda", "cpu"):
+        before = torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)
+        torch.set_autocast_dtype(name, torch.float16)
+        torch.set_autocast_enabled(name, True)
+        try:
+            with FakeTensorMode():
+                x = torch.empty(2, 4, 5, 6, device=name, dtype=torch.float16)
+                found, expected = ([call(m, x).dtype for call in calls] for m in (TF, F))
+        finally:
+            torch.set_autocast_enabled(name, before[0])
+            torch.set_autocast_dtype(name, before[1])
+        assert found == expected == [torch.float32 if name == "cuda" else torch.float16] * 2 + [torch.float16], name

@@ -24,7 +24,7 @@ class Case:
 
     id: str
     kind: str
-    """The operation: conv, convT, deform, pool, gap, bn."""
+    """The operation: conv, convT, deform, pool, gap, bn, gn."""
     batch: int
     channels: int
     size: tuple[int, ...]
@@ -68,7 +68,7 @@ def load_cases() -> list[Case]:
     """All rows of cases.csv.
 
     >>> len(load_cases()), load_cases()[0].id
-    (90, 'r50_l1_3x3')
+    (98, 'r50_l1_3x3')
     """
     text = resources.files(__package__).joinpath("cases.csv").read_text()
     return [_case(row) for row in csv.DictReader(text.splitlines())]

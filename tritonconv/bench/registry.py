@@ -117,8 +117,8 @@ def configs_of(launch: Launch) -> list[Any]:
     """Every config that the launch may have in place of its own."""
     if launch.problem is not None:
         return possible(launch.problem)
-    if launch.config is None:
-        return []
+    if launch.config is None or launch.candidates:
+        return list(launch.candidates)
     configs = importlib.import_module(f"tritonconv.kernels.{module_of(launch)}").configs()
     return [config for config in configs if config.kwargs.keys() == launch.config.kwargs.keys()]
 

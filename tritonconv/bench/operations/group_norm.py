@@ -146,6 +146,7 @@ class GroupNorm(Operation):
         return [
             _layer("gn of 24", 2, 24, (9, 8), 6),
             _layer("gn of 40, residual", 2, 40, (7, 9), 4, residual=True, fused=True),
+            _layer("gn of two channels", 1, 4, (97, 103), 2),
             _layer("gn of two channels, large", 1, 4, (190, 187), 2),
             _layer("instance norm 1-d of 5", 3, 5, (301,), 5),
             _layer("instance norm 3-d of 9, residual", 2, 9, (5, 7, 6), 9, residual=True),
@@ -161,25 +162,27 @@ class GroupNorm(Operation):
 
         # Stable Diffusion's deepest stages and ConvNeXt, whose groups a tile holds; then its largest, and nnU-Net's.
         unet, convnext, large, volume = (8, 1280, (16, 16), 32), (64, 96, (56, 56), 0), (8, 320, (64, 64), 32), (2, 32)
-        found = [seen("whole", "of 20 channels", 2, 640, (32, 32), 32)]
+        found = [seen("whole", "of 20 channels odd", 2, 640, (32, 32), 32)]
         for function in WHOLE:
             found += [
                 seen(function, "", *unet),
                 seen(function, "of pixels", *convnext),
                 seen(function, "of pixels contiguous", *convnext, channels_last=False),
                 seen(function, "of wide pixels", 64, 768, (14, 14), 0, configs=1),
-                seen(function, "fused", 8, 640, (16, 16), 32, configs=2, fused=True),
-                seen(function, "residual", 8, 640, (16, 16), 32, configs=1, residual=True),
+                seen(function, "fused", 8, 512, (16, 16), 32, configs=2, fused=True),
+                seen(function, "residual", 8, 1024, (16, 16), 32, configs=1, residual=True),
                 seen(function, "contiguous", *unet, configs=1, channels_last=False),
-                seen(function, "fp32", *unet, configs=1, dtype="fp32"),
-                seen(function, "fp64", 8, 640, (8, 16), 32, configs=1, dtype="fp64"),
+                seen(function, "fp32", 8, 1024, (16, 16), 32, configs=1, dtype="fp32"),
+                seen(function, "fp64", 8, 512, (8, 16), 32, configs=1, dtype="fp64"),
                 seen(function, "of pixels fp64", *convnext, configs=1, dtype="fp64"),
                 # Planes of 49 pixels, by single elements.
                 seen(function, "odd", 8, 2048, (7, 7), 2048, configs=1, channels_last=False),
             ]
         for function in ("statistics", "normalize", "reduce", "input_gradient"):
             found += [
+                # But for tiles of 4 channels, which are for images of 3.
                 seen(function, "", *large, configs=3),
+                seen(function, "of 3 odd", 8, 3, (512, 512), 3),
                 seen(function, "fused", *large, configs=1, fused=True),
                 seen(function, "contiguous", *large, configs=1, channels_last=False),
                 seen(function, "3-d", *volume, (128, 128, 128), 32, configs=1),

@@ -64,6 +64,8 @@ class Launch:
     problem: Problem | None
     config: Any
     """The triton.Config that was chosen for the problem, or forced. Problem and config are None without candidates."""
+    candidates: tuple[Any, ...] = ()
+    """The configs that it may have, where these are neither those of the problem nor all of the kernel's."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tritonconv.tuning.rules.normalization import (
     eight_warps,
     group_tile,
     join_tile,
+    most_channels,
     norm_join_config,
 )
 
@@ -127,8 +128,7 @@ class GroupView(NamedTuple):
 
 def fits(channels: int, x: Tensor, groups: int) -> bool:
     """Whether there are kernels for a norm of a tensor like x: the channels of a pixel must fit in a tile."""
-    rule = (1, channels, channels, True, True, x.element_size(), 1, False, device_of(x.device))
-    return groups > 0 or group_tile(*rule) is not None
+    return groups > 0 or channels <= most_channels(x.element_size())
 
 
 def reads(channels: int, x: Tensor, groups: int) -> int:
@@ -166,7 +166,7 @@ def normalize(
             view.sizes(tile.step), **tile.constants(), SHARE=1 / view.members, PER_PIXEL=view.per_pixel
         )  # fmt: skip
         programs = view.images * view.blocks(tile.pixels) * math.ceil(view.channels / tile.step)
-        launch(Launch(group_norm_kernel, programs, arguments, None, tile.config), x.device)
+        launch(Launch(group_norm_kernel, programs, arguments, None, tile.config, tile.candidates), x.device)
         return y, statistics
     _statistics(x, view, statistics)
     config = view.config(walks=False, exponentials=True)
@@ -243,8 +243,9 @@ def gradients(
             SHARE=1 / view.members, EPS=float(eps), PER_PIXEL=view.per_pixel, **affine.arguments(),
             **gradient_constants(activation), **view.sizes(tile.step), **tile.constants(),
         )  # fmt: skip
+        programs = view.images * slots * tiles
         launch(
-            Launch(group_norm_backward_kernel, view.images * slots * tiles, arguments, None, tile.config), x.device
+            Launch(group_norm_backward_kernel, programs, arguments, None, tile.config, tile.candidates), x.device
         )  # fmt: skip
     found = _parameters(sums, affine, needs) if needs.parameters() else (None,) * 4
     return dx, *found, g if needs.residual else None

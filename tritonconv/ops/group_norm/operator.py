@@ -21,6 +21,8 @@ def check(x: Tensor, affine: Affine, groups: int, like: Tensor | None) -> None:
     """Raise RuntimeError for tensors that kernels would read beyond their ends."""
     if x.dim() < 2 or groups < 0 or (groups and x.shape[1] % groups):
         raise RuntimeError(f"tritonconv::group_norm: {groups} groups do not divide the channels of {list(x.shape)}")
+    if not launch.fits(x.shape[1], x, groups):
+        raise RuntimeError(f"tritonconv::group_norm: {x.shape[1]} channels of a pixel are too many for {x.dtype}")
     rows = tuple(x.shape[:2])
     for (name, t), shape in zip(affine._asdict().items(), (rows[1:], rows[1:], rows, rows), strict=True):
         if t is not None and (tuple(t.shape) != shape or t.device != x.device):

@@ -11,7 +11,16 @@ from tritonconv.geometry.powers import WASTE
 from tritonconv.tuning.devices import INTERPRETER, Device
 from tritonconv.tuning.rules.blocks import slot_block
 
-__all__ = ["Tile", "batch_norm_config", "eight_warps", "excite_block", "group_tile", "join_tile", "norm_join_config"]
+__all__ = [
+    "Tile",
+    "batch_norm_config",
+    "eight_warps",
+    "excite_block",
+    "group_tile",
+    "join_tile",
+    "most_channels",
+    "norm_join_config",
+]
 
 # Elements of a tile of whole groups that fit into registers, for each tensor that a program holds, and fp64's.
 HELD, WIDE = 1 << 15, 1 << 12
@@ -67,6 +76,8 @@ class Tile(NamedTuple):
     """Channels that it owns."""
     groups: int
     """A power of two that is not below how many groups it has; 0: each channel is one."""
+    candidates: tuple[Any, ...]
+    """The configs that suit."""
 
     def constants(self) -> dict[str, int]:
         return dict(STEP=self.step, BLOCK_P=self.pixels, BLOCK_C=self.channels, BLOCK_G=self.groups)
@@ -92,32 +103,43 @@ def group_tile(
     wide = itemsize > 4
     block_p, block_c = power(pixels, 1 << 30), power(size, 1 << 30)
     least = block_c if per_pixel else block_p * block_c
-    if least > (PIXEL >> wide if per_pixel else min(HELD >> (held - 1), WIDE if wide else HELD)):
+    most = most_channels(itemsize) if per_pixel else WIDE if wide else HELD >> (held - 1)
+    if device.arch in ("sm_80", "sm_86", "sm_89") and itemsize == 4 and held > 1 and not per_pixel:
+        # Registers are handed out differently there, and a few bytes would spill.
+        most //= 2
+    if least > most:
         return None
     if per_pixel and not channels_last:
         # Sectors of 32 bytes at least, where pixels lie side by side.
         least = max(least, min(PIXEL, least * min(block_p, 32 // itemsize)))
-    config = _whole_config(least, EACH >> wide >> walks, forced)
+    suiting = _whole_configs(least, EACH >> wide >> walks)
+    if forced is not None and forced in suiting:
+        config = forced
+    else:
+        # Small groups share a program, so that it has four full warps.
+        config = next((c for c in suiting if c.kwargs["ELEMENTS"] >= 128 * (EACH >> wide >> walks)), suiting[0])
     if device.arch == INTERPRETER.arch and forced is None:
         # One large tile: the interpreter's time goes per operation, hardly per element.
         config = whole(1 << 17, 4)
     elements = max(least, config.kwargs["ELEMENTS"])
     if per_pixel:
-        return Tile(config, min(block_p, elements // block_c), block_c, channels, 1)
+        return Tile(config, min(block_p, elements // block_c), block_c, channels, 1, suiting)
     count = _groups_of_tile(channels // size, size, elements // block_p, elements, channels_last, itemsize)
-    return Tile(config, block_p, power(count * size, 1 << 30), count * size, _compared(count, size))
+    return Tile(config, block_p, power(count * size, 1 << 30), count * size, _compared(count, size), suiting)
 
 
-def _whole_config(least: int, each: int, forced: Any) -> Any:
-    """The forced candidate, or the smallest one, for so many elements: with at most `each` a thread if there is one."""
+def most_channels(itemsize: int) -> int:
+    """How many channels a group of all channels of a pixel may have."""
+    return PIXEL >> (itemsize > 4)
+
+
+@functools.cache
+def _whole_configs(least: int, each: int) -> tuple[Any, ...]:
+    """The candidates for so many elements or more: those with at most `each` a thread, or the smallest one."""
     from tritonconv.kernels.group_norm import configs
 
     large = [c for c in configs() if c.kwargs.get("ELEMENTS", 0) >= least]
-    suiting = [c for c in large if c.kwargs["ELEMENTS"] <= 32 * c.num_warps * each] or large[:1]
-    if forced is not None and any(c.kwargs == forced.kwargs and c.num_warps == forced.num_warps for c in suiting):
-        return forced
-    # Small groups share a program, so that it has four full warps.
-    return next((c for c in suiting if c.kwargs["ELEMENTS"] >= 128 * each), suiting[0])
+    return tuple(c for c in large if c.kwargs["ELEMENTS"] <= 32 * c.num_warps * each) or (large[0],)
 
 
 @functools.cache
