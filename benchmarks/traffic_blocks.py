@@ -7,7 +7,7 @@ For inference and a training step of eight blocks in bf16, channels-last:
   and the input twice backward, as torch's CUDA kernels do;
 - torch.compile: inductor's own count for the kernels that it would run (the schedule for CPUs, where nothing is timed).
 
-Caches keep nothing from kernel to kernel, and everything within one. Statistics, and partial sums of gradients, are left out.
+Caches keep nothing from kernel to kernel, and everything within one. Statistics and partial sums of gradients are left out.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def made(name: str, device: str) -> tuple[nn.Module, list[Tensor]]:
     with torch.device(device):
         inputs = [torch.empty(size, dtype=DTYPE) for size in sizes]
         model = make().to(DTYPE)
-    return last(model), [last(x) for x in inputs]  # type: ignore[return-value]
+    return last(model), [last(x) for x in inputs]
 
 
 def last(value: Any) -> Any:
