@@ -175,7 +175,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def versions() -> str:
-    packages = ("tritonconv", "torch", *MODELS)
+    found = importlib.metadata.packages_distributions()
+    packages = [name for name in ("tritonconv", "torch", *MODELS) if name in found]
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 

@@ -40,11 +40,13 @@ CASES = [
     # Ten such convolutions, two transposed ones, and a last one on its own.
     Case("unet_segmentation", 2, 13),
 ]
+# What the others share; what tests/test_examples_zoo.py tests.
+NOT_HERE = {"common.py", "zoo.py", "zoo_models.py"}
 # Without arguments they train to the end.
 BRIEFLY = {f"{case}.py": ("--impl", "torch", "--steps", "2") for case in CASES}
 
 
-@pytest.mark.parametrize("name", sorted({path.name for path in FOLDER.glob("*.py")} - {"common.py"}))
+@pytest.mark.parametrize("name", sorted({path.name for path in FOLDER.glob("*.py")} - NOT_HERE))
 def test_runs_in_another_folder(name: str, tmp_path: Path) -> None:
     """As a user would who copied the examples."""
     shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))

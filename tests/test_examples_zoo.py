@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,15 @@ EXPECTED: dict[str, int] = {
 @pytest.fixture
 def zoo(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    module = importlib.import_module("zoo_models")
-    module.declare_operators()
-    yield importlib.import_module("zoo")
-    for name in ("zoo", "zoo_models"):
-        del sys.modules[name]
+    importlib.import_module("zoo_models").declare_operators()
+    # There is a zoo.py among the tests, too.
+    spec = importlib.util.spec_from_file_location("examples_zoo", EXAMPLES / "zoo.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look their module up.
+    monkeypatch.setitem(sys.modules, "examples_zoo", module)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -167,8 +167,8 @@ GRAPHS = [
     Graph("pre-activation", _pre_activation, ()),
     Graph("input written through a view", _written_view, ()),
     Graph("input written by index", _changed_by_index, ()),
-    # All names of the left side of `+=` see the sum: the later chain takes it, on whichever side it stands.
-    Graph("identity changed by its sum", _identity_changed_by_its_sum, (("bn", "add"),)),
+    # The chain on the left of `+=`, whose names all see the sum, takes it.
+    Graph("identity changed by its sum", _identity_changed_by_its_sum, (("add",), ("bn",))),
     # Another name for the sum's left operand sees the sum.
     Graph("alias of a sum in place", _alias_of_a_sum_in_place, (("add",),)),
     # The sum may be fused, the activation must not wait until the residual has changed.

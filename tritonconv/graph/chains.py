@@ -99,8 +99,10 @@ def fuse_chains(graph: fx.Graph) -> int:
     memory, order, count = Memory(graph), {node: i for i, node in enumerate(graph.nodes)}, 0
     for rule in (_norm, _scale, _shift, _residual, _activation):
         for node in list(graph.nodes):
-            # Where two chains meet in one addition, the later one takes it: the value of the other is there by then.
-            for before in sorted(node.all_input_nodes, key=order.__getitem__, reverse=True):
+            # Where two chains meet in one addition, the one that it is written into takes it, else the later one: the value
+            # of the other is there by then.
+            target = in_place_target(node)
+            for before in sorted(node.all_input_nodes, key=lambda n: (n is target, order[n]), reverse=True):
                 call = call_of(before)
                 found = None if call is None else _linked(rule, node, before, call, memory)
                 if found is not None:

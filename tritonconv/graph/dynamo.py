@@ -117,9 +117,10 @@ class Traces:
         if not log.isEnabledFor(logging.INFO):
             log.setLevel(logging.ERROR)
         # For the log alone, it measures each trace's guards once, after writing all over the processor's cache.
-        measure = getattr(guards, MEASURE, None)
-        if measure is not None:
-            setattr(guards, MEASURE, lambda *_: 0.0)
+        measure = getattr(guards, MEASURE, no_time)
+        # Another thread that traces restores it.
+        if measure is not no_time:
+            setattr(guards, MEASURE, no_time)
         if self._watcher is not None:
             self._watcher.enter_frame(frame)
         try:
@@ -130,7 +131,7 @@ class Traces:
                 result = self._torchdynamo_orig_backend(frame, *args, **kwargs)
         finally:
             log.setLevel(level)
-            if measure is not None:
+            if measure is not no_time:
                 setattr(guards, MEASURE, measure)
         if result.guarded_code is not None:
             self.count += frame.f_code is self._code
@@ -142,6 +143,11 @@ class Traces:
             # Later than torch 2.11.
             self._watcher.skip_frame(frame, getattr(result, "skip_reason", None) or "")
         return result
+
+
+def no_time(*_: Any) -> float:
+    """Stands for a measurement that is not made."""
+    return 0.0
 
 
 def traces_of(function: Callable[..., Any]) -> Traces | None:
