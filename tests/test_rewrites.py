@@ -304,3 +304,9 @@ def test_stacks_and_views_of_the_same_size_copy_nothing(body: Callable[[Tensor],
     converted = same(model, x)
     # What enters, and what leaves.
     assert tritonconv.explain(converted.eval(), x).totals["copies"] <= 2
+
+
+def test_views_as_another_dtype_stay() -> None:
+    model = Behind(lambda y, _: y.view(torch.int32).float(), nd=1)
+    x = torch.randn(2, 3, 8)
+    assert tritonconv.convert(model.eval())(x).max() == model(x).max() > 1e6

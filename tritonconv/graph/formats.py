@@ -203,9 +203,13 @@ def _gives_its_input(node: fx.Node) -> bool:
 
     A view of a single image would give its first axis another stride, which kernels would not take for channels-last.
     """
+    if node.op == "call_method" and node.target == "contiguous":
+        return True
     x, y = tensor_of(node.args[0]) if node.args else None, tensor_of(node)
-    same = name_of(node) in ("view", "reshape") and x is not None and y is not None and same_size(x.shape, y.shape)
-    return same or (node.op == "call_method" and node.target == "contiguous")
+    if name_of(node) not in ("view", "reshape") or x is None or y is None:
+        return False
+    # A view as another dtype is something else.
+    return x.dtype == y.dtype and same_size(x.shape, y.shape)
 
 
 def _is_view(node: fx.Node) -> bool:
