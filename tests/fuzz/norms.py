@@ -21,21 +21,30 @@ __all__ = ["OPERATORS"]
 F = torch.nn.functional
 
 
+def tracked_inputs(
+    d: Draw, shape: tuple[int, ...], own: bool, tracked: float, affine: float
+) -> dict[str, Input | None]:  # fmt: skip
+    """A norm's input of this shape, running statistics (needed without statistics of its own), weight and bias."""
+    wide = torch.float32 if d.half and d.chance(0.6) else d.dtype
+    has_running, has_affine = not own or d.chance(tracked), d.chance(affine)
+
+    def vector(values: str, there: bool, written: bool = False) -> Input | None:
+        size = (shape[1],)
+        return d.input(size, dtype=wide, values=values, written=written, differentiable=not written) if there else None
+
+    return dict(
+        input=d.input(shape), running_mean=vector("normal", has_running, True),
+        running_var=vector("positive", has_running, True), weight=vector("normal", has_affine),
+        bias=vector("normal", has_affine),
+    )  # fmt: skip
+
+
 def batch_norm(d: Draw) -> Call:
     nd, c = d.one((0, 1, 2, 2, 3)), d.channels()
     training = d.chance(0.5)
     spatial = d.spatial(nd, 6) if nd else ()
     shape = (d.one((5, 8) if training else (1, 2, 3, 0)), c, *spatial)
-    wide = torch.float32 if d.half and d.chance(0.6) else d.dtype
-    tracked, affine = not training or d.chance(0.7), d.chance(0.7)
-
-    def vector(values: str, there: bool, written: bool = False) -> Input | None:
-        return d.input((c,), dtype=wide, values=values, written=written, differentiable=not written) if there else None
-
-    inputs = dict(
-        input=d.input(shape), running_mean=vector("normal", tracked, True), running_var=vector("positive", tracked, True),
-        weight=vector("normal", affine), bias=vector("normal", affine),
-    )  # fmt: skip
+    inputs = tracked_inputs(d, shape, training, 0.7, 0.7)
     arguments = dict(training=training, momentum=d.one((0.1, 0.3, 1.0)), eps=d.one((1e-5, 1e-3)))
     return Call(TF.batch_norm, F.batch_norm, inputs, arguments, nd, slack=4.0)
 
@@ -106,16 +115,7 @@ def followed_norm(
 def instance_norm(d: Draw) -> Call:
     nd, c, batch = d.one((1, 2, 2, 3)), d.channels(), d.chance(0.7)
     shape = (d.one((1, 2, 3)), c, *(n + 1 for n in d.spatial(nd, 5)))
-    wide = torch.float32 if d.half and d.chance(0.6) else d.dtype
-    tracked, affine = not batch or d.chance(0.5), d.chance(0.6)
-
-    def vector(values: str, there: bool, written: bool = False) -> Input | None:
-        return d.input((c,), dtype=wide, values=values, written=written, differentiable=not written) if there else None
-
-    inputs = dict(
-        input=d.input(shape), running_mean=vector("normal", tracked, True), running_var=vector("positive", tracked, True),
-        weight=vector("normal", affine), bias=vector("normal", affine),
-    )  # fmt: skip
+    inputs = tracked_inputs(d, shape, batch, 0.5, 0.6)
     arguments = dict(use_input_stats=batch, momentum=d.one((0.1, 0.3, 1.0)), eps=d.one((1e-5, 1e-3)))
     return Call(
         TF.instance_norm, F.instance_norm, inputs, arguments, nd, slack=4.0, cancels=cancelled(math.prod(shape[2:]))

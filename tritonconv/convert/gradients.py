@@ -67,9 +67,7 @@ class Gradients:
                 self._nodes.setdefault(t.grad_fn, None)
         members = members_of(node)
         name, kind = self._names.named(members[0], members[0].name)
-        labels = [self._names.label(member) for member in members]
-        fused = [label for before, label in zip([name, *labels[1:]], labels[1:], strict=False) if label != before]
-        self._now = Gradient(name, kind, fused)
+        self._now = Gradient(name, kind, self._names.fused(name, members))
 
     def leave(self, node: fx.Node, args: Any, result: Any) -> None:
         """A node has run: what it gave."""

@@ -73,6 +73,11 @@ class Names:
         found = self.layer(member)
         return {"iadd": "add", "imul": "mul"}.get(member.name, member.name.rstrip("_")) if found is None else found[1]
 
+    def fused(self, name: str, members: Sequence[Member]) -> list[str]:
+        """What a row of this name names beside its first member."""
+        labels = [self.label(member) for member in members[1:]]
+        return [label for before, label in zip([name, *labels], labels, strict=False) if label != before]
+
     def numbered(self, op: str) -> str:
         count = self._seen[op] = self._seen.get(op, -1) + 1
         return f"{op}_{count}" if count else op
@@ -171,8 +176,7 @@ class Recorder:
         row.macs, row.bytes = call.macs, call.bytes
         kind = "matmul" if call.op == "linear" else "conv"
         row.roofline_us = roofline_us(row.macs, row.bytes, call.dtype, kind)  # type: ignore[arg-type]
-        labels = [self._names.label(member) for member in members]
-        row.fused = [label for before, label in zip([row.name, *labels[1:]], labels[1:], strict=False) if label != before]
+        row.fused = self._names.fused(row.name, members)
         if row.fused:
             row.reason += ", fused"
         elif any(self._is_hooked(member) for member in members):

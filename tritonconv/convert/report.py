@@ -13,8 +13,8 @@ __all__ = ["Gradient", "Report", "Row"]
 
 
 @dataclass
-class Row:
-    """One call of a layer, or of layers that ran as one kernel."""
+class Entry:
+    """A call of a layer, or of layers that ran as one kernel, in one pass."""
 
     name: str
     """As in named_modules; a fused row bears its convolution's name."""
@@ -23,7 +23,13 @@ class Row:
     """Names of the other members."""
     backend: str = "torch"
     reason: str = ""
-    """The kernel, or why torch runs it."""
+    """The kernels, or why torch runs it: of a backward pass the nodes of its autograd."""
+
+
+@dataclass
+class Row(Entry):
+    """The forward pass of one call."""
+
     params: int = 0
     """Parameters of all members that no row above has counted."""
     macs: int = 0
@@ -39,16 +45,9 @@ class Row:
 
 
 @dataclass
-class Gradient:
+class Gradient(Entry):
     """The backward pass of one call."""
 
-    name: str
-    """As in the row of the call."""
-    kind: str
-    fused: list[str] = field(default_factory=list)
-    backend: str = "torch"
-    reason: str = ""
-    """The kernels that ran, in order, or the nodes of torch's autograd."""
     of: list[str] = field(default_factory=list)
     """What it gave gradients for: "input", or names of parameters."""
     saved: int = 0

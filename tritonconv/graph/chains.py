@@ -66,13 +66,7 @@ def fuse_pads(graph: fx.Graph) -> int:
 def _padded(node: fx.Node, user: fx.Node, memory: Memory) -> FamilyCall | None:
     """A convolution of an image with known numbers of zeros around its pixels, and none removed."""
     call, given = call_of(user), bind(node, ("input", "pad", "mode", "value"))
-    if (
-        call is None
-        or call.family != "conv"
-        or call.input is not node
-        or given is None
-        or list(call.given()).count(node) > 1
-    ):
+    if call is None or call.family != "conv" or call.input is not node or given is None or call.given().count(node) > 1:
         return None
     nd, stride, padding, *rest = call.numbers[0]
     padding = (0,) * nd if padding == "valid" else padding

@@ -13,7 +13,7 @@ from tritonconv.ops.batch_norm.call import BATCH_NORM
 from tritonconv.ops.batch_norm.gradient import Norm
 from tritonconv.ops.batch_norm.operator import gradients
 from tritonconv.ops.core.activation import parse_activation
-from tritonconv.ops.core.layout import as_format, keeps_channels_last
+from tritonconv.ops.core.layout import as_dense, as_format
 
 __all__ = ["BatchNorm"]
 
@@ -84,7 +84,7 @@ class BatchNorm(Operation):
         count = torch.full((1,), float(self.depth(case)), dtype=mean.dtype, device=mean.device)
         residual, needs = rest[0] if rest else None, (True, True, True, bool(rest))
         norm = Norm(mean, var, weight, bias, EPS, residual, act, count)
-        dx = gradients(dy, as_format(x, keeps_channels_last(x)), norm, "", needs)[0]
+        dx = gradients(dy, as_dense(x), norm, "", needs)[0]
         assert dx is not None
         return dx
 

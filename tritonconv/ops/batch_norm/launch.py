@@ -15,7 +15,7 @@ from torch import Tensor
 from tritonconv.geometry import needs_int64, power_of_two_divisor
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.launch import Launch, activation_constants, device_of, forced_config, gradient_constants, launch
-from tritonconv.ops.core.layout import as_format, empty_output, is_dense, keeps_channels_last, pitch_of, wide
+from tritonconv.ops.core.layout import as_format, empty_like, empty_output, is_dense, pitch_of, wide, written_densely
 from tritonconv.tuning import Device
 from tritonconv.tuning.rules.normalization import batch_norm_config, norm_join_config
 
@@ -151,16 +151,12 @@ def update_running(
     """running = (1 - momentum) * running + momentum * batch's, in place, with the unbiased variance as torch has it."""
     from tritonconv.kernels.batch_norm import batch_norm_running_kernel
 
-    running = (running_mean, running_var)
-    dense = [None if t is None else t.contiguous() for t in running]
-    arguments = dict(
-        mean_ptr=mean, var_ptr=var, count_ptr=count, running_mean_ptr=dense[0], running_var_ptr=dense[1],
-        momentum=float(momentum),
-    )  # fmt: skip
-    _over_channels(batch_norm_running_kernel, mean, arguments)
-    for old, new in zip(running, dense, strict=True):
-        if old is not None and new is not None and new is not old:
-            old.copy_(new)
+    with written_densely(running_mean, running_var) as (dense_mean, dense_var):
+        arguments = dict(
+            mean_ptr=mean, var_ptr=var, count_ptr=count, running_mean_ptr=dense_mean, running_var_ptr=dense_var,
+            momentum=float(momentum),
+        )  # fmt: skip
+        _over_channels(batch_norm_running_kernel, mean, arguments)
 
 
 def normalize(
@@ -176,7 +172,7 @@ def normalize(
     """
     from tritonconv.kernels.batch_norm import batch_norm_normalize_kernel
 
-    y = _like(z)
+    y = empty_like(z)
     if y.numel() == 0:
         return y
     view = NormView.of(z)
@@ -207,7 +203,7 @@ def reduce_gradients(
     config = view.config(walks=True)
     slots, size = view.slots(config)
     parts, sums = _new(z, slots, 2, view.channels), _new(z, 2, view.channels)
-    g = _like(z) if write else None
+    g = empty_like(z) if write else None
     arguments = dict(
         dy_ptr=_as(dy, view), z_ptr=z, residual_ptr=None if activation is None else _as(residual, view), g_ptr=g,
         **_vectors(mean, var, weight, bias), sums_ptr=parts, RANGE=size,
@@ -263,7 +259,7 @@ def input_gradient(
     """
     from tritonconv.kernels.batch_norm_backward import batch_norm_input_gradient_kernel
 
-    dz = _like(z)
+    dz = empty_like(z)
     if dz.numel() == 0:
         return dz
     view = NormView.of(z)
@@ -299,10 +295,6 @@ def _over_channels(kernel: Any, like: Tensor, arguments: dict[str, Any]) -> None
 
 def _new(like: Tensor, *shape: int) -> Tensor:
     return empty_output(like, shape, False, wide(like.dtype))
-
-
-def _like(z: Tensor) -> Tensor:
-    return empty_output(z, tuple(z.shape), keeps_channels_last(z), z.dtype)
 
 
 def _as(t: Tensor | None, view: NormView) -> Tensor | None:

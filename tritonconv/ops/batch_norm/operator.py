@@ -11,25 +11,16 @@ from tritonconv.ops.batch_norm.gradient import Norm, combined, norm_gradient
 from tritonconv.ops.batch_norm.launch import check_sizes, input_gradient, normalize, statistics, update_running
 from tritonconv.ops.core.activation import ActivationSpec, from_numbers
 from tritonconv.ops.core.epilogue import Epilogue
-from tritonconv.ops.core.layout import as_format, empty_output, keeps_channels_last, pitch_of, wide
+from tritonconv.ops.core.layout import as_dense, empty_like, pitch_of, wide
 from tritonconv.ops.core.operator import Operator, differentiate, mutated
 from tritonconv.ops.core.torch_norm import batch_norm_on_torch
 
 __all__ = ["BATCH_NORM_BACKWARD", "BATCH_NORM_EVAL", "BATCH_NORM_TRAIN", "UPDATE_RUNNING_STATS", "gradients", "norm_form"]
 
 
-def as_dense(x: Tensor) -> Tensor:
-    """`x`, or a dense copy in the format that torch would give a result of it."""
-    return as_format(x, keeps_channels_last(x))
-
-
 def as_readable(x: Tensor) -> Tensor:
     """`x` itself where `normalize` reads it in place, also some channels of a wider tensor; else a dense copy."""
     return x if pitch_of(x) is not None else as_dense(x)
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return empty_output(x, tuple(x.shape), keeps_channels_last(x), x.dtype)
 
 
 # By the batch's own statistics.
@@ -52,7 +43,7 @@ def _train(
 
 def _train_outputs(x: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
     dtype, channels = wide(x.dtype), x.shape[1]
-    return _empty_like(x), *(x.new_empty(size, dtype=dtype) for size in (channels, channels, 1))
+    return empty_like(x), *(x.new_empty(size, dtype=dtype) for size in (channels, channels, 1))
 
 
 def _train_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -86,7 +77,7 @@ def _eval(
 
 
 def _eval_outputs(x: Tensor, *_rest: Any) -> Tensor:
-    return _empty_like(x)
+    return empty_like(x)
 
 
 def _eval_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -166,9 +157,9 @@ def _backward_outputs(_dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None
     weight, bias, activation = rest[3], rest[4], rest[7]
     needs_x, needs_weight, needs_bias, needs_residual = rest[11:]
     return (
-        _empty_like(x) if needs_x else None, torch.empty_like(weight) if needs_weight and weight is not None else None,
+        empty_like(x) if needs_x else None, torch.empty_like(weight) if needs_weight and weight is not None else None,
         torch.empty_like(bias) if needs_bias and bias is not None else None,
-        _empty_like(x) if needs_residual and activation else None,
+        empty_like(x) if needs_residual and activation else None,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tritonconv.geometry import ConvGeometry, power_of_two_divisor
 from tritonconv.ops.conv.plan import lift, pack_constants, packed
 from tritonconv.ops.conv.target import WHOLE, Result, Target
-from tritonconv.ops.core.activation import ActivationSpec, table
+from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.epilogue import Epilogue
 from tritonconv.ops.core.launch import (
     ConvKind,
@@ -21,6 +21,7 @@ from tritonconv.ops.core.launch import (
     config_constants,
     config_for,
     device_of,
+    gradient_constants,
     launch,
     precision,
 )
@@ -191,13 +192,11 @@ def add_ranges(sums: Tensor, dw: Tensor, channels: int, taps: int, channels_last
 
 def _between(norm: NormGradient | None) -> dict[str, Any]:
     """The arguments of both kernels that compute a batch norm's gradient on the way in."""
+    act = None if norm is None else norm.activation
+    slope = gradient_constants(act)
+    constants = dict(ACT_GRADIENT=slope["ACT_GRADIENT"], GRADIENT_A=slope["ACT_A"], GRADIENT_B=slope["ACT_B"])
     if norm is None:
-        return dict(z_ptr=None, table_ptr=None, SLOPED=False, ACT_GRADIENT=None, GRADIENT_A=0.0, GRADIENT_B=0.0)
-    act = norm.activation
+        return dict(z_ptr=None, table_ptr=None, SLOPED=False, **constants)
     # Without either the gradient is a multiple of dy, and z need not be read.
     z = as_format(norm.z, True) if act or norm.batch_statistics else None
-    return dict(
-        z_ptr=z, table_ptr=norm.table, SLOPED=norm.batch_statistics,
-        ACT_GRADIENT=table()[act.name].gradient if act else None, GRADIENT_A=act.a if act else 0.0,
-        GRADIENT_B=act.b if act else 0.0,
-    )  # fmt: skip
+    return dict(z_ptr=z, table_ptr=norm.table, SLOPED=norm.batch_statistics, **constants)

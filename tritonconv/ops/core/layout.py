@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 __all__ = [
-    "as_format", "dense_strides", "empty_output", "is_dense", "keeps_channels_last", "pitch_of", "readable",
-    "reads_in_place", "same_elements", "suggests_channels_last", "wide",
+    "as_dense", "as_format", "dense_strides", "empty_like", "empty_output", "is_dense", "keeps_channels_last", "pitch_of",
+    "readable", "reads_in_place", "same_elements", "suggests_channels_last", "wide", "written_densely",
 ]  # fmt: skip
 
 
@@ -84,6 +87,16 @@ def keeps_channels_last(x: Tensor) -> bool:
     return suggests_channels_last(x) or (is_dense(x, True) and not is_dense(x, False))
 
 
+def as_dense(x: Tensor) -> Tensor:
+    """`x`, or a dense copy in the format that torch would give a result of it."""
+    return as_format(x, keeps_channels_last(x))
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """A dense result of x's size and dtype without its contents, in the format that torch would give it."""
+    return empty_output(x, tuple(x.shape), keeps_channels_last(x), x.dtype)
+
+
 def empty_output(x: Tensor, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> Tensor:
     """An uninitialized result on `x`'s device, dense in that format; for real and fake tensors."""
     return torch.empty_strided(shape, dense_strides(shape, channels_last), dtype=dtype, device=x.device)
@@ -97,3 +110,13 @@ def as_format(x: Tensor, channels_last: bool) -> Tensor:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type in which sums over elements of this type are computed and stored."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def written_densely(*vectors: Tensor | None) -> Iterator[list[Tensor | None]]:
+    """Contiguous stand-ins for vectors of any strides, whose values go back to them after the block."""
+    dense = [None if t is None else t.contiguous() for t in vectors]
+    yield dense
+    for old, new in zip(vectors, dense, strict=True):
+        if old is not None and new is not None and new is not old:
+            old.copy_(new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -50,7 +51,7 @@ class Following(Family[NormCall]):
 
     def autocast(self, x: Tensor) -> torch.dtype | None:
         """torch's autocast computes these norms in fp32 on GPUs, and leaves them alone on CPUs."""
-        return torch.float32 if x.device.type == "cuda" and autocast_dtype(x) is not None else None
+        return torch.float32 if self.casts and x.device.type == "cuda" and autocast_dtype(x) is not None else None
 
     def why_unsupported(self, tensors: Any, parsed: NormCall) -> str | None:
         x, *vectors, scale, shift, _ = tensors
@@ -94,13 +95,13 @@ class Following(Family[NormCall]):
         scale, shift, residual = tensors[-3:]
         return followed(self.norm(tensors[:-3], numbers[0]), scale, shift, residual, numbers[1], self.axis)
 
+    @abc.abstractmethod
     def norm(self, tensors: Sequence[Any], numbers: tuple[Any, ...]) -> Tensor:
         """torch's own function of the first tensors and its numbers."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def arguments(self, tensors: Any, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
         """What torch's function takes, in its order."""
-        raise NotImplementedError
 
     def cost(self, tensors: Any, parsed: NormCall) -> Cost:
         x, *others = tensors
@@ -151,11 +152,8 @@ class InstanceNorm(Following):
     """
 
     tensors = ("input", "running_mean", "running_var", "weight", "bias", "scale", "shift", "residual")
+    # Torch's autocast leaves it alone everywhere.
     casts = ()
-
-    def autocast(self, x: Tensor) -> torch.dtype | None:  # noqa: ARG002
-        """Torch's autocast leaves it alone everywhere."""
-        return None
 
     def parse(self, tensors: Any, numbers: tuple[Any, ...]) -> NormCall | Unsupported:
         (batch, momentum, eps), activation, keeps = numbers

@@ -14,7 +14,7 @@ from torch import Tensor
 from tritonconv.geometry import needs_int64, power_of_two_divisor
 from tritonconv.ops.core.activation import ActivationSpec
 from tritonconv.ops.core.launch import Launch, activation_constants, device_of, forced_config, gradient_constants, launch
-from tritonconv.ops.core.layout import as_format, empty_output, is_dense, keeps_channels_last, wide
+from tritonconv.ops.core.layout import as_format, empty_like, empty_output, is_dense, wide, written_densely
 from tritonconv.tuning import Device
 from tritonconv.tuning.rules.normalization import (
     Tile,
@@ -155,7 +155,7 @@ def normalize(
     from tritonconv.kernels.group_norm import group_norm_kernel, group_norm_normalize_kernel
 
     view = _view(x, groups, affine)
-    y, statistics = _like(x), _new(x, 3, view.whole)
+    y, statistics = empty_like(x), _new(x, 3, view.whole)
     arguments = dict(
         x_ptr=x, residual_ptr=_as(residual, view), y_ptr=y, statistics_ptr=statistics, STATISTICS=view.whole,
         EPS=float(eps), **affine.arguments(), **activation_constants(activation),
@@ -226,14 +226,14 @@ def gradients(
     from tritonconv.kernels.group_norm_backward import group_norm_backward_kernel
 
     view = _view(x, groups, affine)
-    dx = _like(x) if needs.x else None
+    dx = empty_like(x) if needs.x else None
     tile = view.tile(backward=True, residual=residual is not None)
     if tile is None:
         # What the input's gradient cannot compute from dy and x alone is written once.
         write = activation is not None and (needs.residual or residual is not None)
         g, sums = _twice(dy, x, statistics, affine, view, eps, residual, activation, write, dx)
     else:
-        g = _like(x) if needs.residual and activation is not None else None
+        g = empty_like(x) if needs.residual and activation is not None else None
         tiles, blocks = math.ceil(view.channels / tile.step), view.blocks(tile.pixels)
         slots, size = view.slots(blocks, tiles, 1)
         sums = _new(x, view.images, slots, 2, view.channels)
@@ -265,7 +265,7 @@ def _twice(
     config = view.config(walks=True, exponentials=True)
     blocks, tiles = view.blocks(config.kwargs["BLOCK_P"]), math.ceil(view.channels / config.kwargs["BLOCK_C"])
     slots, size = view.slots(blocks, tiles, LEAST_BLOCKS)
-    g, sums = _like(x) if write else None, _new(x, view.images, slots, 2, view.channels)
+    g, sums = empty_like(x) if write else None, _new(x, view.images, slots, 2, view.channels)
     shared = dict(
         x_ptr=x, statistics_ptr=statistics, STATISTICS=view.whole, EPS=float(eps), **affine.arguments(), **view.sizes()
     )  # fmt: skip
@@ -325,21 +325,17 @@ def update_running(
     """
     from tritonconv.kernels.group_norm import group_norm_running_kernel
 
-    running = (running_mean, running_var)
-    channels = next(t.shape[0] for t in running if t is not None)
+    channels = next(t.shape[0] for t in (running_mean, running_var) if t is not None)
     images = statistics.shape[1] // channels
-    dense = [None if t is None else t.contiguous() for t in running]
     config = norm_join_config(images, channels, device_of(statistics.device))
-    arguments = dict(
-        statistics_ptr=statistics, running_mean_ptr=dense[0], running_var_ptr=dense[1], IMAGES=images, C=channels,
-        unbiased=pixels / (pixels - 1), momentum=float(momentum), BLOCK_N=config.kwargs["BLOCK_S"],
-        BLOCK_C=config.kwargs["BLOCK_C"],
-    )  # fmt: skip
     programs = math.ceil(channels / config.kwargs["BLOCK_C"])
-    launch(Launch(group_norm_running_kernel, programs, arguments, None, config), statistics.device)
-    for old, new in zip(running, dense, strict=True):
-        if old is not None and new is not None and new is not old:
-            old.copy_(new)
+    with written_densely(running_mean, running_var) as (mean, var):
+        arguments = dict(
+            statistics_ptr=statistics, running_mean_ptr=mean, running_var_ptr=var, IMAGES=images, C=channels,
+            unbiased=pixels / (pixels - 1), momentum=float(momentum), BLOCK_N=config.kwargs["BLOCK_S"],
+            BLOCK_C=config.kwargs["BLOCK_C"],
+        )  # fmt: skip
+        launch(Launch(group_norm_running_kernel, programs, arguments, None, config), statistics.device)
 
 
 def _view(x: Tensor, groups: int, affine: Affine) -> GroupView:
@@ -354,10 +350,6 @@ def _tiles(view: GroupView, config: Any) -> int:
 
 def _new(like: Tensor, *shape: int) -> Tensor:
     return empty_output(like, shape, False, wide(like.dtype))
-
-
-def _like(x: Tensor) -> Tensor:
-    return empty_output(x, tuple(x.shape), keeps_channels_last(x), x.dtype)
 
 
 def _as(t: Tensor | None, view: GroupView) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonconv.ops.core.activation import ActivationSpec, from_numbers
-from tritonconv.ops.core.layout import as_format, empty_output, keeps_channels_last, wide
+from tritonconv.ops.core.layout import as_dense, empty_like, wide
 from tritonconv.ops.core.operator import Operator, differentiate, mutated
 from tritonconv.ops.group_norm import launch
 from tritonconv.ops.group_norm.launch import Affine, Needs
@@ -36,15 +36,6 @@ def check(x: Tensor, affine: Affine, groups: int, like: Tensor | None) -> None:
         )
 
 
-def as_dense(x: Tensor) -> Tensor:
-    """`x`, or a dense copy in the format that a result of it has."""
-    return as_format(x, keeps_channels_last(x))
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return empty_output(x, tuple(x.shape), keeps_channels_last(x), x.dtype)
-
-
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     residual: Tensor | None, groups: int, eps: float, activation: str, a: float, b: float,
@@ -62,7 +53,7 @@ def _forward(
 
 def _outputs(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     count = launch.statistics_count(x, rest[5])
-    return _empty_like(x), x.new_empty((3, count), dtype=wide(x.dtype))
+    return empty_like(x), x.new_empty((3, count), dtype=wide(x.dtype))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -122,7 +113,7 @@ def _gradients_outputs(_dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | Non
     vectors = [
         t.new_empty(t.shape) if need and t is not None else None for t, need in zip(rest[:4], needs_vectors, strict=True)
     ]
-    return _empty_like(x) if needs_x else None, *vectors, _empty_like(x) if needs_residual and rest[8] else None
+    return empty_like(x) if needs_x else None, *vectors, empty_like(x) if needs_residual and rest[8] else None
 
 
 GROUP_NORM_BACKWARD = Operator("group_norm_backward", _gradients, _gradients_outputs)
